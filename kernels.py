@@ -1,0 +1,302 @@
+"""Partial attention and merge: how can a softmax be computed in pieces?
+
+For one query row and a set S of keys, with scores s_j = q·k_j·scale, the textbook has
+
+    o(S) = Σ_j exp(s_j)·v_j / Σ_j exp(s_j)          lse(S) = ln Σ_j exp(s_j)
+
+and for any partition of S into parts (each wherever it likes)
+
+    lse = ln Σ_p exp(lse_p)                          o = Σ_p exp(lse_p − lse)·o_p
+
+so a row's attention over a cache in pieces is a weighted mean of what the pieces return. This is
+the one fact the pool rests on. `partial_attention` computes (o, lse) of rows over spans of one
+slab; `merge` joins parts. Both subtract the running maximum before exp (the textbook form
+overflows), and an empty part is o = 0, lse = −inf: written always, and never a NaN.
+
+    query rows ──┐ blocks: a few rows of one run          slab rows (one layer)
+      run 0 ─────┼─▶ block 0 ─ tiles ──────────────────▶ [span][ ][span    ][ ]
+      run 1 ─────┼─▶ block 1 ─ tiles ────────────────────────────────▶[span]
+                 └─▶ …                                    a tile: at most 64 rows of a span
+
+Two implementations behind one signature: Triton, and PyTorch for CPUs and for float64. Left out:
+splitting one long row over several programs, and TMA.
+
+Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
+"""
+
+import math
+import os
+
+import numpy as np
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: PyTorch serves
+    triton = None
+
+TILE = 64  # KV rows a tile
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def ranges(starts, counts):
+    """Concatenated `arange(start, start + count)`, without a loop: [n], [n] → [sum(counts)]."""
+    starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+
+
+class Work:
+    """What `partial_attention` is to do: made on the host once per iteration, used by every layer.
+
+    A *run* is consecutive query rows at consecutive positions that read the same spans; a *span* is
+    consecutive slab rows at consecutive positions. Row t of a run sees the keys at positions up to
+    its own. Partial row p belongs to the p-th row of the runs in order, so P = sum(rows).
+
+    first, rows, position: [runs] first query row, rows, position of the first row.
+    span_run (ascending), span_first, span_length, span_position: [spans] the run that reads it,
+    first slab row, rows, position of the first row. A run without spans gives empty partials.
+    """
+
+    def __init__(self, first, rows, position, span_run, span_first, span_length, span_position,
+                 group: int, device="cpu"):
+        first, rows, position, span_run, span_first, span_length, span_position = (
+            np.asarray(x, np.int64) for x in (
+                first, rows, position, span_run, span_first, span_length, span_position))
+        self.num_partials = int(rows.sum())
+        self.device = torch.device(device)
+        # Lanes of a tile are (row, head of the group): 16 at least, which is what a dot needs.
+        longest = int(rows.max(initial=1)) * group
+        self.lanes = max(16, triton.next_power_of_2(min(longest, 128)) if triton else 0,
+                         1 << (group - 1).bit_length())
+
+        # Spans → tiles, runs → blocks; a block reads its run's tiles.
+        per_span = -(-span_length // TILE)
+        span = np.repeat(np.arange(len(per_span)), per_span)
+        start = ranges(np.zeros_like(per_span), per_span) * TILE
+        tiles = np.stack((span_first[span] + start, np.minimum(span_length[span] - start, TILE),
+                          span_position[span] + start), 1)
+        last_tile = np.cumsum(np.bincount(span_run[span], minlength=len(rows)))
+        first_tile = np.concatenate(([0], last_tile[:-1]))[:len(rows)]
+
+        height = self.lanes // group
+        per_run = -(-rows // height)
+        run = np.repeat(np.arange(len(rows)), per_run)
+        start = ranges(np.zeros_like(per_run), per_run) * height
+        partial = np.cumsum(rows) - rows
+        blocks = np.stack((first[run] + start, np.minimum(rows[run] - start, height),
+                           partial[run] + start, position[run] + start,
+                           first_tile[run], last_tile[run]), 1)
+        self._host = blocks, tiles
+        self.blocks, self.tiles = (
+            torch.from_numpy(x).to(self.device, non_blocking=True) for x in (blocks, tiles))
+        self._padded = None
+
+    def padded(self):
+        """The same work as gathers for PyTorch: blocks of like size padded to one shape, so that
+        a batch of them is one matmul. Per batch: query rows [b, m], partial rows [b, m] (P for
+        padding), row positions [b, m], slab rows [b, n], their positions [b, n] (padding: after
+        every row)."""
+        if self._padded is None:
+            self._padded = []
+            blocks, tiles = self._host
+            kv_before = np.concatenate(([0], np.cumsum(tiles[:, 1])))
+            kv_rows = ranges(tiles[:, 0], tiles[:, 1])
+            kv_positions = ranges(tiles[:, 2], tiles[:, 1])
+            length = kv_before[blocks[:, 5]] - kv_before[blocks[:, 4]]
+            size = [(int(m - 1).bit_length(), int(n - 1).bit_length() if n else -1)
+                    for m, n in zip(blocks[:, 1], length)]
+            for key in sorted(set(size)):
+                chosen = np.array([i for i, s in enumerate(size) if s == key])
+                block, n = blocks[chosen], length[chosen]
+                row = np.arange(block[:, 1].max())
+                inside = row < block[:, 1:2]
+                column = np.arange(n.max())
+                valid = column < n[:, None]
+                source = np.where(valid, kv_before[block[:, 4]][:, None] + column, 0)
+                never = np.iinfo(np.int64).max
+                batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
+                         np.where(inside, block[:, 2:3] + row, self.num_partials),
+                         block[:, 3:4] + row,
+                         np.where(valid, kv_rows[source], 0) if n.max() else source,
+                         np.where(valid, kv_positions[source], never) if n.max() else source)
+                self._padded.append([torch.from_numpy(x).to(self.device) for x in batch])
+        return self._padded
+
+
+def use_triton(x, backend: str) -> bool:
+    """`auto` takes Triton on a GPU, but PyTorch for float64, which the kernels do not do."""
+    return backend == "triton" or (
+        backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64)
+
+
+def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
+    """Attention of query rows over spans of a slab, and its log-sum-exp (natural log).
+
+    q [T, H, D], k and v [slab rows, Hkv, D] → o [P, H, D], lse [P, H], in float32 (float64 for
+    float64 input). Every partial row is written; without a visible key it is o = 0, lse = −inf.
+    What lies in slab rows outside the spans is never used, NaN included."""
+    if use_triton(q, backend):
+        return _partial_attention_triton(q, k, v, work, scale)
+    H, D, Hkv = q.shape[1], q.shape[2], k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # One row more than asked for: padding is written there.
+    o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
+    lse = torch.full((work.num_partials + 1, H), -math.inf, dtype=wide, device=q.device)
+    for rows, partials, positions, kv_rows, kv_positions in work.padded():
+        if not kv_rows.shape[1]:
+            continue
+        b, m = rows.shape
+        query = q[rows].view(b, m, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).to(wide)
+        query = query.reshape(b, Hkv, -1, D)  # [b, Hkv, G·m, D]
+        key = k[kv_rows].to(wide).permute(0, 2, 3, 1)  # [b, Hkv, D, n]
+        unused = (kv_positions == np.iinfo(np.int64).max)[:, None, :, None]
+        value = v[kv_rows].to(wide).transpose(1, 2).masked_fill(unused, 0)  # [b, Hkv, n, D]
+        hidden = kv_positions[:, None, None, None, :] > positions[:, None, None, :, None]
+        s = (query @ key * scale).view(b, Hkv, -1, m, kv_rows.shape[1])
+        s = s.masked_fill(hidden, -math.inf)  # [b, Hkv, G, m, n]
+        top = s.amax(-1, keepdim=True)
+        p = torch.exp(s - torch.where(top == -math.inf, 0, top))
+        total = p.sum(-1, keepdim=True)
+        out = (p.flatten(2, 3) @ value).view(b, Hkv, -1, m, D) / torch.where(total == 0, 1, total)
+        o[partials] = out.permute(0, 3, 1, 2, 4).reshape(b, m, H, D)
+        lse[partials] = (top + total.log()).permute(0, 3, 1, 2, 4).reshape(b, m, H)
+    return o[:-1], lse[:-1]
+
+
+def merge(o, lse, parts, backend: str = "auto"):
+    """Joins the parts of each row in one pass (pairwise merging rounds more often).
+
+    o [P, H, D], lse [P, H], parts [rows, max_parts] int32, −1 where a row has fewer parts → o
+    [rows, H, D], lse [rows, H], of the input's type. o is not read where its lse is −inf. Rows
+    whose parts are all empty, or that have none, come out empty: o = 0, lse = −inf."""
+    if use_triton(o, backend):
+        return _merge_triton(o, lse, parts)
+    rows, num_parts = parts.shape
+    if not o.shape[0] or not num_parts:
+        return (o.new_zeros(rows, *o.shape[1:]),
+                lse.new_full((rows, lse.shape[1]), -math.inf))
+    index = parts.clamp(min=0).long()
+    part = lse[index].masked_fill((parts < 0)[:, :, None], -math.inf)  # [rows, max_parts, H]
+    top = part.amax(1, keepdim=True)
+    weight = torch.exp(part - torch.where(top == -math.inf, 0, top))
+    total = weight.sum(1)  # [rows, H]
+    seen = o[index].masked_fill((part == -math.inf)[..., None], 0)
+    out = (weight[..., None] * seen).sum(1) / torch.where(total == 0, 1, total)[..., None]
+    return out, top[:, 0] + total.log()
+
+
+if triton is not None:
+    LOG2E = tl.constexpr(1.4426950408889634)
+    LN2 = tl.constexpr(0.6931471805599453)
+
+    @triton.jit
+    def _partial_attention_kernel(Q, K, V, Blocks, Tiles, O, LSE, scale,
+                                  H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+                                  M: tl.constexpr, N: tl.constexpr, DPAD: tl.constexpr,
+                                  UPCAST: tl.constexpr):
+        """One program: a block of rows × one KV head. Its M lanes are (row, head of the group)."""
+        G: tl.constexpr = H // HKV
+        block = Blocks + tl.program_id(0) * 6
+        head = tl.program_id(1)
+        first, rows, partial = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+        lane, d = tl.arange(0, M), tl.arange(0, DPAD)
+        row, query_head = lane // G, head * G + lane % G
+        live = row < rows
+        position = tl.load(block + 3) + row
+        at = ((first + row) * H + query_head)[:, None] * D + d[None, :]  # int64: slabs are long
+        q = tl.load(Q + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        if UPCAST:  # the interpreter has no 16-bit arithmetic
+            q = q.to(tl.float32)
+        # Scores in powers of two: exp2 is the hardware's instruction.
+        top = tl.full([M], -float("inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, DPAD], tl.float32)
+        for t in range(tl.load(block + 4), tl.load(block + 5)):
+            tile = Tiles + t * 3
+            n = tl.arange(0, N)
+            inside = n < tl.load(tile + 1)
+            at = ((tl.load(tile) + n) * HKV + head)[:, None] * D + d[None, :]
+            mask = inside[:, None] & (d < D)[None, :]  # masks V too: 0 × NaN is NaN
+            k = tl.load(K + at, mask=mask, other=0.0)
+            v = tl.load(V + at, mask=mask, other=0.0)
+            if UPCAST:
+                k, v = k.to(tl.float32), v.to(tl.float32)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            visible = inside[None, :] & ((tl.load(tile + 2) + n)[None, :] <= position[:, None])
+            s = tl.where(visible, s, -float("inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            safe = tl.where(new == -float("inf"), 0.0, new)
+            p = tl.exp2(s - safe[:, None])
+            shrink = tl.exp2(top - safe)
+            total = total * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            top = new
+        divisor = tl.where(total == 0.0, 1.0, total)
+        o = acc / divisor[:, None]
+        lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
+        at = (partial + row) * H + query_head
+        tl.store(O + at[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
+        tl.store(LSE + at, lse, mask=live)
+
+    @triton.jit
+    def _merge_kernel(O, LSE, Parts, Out, OutLSE, max_parts,
+                      H: tl.constexpr, D: tl.constexpr, HPAD: tl.constexpr, DPAD: tl.constexpr):
+        """One program: one row, all heads. The textbook's weighted mean, with a running maximum."""
+        row = tl.program_id(0).to(tl.int64)
+        h, d = tl.arange(0, HPAD), tl.arange(0, DPAD)
+        heads = h < H
+        mask = heads[:, None] & (d < D)[None, :]
+        top = tl.full([HPAD], -float("inf"), tl.float32)
+        total = tl.zeros([HPAD], tl.float32)
+        acc = tl.zeros([HPAD, DPAD], tl.float32)
+        for i in range(max_parts):
+            part = tl.load(Parts + row * max_parts + i).to(tl.int64)
+            lse = tl.load(LSE + tl.maximum(part, 0) * H + h, mask=heads, other=-float("inf"))
+            lse = tl.where(part >= 0, lse, -float("inf"))
+            full = lse > -float("inf")  # o of an empty part may be anything
+            o = tl.load(O + (part * H + h)[:, None] * D + d[None, :],
+                        mask=mask & full[:, None], other=0.0).to(tl.float32)
+            new = tl.maximum(top, lse)
+            safe = tl.where(new == -float("inf"), 0.0, new)
+            weight, shrink = tl.exp(lse - safe), tl.exp(top - safe)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + o * weight[:, None]
+            top = new
+        divisor = tl.where(total == 0.0, 1.0, total)
+        out = acc / divisor[:, None]
+        lse = top + tl.log(divisor)
+        tl.store(Out + (row * H + h)[:, None] * D + d[None, :], out, mask=mask)
+        tl.store(OutLSE + row * H + h, lse, mask=heads)
+
+
+def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int) -> dict:
+    """Compile-time arguments and launch options of `_partial_attention_kernel`: 16 lanes are
+    decode (many small blocks: a deep pipeline), more are prefill."""
+    many = lanes > 16
+    return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, UPCAST=INTERPRETED,
+                DPAD=max(16, triton.next_power_of_2(head_dim)),
+                num_warps=8 if many else 4, num_stages=3 if many else 5)
+
+
+def _partial_attention_triton(q, k, v, work, scale):
+    (_, H, D), Hkv = q.shape, k.shape[1]
+    o = torch.empty(work.num_partials, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(work.num_partials, H, dtype=torch.float32, device=q.device)
+    if work.num_partials:
+        _partial_attention_kernel[len(work.blocks), Hkv](
+            q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
+            **attention_config(work.lanes, H, Hkv, D))
+    return o, lse
+
+
+def _merge_triton(o, lse, parts):
+    rows, num_parts = parts.shape
+    H, D = o.shape[1:]
+    out, out_lse = o.new_empty(rows, H, D), lse.new_empty(rows, H)
+    if rows:
+        _merge_kernel[rows,](o.contiguous(), lse.contiguous(), parts.contiguous(), out, out_lse,
+                             num_parts, H=H, D=D, HPAD=triton.next_power_of_2(H),
+                             DPAD=triton.next_power_of_2(D))
+    return out, out_lse

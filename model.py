@@ -1,0 +1,318 @@
+"""Llama without a cache: what does a transformer need from attention?
+
+    tokens [T] ─ embed ─┬─ norm ─ q,k,v ─ RoPE ─ attend(layer, q, k, v) ─ o ─┬─ norm ─ SwiGLU ─┬─ ×L ─ norm ─ logits
+                        └────────────────────────────────────────────────────┴─────────────────┘
+
+The forward works on flat rows: T tokens with absolute positions, of any number of requests, in any
+order. Projections, norms and FFN see rows one by one; only `attend` connects them, and the caller
+supplies it. That is the whole seam the segment pool needs: on one side a model that does not know
+where its keys and values live, on the other a pool that does not know what a layer is.
+
+`causal_attend` is the attend of one sequence alone. With it `generate` recomputes everything for
+each token, without any cache: slow, obvious, and the oracle of every test.
+
+Left out: tensor parallelism, quantisation, attention biases, sliding windows; such checkpoints are
+refused by name, never half understood.
+
+Notation: T rows · V vocabulary · L layers · H query heads · Hkv KV heads · D head dim.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used: one line that names the file and the key or tensor."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a Llama. The defaults are the built-in model: small, yet grouped and deep enough
+    that a wrong partial result changes its tokens."""
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_layers: int = 3
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 16
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple | None = None  # llama3: factor, low_freq_factor, high_freq_factor, original
+    tie_word_embeddings: bool = False
+    max_positions: int = 8192
+    eos_token_ids: tuple = (0,)
+    dtype: str = "float32"
+
+    @property
+    def num_linear_parameters(self) -> int:
+        """Weights that every row is multiplied with (the P of a roofline)."""
+        shapes = tensor_shapes(self)
+        head = self.vocab_size * self.hidden_size
+        return head + sum(math.prod(s) for n, s in shapes.items() if "layers" in n and len(s) == 2)
+
+
+def load_config(folder: Path) -> Config:
+    """Reads `folder/config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`,
+    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ModelError naming the key at fault."""
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file (a Hugging Face model folder has one)") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not readable as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{file}: a JSON object is expected")
+
+    def get(key, kind, default=None, source=raw):
+        value = source.get(key)
+        value = default if value is None else value
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind is not bool and kind is not str and not value > 0):
+            wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+            raise ModelError(f"{file}: {key} is {value!r}; {wanted.get(kind, 'a string')} expected")
+        return value
+
+    def require(key, value, only):
+        if value != only:
+            raise ModelError(f"{file}: {key} {value!r} is not supported (only {only!r} is)")
+
+    require("model_type", raw.get("model_type"), "llama")
+    require("hidden_act", raw.get("hidden_act", "silu"), "silu")
+    require("attention_bias", raw.get("attention_bias", False), False)
+    require("mlp_bias", raw.get("mlp_bias", False), False)
+    require("quantization_config", raw.get("quantization_config"), None)
+
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"{file}: rope parameters are {rope!r}; an object is expected")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ModelError(f"{file}: rope_type {rope_type!r} is not supported (default, llama3 are)")
+    require("partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1)
+    scaling = None
+    if rope_type == "llama3":
+        scaling = tuple(get(key, float, source=rope) for key in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        if scaling[1] >= scaling[2]:
+            raise ModelError(f"{file}: low_freq_factor must be less than high_freq_factor")
+    theta = get("rope_theta", float, 10_000.0, source={**raw, **rope})
+
+    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
+    kv_heads = get("num_key_value_heads", int, heads)
+    if heads % kv_heads:
+        raise ModelError(f"{file}: num_attention_heads {heads} is not a multiple of "
+                         f"num_key_value_heads {kv_heads}")
+    head_dim = get("head_dim", int, hidden // heads)
+    if head_dim % 2:
+        raise ModelError(f"{file}: head_dim {head_dim} is odd; RoPE rotates pairs")
+    eos = raw.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if any(type(token) is not int for token in eos):
+        raise ModelError(f"{file}: eos_token_id is {eos!r}; null, an integer or a list expected")
+    return Config(
+        vocab_size=get("vocab_size", int), hidden_size=hidden,
+        intermediate_size=get("intermediate_size", int), num_layers=get("num_hidden_layers", int),
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=theta, rope_scaling=scaling,
+        tie_word_embeddings=get("tie_word_embeddings", bool, False),
+        max_positions=get("max_position_embeddings", int, 2048), eos_token_ids=tuple(eos),
+        dtype=get("dtype", str, raw.get("torch_dtype") or "float32"))
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple]:
+    """Every weight by its Hugging Face name. Linear weights are [out, in]."""
+    c, shapes = config, {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for layer in range(c.num_layers):
+        at = f"model.layers.{layer}."
+        shapes |= {
+            at + "input_layernorm.weight": (c.hidden_size,),
+            at + "self_attn.q_proj.weight": (c.num_heads * c.head_dim, c.hidden_size),
+            at + "self_attn.k_proj.weight": (c.num_kv_heads * c.head_dim, c.hidden_size),
+            at + "self_attn.v_proj.weight": (c.num_kv_heads * c.head_dim, c.hidden_size),
+            at + "self_attn.o_proj.weight": (c.hidden_size, c.num_heads * c.head_dim),
+            at + "post_attention_layernorm.weight": (c.hidden_size,),
+            at + "mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
+            at + "mlp.up_proj.weight": (c.intermediate_size, c.hidden_size),
+            at + "mlp.down_proj.weight": (c.hidden_size, c.intermediate_size),
+        }
+    shapes["model.norm.weight"] = (c.hidden_size,)
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    return shapes
+
+
+def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
+    """Seeded weights, the same numbers for every dtype and device.
+
+    Queries and keys get three times the usual scale: attention is then peaky, so a token depends
+    on single far positions and a lost or doubled segment shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in tensor_shapes(config).items():
+        scale = 3.0 if "q_proj" in name or "k_proj" in name else 1.0
+        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(
+            shape, generator=generator) * (scale / math.sqrt(shape[-1]))
+        weights[name] = weight.to(device, dtype)
+    return weights
+
+
+def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch.Tensor]:
+    """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Raises
+    ModelError for a missing, misshapen or unknown tensor, a damaged file, or an index that leaves
+    the folder."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+        for name in files:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ModelError(f"{index}: names the file {name!r}, which is outside the folder")
+    shapes, weights = tensor_shapes(config), {}
+    for name in files:
+        file = folder / name
+        if not file.is_file():
+            raise ModelError(f"{file}: no such file")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    if key in shapes:
+                        found = tuple(tensors.get_slice(key).get_shape())
+                        if found != shapes[key]:
+                            raise ModelError(f"{file}: {key} has the shape {found}, "
+                                             f"config.json makes it {shapes[key]}")
+                        weights[key] = tensors.get_tensor(key).to(device, dtype)
+                    elif key != "lm_head.weight" and not key.endswith("rotary_emb.inv_freq"):
+                        raise ModelError(f"{file}: {key} is not a tensor of a Llama")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: damaged or not a safetensors file ({error})") from None
+    missing = [name for name in shapes if name not in weights]
+    if missing:
+        raise ModelError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)")
+    return weights
+
+
+def causal_attend(layer: int, q, k, v):
+    """Attention of one sequence alone: row t sees rows 0..t.
+    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's own, not ours: it is the oracle's."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+class Llama:
+    """A Llama over a dictionary of weights, by their Hugging Face names."""
+
+    def __init__(self, config: Config, weights: dict[str, torch.Tensor]):
+        self.config, self.weights = config, weights
+        embedding = weights["model.embed_tokens.weight"]
+        self.head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self.dtype, self.device = embedding.dtype, embedding.device
+        # RoPE angles are float32 whatever the dtype, as the checkpoints were trained.
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        frequency = 1.0 / config.rope_theta ** half
+        if config.rope_scaling:
+            # llama3: stretch the wavelengths longer than the original context by `factor`, keep
+            # the short ones, and blend linearly in between.
+            factor, low, high, original = config.rope_scaling
+            turns = original * frequency / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = keep * frequency + (1 - keep) * frequency / factor
+        self.frequency = frequency.to(self.device)
+
+    def norm(self, x, name):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return wide.to(x.dtype) * self.weights[name]
+
+    @torch.inference_mode()
+    def forward(self, tokens, positions, attend, rows=None):
+        """tokens, positions [T] int64 → logits [T, V], or [len(rows), V] for the wanted rows.
+
+        `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
+        layer, also when T is 0: a rank without rows still holds cache that others read."""
+        c, w, T = self.config, self.weights, tokens.shape[0]
+        angle = positions[:, None].float() * self.frequency  # [T, D/2]
+        cos, sin = (f(angle).to(self.dtype)[:, None] for f in (torch.cos, torch.sin))
+
+        def rope(x):  # [T, heads, D]: rotates (x[i], x[i + D/2]) by its position
+            a, b = x.chunk(2, dim=-1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+        x = F.embedding(tokens, w["model.embed_tokens.weight"])  # [T, hidden]
+        for layer in range(c.num_layers):
+            at = f"model.layers.{layer}."
+            h = self.norm(x, at + "input_layernorm.weight")
+            q = F.linear(h, w[at + "self_attn.q_proj.weight"]).view(T, c.num_heads, c.head_dim)
+            k = F.linear(h, w[at + "self_attn.k_proj.weight"]).view(T, c.num_kv_heads, c.head_dim)
+            v = F.linear(h, w[at + "self_attn.v_proj.weight"]).view(T, c.num_kv_heads, c.head_dim)
+            out = attend(layer, rope(q), rope(k), v).reshape(T, c.num_heads * c.head_dim)
+            x = x + F.linear(out, w[at + "self_attn.o_proj.weight"])
+            h = self.norm(x, at + "post_attention_layernorm.weight")
+            gate = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"]))
+            x = x + F.linear(gate * F.linear(h, w[at + "mlp.up_proj.weight"]),
+                             w[at + "mlp.down_proj.weight"])
+        return F.linear(self.norm(x if rows is None else x[rows], "model.norm.weight"), self.head)
+
+    def forward_alone(self, tokens: list[int], rows=None):
+        """Logits of one sequence from nothing: no cache, no neighbours. The oracle's forward."""
+        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        positions = torch.arange(len(tokens), device=self.device)
+        return self.forward(ids, positions, causal_attend, rows)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Greedy at temperature 0. Above it, Gumbel noise seeded by (seed, request, position) is added
+    and the best taken, which draws from softmax(logits / temperature): the same draw wherever and
+    in whatever batch the row is computed."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+    def scores(self, logits, keys):
+        """logits [n, V], keys n pairs (request, position) → [n, V]; the argmax is the token."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not self.temperature:
+            return logits
+        noise = [np.random.default_rng((self.seed, *key)).gumbel(size=logits.shape[-1])
+                 for key in keys]
+        noise = torch.from_numpy(np.stack(noise)) if noise else torch.empty(logits.shape)
+        return logits / self.temperature + noise.to(logits)
+
+    def sample(self, logits, keys) -> list[int]:
+        return self.scores(logits, keys).argmax(-1).tolist()
+
+
+def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler(), request=0):
+    """The oracle: `num_tokens` tokens after `prompt`, each from a forward over everything so far.
+    `request` only seeds the sampling noise."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        logits = model.forward_alone(tokens, rows=[-1])
+        tokens += sampler.sample(logits, [(request, len(tokens))])
+    return tokens[len(prompt):]
+
+
+def score_gap(model: Llama, sampler: Sampler, tokens: list[int], num_prompt: int, request: int):
+    """The oracle in one forward: how far, at worst, a served token's score is below the best one's
+    when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says that every
+    token is what `generate` would have given."""
+    at = range(num_prompt, len(tokens))
+    logits = model.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
+    scores = sampler.scores(logits, [(request, p) for p in at])
+    served = torch.tensor(tokens[num_prompt:], device=scores.device)
+    return float((scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]).max())

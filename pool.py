@@ -1,0 +1,300 @@
+"""Data plane: how do queries and keys meet across ranks? (§3.3, §3.4)
+
+Every rank holds one *slab*: the segments that live with it, as rows of K and V per layer. Two
+primitives over `torch.distributed` connect the slabs, both one `all_to_all_single` per layer:
+
+    query   rows of Q go to the KV, partial results (O, LSE) come back, merged once
+    move    rows of KV go elsewhere: a put of rows just computed to their home
+
+and a layer runs in this order, so that exchanges hide behind the attention that needs none:
+
+    rank v                                            rank w, the same at the same time
+    0  my new K, V → my slab (home, or staging)
+    1  query: rows leave for the holders ───────────▶ arrive
+    2  move: staged K, V leave for their homes ─────▶ arrive (second group, after 1 everywhere)
+    3  my rows × my KV that is here already
+    4  my rows × my KV that arrived in 2              arrived rows × my KV → (O, LSE) ──▶ back
+    5  merge per row
+
+An exchange that carries nothing for any rank is skipped by all: every rank knows the whole plan.
+What ranks tell each other besides (a digest of the plan, flags, tokens, the clock) is `Cluster`.
+
+Left out: pulls (KV to the query), replicas, RDMA; a lost rank ends the run.
+
+Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · C tokens per segment.
+"""
+
+import math
+import os
+import struct
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kernels import Work, merge, partial_attention, ranges
+
+
+class LakeError(RuntimeError):
+    """The ranks cannot go on together: one line that says where and who."""
+
+
+class Stopped(LakeError):
+    """A rank was asked to stop (a signal); all stop at the same iteration."""
+
+
+class Cluster:
+    """The ranks of this job, and their small talk over a gloo group on CPU tensors.
+
+    Under torchrun the ranks meet by its environment; without it there is one rank and nothing is
+    ever sent."""
+
+    def __init__(self, timeout: float = 300.0):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.store = None
+        self.iteration = 0
+        self._announced = None
+        if self.size > 1:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            self.store = dist.distributed_c10d._get_default_store()
+
+    def share(self, thing) -> list:
+        """Every rank's `thing` (picklable), by rank. Slow; for set-up and reports."""
+        things = [thing]
+        if self.size > 1:
+            things = [None] * self.size
+            dist.all_gather_object(things, thing)
+        return things
+
+    def gather(self, values: list[int], asynchronous=False):
+        """Integers of every rank, as many from each → [size][len(values)], or with `asynchronous`
+        a function that waits for them."""
+        mine = torch.tensor(values, dtype=torch.int64)
+        if self.size == 1:
+            return (lambda: [values]) if asynchronous else [values]
+        out = [torch.empty_like(mine) for _ in range(self.size)]
+        work = dist.all_gather(out, mine, async_op=True)
+
+        def finish():
+            self.wait(work)
+            return torch.stack(out).tolist()
+        return finish if asynchronous else finish()
+
+    def announce(self, digest: bytes, stop: bool, fault: bool = False):
+        """Sends the digest of this rank's plan for the next iteration, with its flags; `confirm`
+        waits for everyone's."""
+        self.iteration += 1
+        if self.store:
+            self.store.set(f"iteration/{self.rank}", str(self.iteration))
+        self._announced = self.gather([*struct.unpack("<qq", digest), stop, fault], True)
+
+    def confirm(self):
+        """Before the first exchange of data: raises LakeError on every rank if the plans differ
+        (collectives whose splits disagree end the process in C++), Stopped if one was asked to."""
+        if self._announced is None:
+            return
+        said, self._announced = self._announced(), None
+        faults = [rank for rank, (*_, fault) in enumerate(said) if fault]
+        if faults:
+            raise LakeError(f"iteration {self.iteration}: planning failed on rank "
+                            + ", ".join(map(str, faults)))
+        odd = [rank for rank, words in enumerate(said) if words[:2] != said[0][:2]]
+        if odd:
+            raise LakeError(f"iteration {self.iteration}: the plan of rank "
+                            f"{', '.join(map(str, odd))} differs from that of rank 0")
+        if any(stop for *_, stop, _ in said):
+            raise Stopped(f"iteration {self.iteration}: stopped by a signal")
+
+    def wait(self, work):
+        """Waits for a collective. One that fails means a lost rank: the error says which is behind,
+        by the counters that ranks keep in the store."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            try:
+                self.store.set_timeout(timedelta(seconds=5))
+                at = [int(self.store.get(f"iteration/{rank}")) for rank in range(self.size)]
+            except RuntimeError:
+                at = [self.iteration]
+            behind = [rank for rank, iteration in enumerate(at) if iteration < max(at)]
+            who = f"rank {', '.join(map(str, behind))} behind" if behind else "no rank behind"
+            raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}") from None
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class KVBuffer:
+    """Where the engine leaves K and V of this instance's new rows, and where they go from there.
+    Row indices of the slab; made once per iteration, used by every layer."""
+
+    def __init__(self, plan, index: int, staging: int, slots: int, segment_tokens: int, device):
+        entry = np.flatnonzero(plan.instance == index)
+        rows, stays = plan.rows[entry], plan.home[entry] == index
+        row = (plan.slot % slots) * segment_tokens + plan.offset  # where it will live
+        staged = staging + np.cumsum(np.where(stays, 0, rows)) - np.where(stays, 0, rows)
+        first = np.where(stays, row[entry], staged)
+        leaving = np.argsort(plan.home[entry], kind="stable")
+        leaving = leaving[~stays[leaving]]
+        coming = (plan.home == index) & (plan.instance != index)
+        moved = plan.moved()
+        self.active = bool(moved.any())
+        self.sends, self.receives = moved[index].tolist(), moved[:, index].tolist()
+        self.fresh, self.written, self.leave, self.arrive = (
+            torch.from_numpy(ranges(start, count)).to(device, non_blocking=True)
+            for start, count in ((plan.first[entry], rows), (first, rows),
+                                 (first[leaving], rows[leaving]), (row[coming], plan.rows[coming])))
+        self.layer = self.k = self.v = None
+
+    def write(self, layer: int, k, v):
+        """k, v [T, Hkv, D] of the rows that this instance computes."""
+        self.layer, self.k, self.v = layer, k, v
+
+
+class QueryBuffer:
+    """Where the engine leaves Q of this instance's rows, and what becomes of them: which rows
+    leave, what is attended here, and what is merged. Made once per iteration."""
+
+    def __init__(self, plan, index: int, slots: int, segment_tokens: int, group: int, device):
+        run, segment, slot, late = plan.refs[:, plan.refs[2] // slots == index]
+        own = plan.instance[run] == index
+        length = np.where(segment == plan.position[run] // segment_tokens,
+                          plan.position[run] % segment_tokens + plan.rows[run], segment_tokens)
+
+        def work(chosen, first):
+            """Work over the chosen references, and its rows as the plan's runs."""
+            spans = np.flatnonzero(chosen)
+            spans = spans[np.argsort(run[spans], kind="stable")]
+            runs, span_run = np.unique(run[spans], return_inverse=True)
+            rows = plan.rows[runs]
+            at = plan.first[runs] if first is None else np.cumsum(rows) - rows
+            return Work(at, rows, plan.position[runs], span_run,
+                        slot[spans] % slots * segment_tokens, length[spans],
+                        segment[spans] * segment_tokens, group, device), runs
+
+        self.ready, ready = work(own & (late == 0), None)
+        self.waiting, waiting = work(own & (late == 1), None)
+        self.arrived, _ = work(~own, "in order of arrival")
+
+        mine = plan.instance == index
+        shipped = plan.shipped()
+        self.active = bool(shipped.any())
+        self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()
+        leaving = [np.flatnonzero(mine & plan.reads[:, w]) if w != index else ready[:0]
+                   for w in range(len(self.sends))]
+        self.num_rows = int(plan.rows[mine].sum())
+        parts = np.full((self.num_rows, 2 + len(leaving)), -1, np.int32)
+        base, sources = 0, []
+        for column, runs in enumerate([ready, waiting, *leaving]):
+            rows = ranges(plan.first[runs], plan.rows[runs])
+            parts[rows, column] = base + np.arange(len(rows))
+            base += len(rows)
+            sources.append(rows)
+        parts = parts[:, (parts >= 0).any(0)]
+        leave = np.concatenate(sources[2:])
+        self.leave, self.parts = (torch.from_numpy(x).to(device, non_blocking=True)
+                                  for x in (leave, np.ascontiguousarray(parts)))
+        self.layer = self.q = None
+
+    def write(self, layer: int, q):
+        """q [T, H, D] of the rows that this instance computes."""
+        self.layer, self.q = layer, q
+
+
+class Pool:
+    """One instance's slab, and its part in the exchanges of a lake.
+
+    `instances`: the ranks of the lake; over one nothing is ever sent. Every rank of the cluster
+    must make the pools of all lakes in the same order (groups are made by everyone)."""
+
+    def __init__(self, cluster: Cluster, instances: list[int], config, slots: int,
+                 segment_tokens: int, staging: int, dtype, device):
+        self.index = instances.index(cluster.rank)
+        self.slots, self.segment_tokens, self.staging = slots, segment_tokens, staging
+        self.device, self.group = torch.device(device), config.num_heads // config.num_kv_heads
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+        # Never read before written: spans end where the tokens do.
+        shape = (config.num_layers, slots * segment_tokens + staging, config.num_kv_heads,
+                 config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.v = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.cluster, self.query_group, self.move_group = cluster, None, None
+        self.pinned = False
+        self.bytes = {"query": 0, "put": 0}
+        self._put = None
+        if len(instances) > 1:
+            alone = self.device.type == "cuda" and cluster.local_size <= torch.cuda.device_count()
+            backend = "nccl" if all(cluster.share(alone)) else "gloo"
+            self.pinned = backend == "gloo" and self.device.type == "cuda"
+            self.query_group, self.move_group = (
+                dist.new_group(instances, backend=backend) for _ in range(2))
+
+    @staticmethod
+    def bytes_needed(config, slots, segment_tokens, staging, dtype) -> int:
+        rows = slots * segment_tokens + staging
+        return (2 * config.num_layers * rows * config.num_kv_heads * config.head_dim
+                * dtype.itemsize)
+
+    def _exchange(self, rows, sends, receives, group):
+        """rows [sum(sends), …], in the order of their destinations → a function that waits for
+        [sum(receives), …], in the order of their sources."""
+        if self.pinned:  # gloo moves host memory
+            rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+        out = rows.new_empty(sum(receives), *rows.shape[1:])
+        work = dist.all_to_all_single(out, rows.contiguous(), receives, sends, group=group,
+                                      async_op=True)
+
+        def finish():
+            self.cluster.wait(work)
+            return out.to(self.device)
+        return finish
+
+    def move(self, layer: int, leave, sends, arrive, receives, kind: str):
+        """Slab rows `leave` of this rank (by destination) to the rows `arrive` of others (by
+        source). Returns a function that waits until what arrives here is in place."""
+        k, v = self.k[layer], self.v[layer]
+        rows = torch.stack((k[leave], v[leave]), 1)  # [n, 2, Hkv, D]
+        self.bytes[kind] += rows.nbytes
+        finish = self._exchange(rows, sends, receives, self.move_group)
+
+        def land():
+            kv = finish()
+            k[arrive], v[arrive] = kv[:, 0], kv[:, 1]
+        return land
+
+    def put(self, buffer: KVBuffer):
+        """Writes the layer's new rows into this slab. Those that live elsewhere wait in staging:
+        `query`, which comes next in every layer on every rank, sends them after the queries."""
+        self.k[buffer.layer, buffer.written] = buffer.k[buffer.fresh]
+        self.v[buffer.layer, buffer.written] = buffer.v[buffer.fresh]
+        self._put = buffer if buffer.active else None
+
+    def query(self, buffer: QueryBuffer):
+        """Attention of this rank's rows over the whole pool → [T, H, D]."""
+        layer, q = buffer.layer, buffer.q
+        k, v = self.k[layer], self.v[layer]
+        if buffer.active:
+            rows = q[buffer.leave]
+            self.bytes["query"] += rows.nbytes
+            arriving = self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
+        land, self._put = self._put, None
+        if land:
+            land = self.move(layer, land.leave, land.sends, land.arrive, land.receives, "put")
+        partials = [partial_attention(q, k, v, buffer.ready, self.scale)]
+        if land:
+            land()
+            partials.append(partial_attention(q, k, v, buffer.waiting, self.scale))
+        if buffer.active:
+            o, lse = partial_attention(arriving(), k, v, buffer.arrived, self.scale)
+            result = torch.cat((o, lse[..., None]), -1)  # one buffer: [n, H, D + 1]
+            self.bytes["query"] += result.nbytes
+            back = self._exchange(result, buffer.receives, buffer.sends, self.query_group)()
+            partials.append((back[..., :-1], back[..., -1]))
+        o, lse = (torch.cat(parts) for parts in zip(*partials))
+        return merge(o, lse, buffer.parts)[0].to(q.dtype)

@@ -1,0 +1,545 @@
+"""Serves a trace on a TokenLake: `torchrun --standalone --nproc-per-node=4 run_cluster.py`.
+
+    trace ─▶ requests ─▶ Scheduler ─▶ gen_plans ─▶ Llama.forward with attend = put, query ─▶ tokens
+                 ▲                                                                            │
+                 └──────────── finished: next turn of the session, requests.jsonl ◀───────────┘
+
+Every rank runs this same loop over the same trace. Rank 0 owns the clock, the progress bar and the
+output; each rank computes the rows the plan gives it, and the sampled tokens cross at the end of an
+iteration. With `--verify` every answer is then recomputed without a cache and compared.
+"""
+
+import argparse
+import contextlib
+import heapq
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from balancer import Request
+from model import (Config, Llama, ModelError, Sampler, load_config, load_weights, random_weights,
+                   score_gap)
+from pool import Cluster, LakeError, Pool, Stopped
+from tokenlake import Engine, LakeConfig, Scheduler, TokenLake
+
+BLOCK = 512  # tokens per hash id of a trace
+CV_WINDOW = 32  # iterations
+# A served token passes --verify if its score is this close to the best: rounding, not choice.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
+
+
+class InputError(ValueError):
+    """A user's mistake: one line, exit status 2."""
+
+
+# ── the trace ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Line:
+    """A request of a trace, lengths scaled, and what became of it. Times in ns of rank 0's clock
+    since the start."""
+
+    index: int
+    where: str
+    timestamp: float  # ms
+    input_length: int  # with everything before it in the session; an upper bound until it is sent
+    output_length: int
+    input_ids: list[int] | None
+    hash_ids: list[int] | None
+    salt: str
+    think: float  # ms
+    previous: "Line | None"  # of the session
+    request: Request | None = None
+    arrival: int = 0
+    token_times: list[int] = field(default_factory=list)
+
+    def prompt(self, vocab: int, block: int, seed: int) -> list[int]:
+        """A hash id's block of tokens comes from a generator seeded by (seed, id)."""
+        if self.input_ids is not None:
+            return (self.previous.request.tokens if self.previous else []) + self.input_ids
+        blocks = [np.random.default_rng((seed, id)).integers(vocab, size=block)
+                  for id in self.hash_ids]
+        return np.concatenate(blocks)[:self.input_length].tolist()
+
+    def record(self, cached_tokens: int) -> dict:
+        """Its line of requests.jsonl."""
+        times, request = self.token_times, self.request
+        gaps = [round((b - a) / 1e6, 3) for a, b in zip(times, times[1:])]
+        return dict(request_id=self.index, status="completed", arrival_s=self.arrival / 1e9,
+                    input_length=request.num_prompt, cached_tokens=cached_tokens,
+                    output_ids=request.tokens[request.num_prompt:],
+                    ttft_ms=round((times[0] - self.arrival) / 1e6, 3),
+                    tpot_ms=round(sum(gaps) / len(gaps), 3) if gaps else None,
+                    itl_ms=gaps, finished_s=times[-1] / 1e9)
+
+
+def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> list[Line]:
+    """The first `limit` requests of a trace, checked. `source` yields its lines, bytes or text."""
+    lines, sessions = [], {}
+    for index, text in zip(range(limit or sys.maxsize), source):
+        where = f"{name}:{index + 1}"
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: not JSON; one object per line is expected") from None
+        if not isinstance(raw, dict):
+            raise InputError(f"{where}: a JSON object is expected")
+
+        def check(key, ok, expected, default=None):
+            value = raw.get(key, default)
+            if not ok(value):
+                found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
+                raise InputError(f"{where}: {key} {found}; {expected} is expected")
+            return value
+
+        def number(key, default=None):
+            return check(key, lambda x: type(x) in (int, float) and 0 <= x < 2**53,
+                         "a number of ms from 0 up", default)
+
+        def length(key):
+            return check(key, lambda x: type(x) is int and 0 < x < 2**53, "a positive integer")
+
+        def integers(key):
+            return check(key, lambda x: isinstance(x, list) and x and all(
+                type(i) is int and 0 <= i < 2**63 for i in x), "a list of integers from 0 up")
+
+        session = check("session_id", lambda x: x is None or type(x) in (str, int),
+                        "a string or an integer")
+        previous = sessions.get(session)
+        input_ids = hash_ids = None
+        if "input_ids" in raw:
+            if "hash_ids" in raw or "input_length" in raw:
+                raise InputError(f"{where}: input_ids stands in place of input_length and hash_ids;"
+                                 " one or the other is expected")
+            if scale > 1:
+                raise InputError(f"{where}: input_ids cannot be scaled; drop --trace-scale")
+            input_ids = integers("input_ids")
+            total = len(input_ids)
+            if previous:
+                total += previous.input_length + previous.output_length
+        else:
+            total, hash_ids = length("input_length"), integers("hash_ids")
+            if len(hash_ids) != -(-total // BLOCK):
+                raise InputError(f"{where}: hash_ids lists {len(hash_ids)} blocks; input_length "
+                                 f"{total} makes {-(-total // BLOCK)} of {BLOCK} tokens")
+            total = -(-total // scale)
+        line = Line(index, where, number("timestamp"), total,
+                    -(-length("output_length") // scale), input_ids, hash_ids,
+                    check("salt", lambda x: isinstance(x, str), "a string", ""),
+                    number("think_ms", 0), previous)
+        if lines and line.timestamp < lines[-1].timestamp:
+            raise InputError(f"{where}: timestamp {line.timestamp} is before the previous line's "
+                             f"{lines[-1].timestamp}; lines in order of time are expected")
+        if session is not None:
+            sessions[session] = line
+        lines.append(line)
+    if not lines:
+        raise InputError(f"{name}: is empty; one JSON object per line is expected")
+    return lines
+
+
+def demo_trace(num_requests: int, vocab: int, seed: int):
+    """Sessions of three turns behind three system prompts, some more popular than others."""
+    rng, start, systems = np.random.default_rng((seed, 1)), 0.0, []
+    systems = [rng.integers(vocab, size=n).tolist() for n in (208, 144, 96)]
+    for index in range(num_requests):
+        ids = rng.integers(vocab, size=rng.integers(24, 72)).tolist()
+        if index % 3 == 0:
+            start += rng.exponential(100)
+            ids = systems[rng.choice(3, p=(0.6, 0.3, 0.1))] + ids
+        yield json.dumps(dict(timestamp=round(start, 1), session_id=index // 3, input_ids=ids,
+                              output_length=int(rng.integers(8, 25)), think_ms=100))
+
+
+# ── set-up ────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """The command line. Raises InputError naming the option."""
+
+    def checked(kind, ok, expected):
+        def parse(text):
+            if not ok(value := kind(text)):
+                raise ValueError
+            return value
+        parse.__name__ = expected  # argparse says "invalid <name> value: …"
+        return parse
+
+    def fail(message):
+        raise InputError(message.removeprefix("argument "))
+
+    count = checked(int, lambda x: x > 0, "positive integer")
+    parser = argparse.ArgumentParser(
+        prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
+    parser.error = fail
+    add = parser.add_argument
+    add("--trace", type=Path, metavar="FILE", help="JSON lines; default: a multi-turn demo")
+    add("--num-requests", type=count, metavar="K", help="serve the first K lines (demo: 48)")
+    add("--seed", type=checked(int, lambda x: x >= 0, "integer from 0"), default=0, metavar="N")
+    add("--trace-scale", type=checked(int, lambda x: x > 0 and BLOCK % x == 0, "divisor of 512"),
+        metavar="F", help="divide the trace's lengths and its 512-token block by F")
+    add("--model", type=Path, metavar="DIR", help="Hugging Face folder of a Llama")
+    add("--random-weights", action="store_true", help="with --model: read config.json alone")
+    add("--dtype", choices=DTYPES, help="default: float32; on a GPU what --model says")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--temperature", default=0.0, metavar="T", help="0 (the default) is greedy",
+        type=checked(float, lambda x: 0 <= x < float("inf"), "number from 0"))
+    add("--stop-at-eos", action="store_true", help="the model's end token ends a request early")
+    add("--segment-tokens", type=count, metavar="C", help="default: 16; --model on a GPU: 512")
+    add("--slots", type=count, metavar="S",
+        help="segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
+    add("--placement", choices=("stripe", "hash"), default="stripe")
+    add("--replicate-factor", type=int, choices=(0,), default=0)
+    add("--chunk-tokens", type=count, metavar="T",
+        help="prompt rows per instance and iteration; default: 4 segments")
+    add("--max-batch", type=count, default=32, metavar="R",
+        help="running requests in the whole lake (default 32)")
+    add("--scheduler", choices=("auto", "even"), default="auto")
+    add("--speed", type=checked(float, lambda x: x > 0, "positive number"), default=1.0,
+        metavar="X", help="arrivals X times faster; inf: all at once")
+    add("--timeout", type=checked(float, lambda x: 0 < x < 1e9, "positive number"), default=300.0,
+        metavar="SECONDS", help="after which a silent rank is given up (default 300)")
+    add("--verify", action=argparse.BooleanOptionalAction,
+        help="recompute every answer without a cache; default: for the demo on its own model")
+    add("--output", type=Path, metavar="DIR", help="write requests.jsonl and summary.json")
+    options = parser.parse_args(arguments)
+    if options.random_weights and not options.model:
+        raise InputError("--random-weights needs --model DIR (the built-in model is random)")
+    if options.trace_scale and not options.trace:
+        raise InputError("--trace-scale needs --trace FILE")
+    if options.verify is None:
+        options.verify = not options.trace and not options.model
+    return options
+
+
+def choose_device(options: argparse.Namespace, cluster: Cluster) -> tuple[torch.device, int]:
+    """This rank's device, and the bytes available on it. Ranks take a machine's GPUs in turn."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible; cpu or auto is expected")
+    if options.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", cluster.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device, torch.cuda.mem_get_info(device)[0]
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return torch.device("cpu"), int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Setup:
+    """Everything that is known before the first request is served."""
+
+    options: argparse.Namespace
+    lines: list[Line]
+    lake_config: LakeConfig
+    model: Llama
+
+
+def prepare(options, cluster: Cluster, device: torch.device, memory: int) -> Setup:
+    """Reads and checks all that the user gave. memory: bytes available on a device, the least over
+    the ranks. Raises InputError or ModelError; talks to no other rank."""
+    if options.output:
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+            held = [n for n in ("requests.jsonl", "summary.json") if (options.output / n).exists()]
+        except OSError as error:
+            raise InputError(f"--output {options.output}: {error.strerror}") from None
+        if held:
+            raise InputError(f"--output {options.output}: already holds {held[0]}; "
+                             "an empty or new folder is expected")
+    config = load_config(options.model) if options.model else Config()
+    if options.trace:
+        try:
+            with open(options.trace, "rb") as file:
+                lines = read_trace(file, str(options.trace), options.trace_scale or 1,
+                                   options.num_requests)
+        except OSError as error:
+            raise InputError(f"--trace {options.trace}: {error.strerror}") from None
+    else:
+        lines = read_trace(demo_trace(options.num_requests or 48, config.vocab_size,
+                                      options.seed), "demo")
+    if options.stop_at_eos and not config.eos_token_ids:
+        raise InputError("--stop-at-eos: the model's config.json has no eos_token_id")
+
+    real = options.model and device.type == "cuda"
+    name = options.dtype or (config.dtype if real else "float32")
+    if name not in DTYPES:
+        raise InputError(f"--dtype: config.json says {name!r}; one of {', '.join(DTYPES)} "
+                         "is expected")
+    dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
+
+    def lake_config(slots):
+        return LakeConfig(C, slots, options.placement, options.chunk_tokens or 4 * C,
+                          options.max_batch)
+
+    sharing = -(-cluster.local_size // max(1, torch.cuda.device_count() * (device.type == "cuda")))
+
+    def slabs(slots):  # bytes of the ranks that share a device
+        staging = lake_config(slots).staging(cluster.size)
+        return sharing * Pool.bytes_needed(config, slots, C, staging, dtype)
+    slots = options.slots
+    if slots is None:  # half of what is there is left for weights and activations
+        slots = max(1, (memory // 2 - slabs(0)) // (slabs(1) - slabs(0)))
+        slots = slots if device.type == "cuda" else min(slots, -(-32_768 // C))
+    if slabs(slots) > memory:
+        raise InputError(f"--slots {slots}: the slabs of {sharing} ranks need {slabs(slots):,} "
+                         f"bytes on {device}, {memory:,} are available")
+    for line in lines:
+        if line.input_ids and max(line.input_ids) >= config.vocab_size:
+            raise InputError(f"{line.where}: input_ids has the token {max(line.input_ids)}; ids "
+                             f"below the vocabulary's {config.vocab_size} are expected")
+        total = line.input_length + line.output_length
+        if total > config.max_positions:
+            raise InputError(f"{line.where}: prompt and answer are {total} tokens, the model has "
+                             f"{config.max_positions} positions")
+        if (needed := -(-(total - 1) // C)) > slots * cluster.size:
+            raise InputError(f"{line.where}: the request needs {needed} segments, the pool has "
+                             f"{slots * cluster.size}; more --slots are expected")
+    if options.model and not options.random_weights:
+        weights = load_weights(options.model, config, dtype, device)
+    else:
+        weights = random_weights(config, options.seed, dtype, device)
+    return Setup(options, lines, lake_config(slots), Llama(config, weights))
+
+
+# ── serving ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Server:
+    """A trace at work: sends requests when they are due, keeps their times and records."""
+
+    def __init__(self, setup: Setup, cluster: Cluster):
+        self.setup, self.cluster = setup, cluster
+        options, model = setup.options, setup.model
+        self.lake = TokenLake(list(range(cluster.size)), model.config, setup.lake_config, cluster,
+                              model.dtype, model.device)
+        self.scheduler = Scheduler(self.lake,
+                                   model.config.eos_token_ids if options.stop_at_eos else ())
+        self.engine = Engine(cluster, self.lake, self.scheduler, model,
+                             Sampler(options.temperature, options.seed))
+        self.records: dict[int, dict] = {}  # of finished requests, by request id
+        self.arrivals: list[tuple[int, int]] = []  # heap of (time, index)
+        self.next_turn = {line.previous.index: line for line in setup.lines if line.previous}
+        for line in setup.lines:
+            if not line.previous:
+                self._expect(line, 0)
+
+    def _expect(self, line: Line, earliest: int):
+        scheduled = int(line.timestamp * 1e6 / self.setup.options.speed)
+        heapq.heappush(self.arrivals, (max(scheduled, earliest), line.index))
+
+    def step(self) -> list[dict]:
+        """Hands the scheduler what has arrived, runs one iteration, and returns the records of the
+        requests that it finished."""
+        options, vocab = self.setup.options, self.setup.model.config.vocab_size
+        while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
+            arrival, index = heapq.heappop(self.arrivals)
+            line = self.setup.lines[index]
+            prompt = line.prompt(vocab, BLOCK // (options.trace_scale or 1), options.seed)
+            line.arrival = arrival
+            line.request = Request(index, prompt, len(prompt) + line.output_length, line.salt)
+            self.scheduler.add(line.request)
+        pause = self.arrivals[0][0] - self.engine.clock if self.arrivals else 0
+        tokens, finished = self.engine.step(pause / 1e9)
+        for index in tokens:
+            self.setup.lines[index].token_times.append(self.engine.clock)
+        return [self._finish(request) for request in finished]
+
+    def _finish(self, request: Request) -> dict:
+        line = self.setup.lines[request.id]
+        record = line.record(self.scheduler.counters.cached_tokens[request.id])
+        self.records[request.id] = record
+        if following := self.next_turn.get(request.id):
+            think = int(following.think * 1e6 / self.setup.options.speed)
+            self._expect(following, self.engine.clock + think)
+        return record
+
+    def serve(self, on_iteration):
+        """Until every request is finished; calls `on_iteration(server, records finished)`."""
+        self.engine.start()
+        while self.arrivals or self.scheduler.waiting or self.scheduler.running:
+            on_iteration(self, self.step())
+
+    def verify(self) -> tuple[int, float, int | None]:
+        """Recomputes every finished request without a cache, dealt over the ranks. Returns how many
+        are right, the largest score gap, and the first request that is not right."""
+        gaps = {}
+        for index in sorted(self.records)[self.cluster.rank::self.cluster.size]:
+            request = self.setup.lines[index].request
+            gaps[index] = score_gap(self.setup.model, self.engine.sampler, request.tokens,
+                                    request.num_prompt, index)
+        gaps = {index: gap for part in self.cluster.share(gaps) for index, gap in part.items()}
+        wrong = [index for index, gap in sorted(gaps.items())
+                 if not gap <= TOLERANCE[self.setup.model.dtype]]  # NaN is wrong
+        return len(gaps) - len(wrong), max(gaps.values(), default=0.0), next(iter(wrong), None)
+
+
+# ── the report ────────────────────────────────────────────────────────────────────────────────
+
+
+def variation(reads: list[np.ndarray]) -> float | None:
+    """Coefficient of variation over instances of cache tokens read: the mean over windows of
+    iterations (a last, shorter one counts only if it is alone)."""
+    windows = [sum(reads[i:i + CV_WINDOW]) for i in range(0, len(reads), CV_WINDOW)]
+    windows = windows[:len(reads) // CV_WINDOW] or windows
+    values = [w.std() / w.mean() for w in windows if w.any()]
+    return float(np.mean(values)) if values else None
+
+
+def summarise(server: Server, verdict) -> dict:
+    """summary.json: names as in vLLM's and SGLang's serving benchmarks, then ours. Collective."""
+    moved = [sum(column) for column in zip(*server.cluster.share(
+        list(server.lake.pool.bytes.values())))]
+    records, setup, balancer = list(server.records.values()), server.setup, server.lake.balancer
+    seconds = server.engine.clock / 1e9 - min((r["arrival_s"] for r in records), default=0.0)
+    inputs = sum(r["input_length"] for r in records)
+    outputs = sum(len(r["output_ids"]) for r in records)
+    s = dict(completed=len(records), duration=seconds, total_input_tokens=inputs,
+             total_output_tokens=outputs, request_throughput=len(records) / seconds,
+             output_throughput=outputs / seconds,
+             total_token_throughput=(inputs + outputs) / seconds)
+    for name in ("ttft_ms", "tpot_ms", "itl_ms"):
+        values = [v for r in records for v in np.atleast_1d(r[name]) if v is not None]
+        s |= {f"{kind}_{name}": round(float(of(values)), 3) if values else None for kind, of in (
+            ("mean", np.mean), ("median", np.median), ("p90", lambda v: np.percentile(v, 90)),
+            ("p99", lambda v: np.percentile(v, 99)))}
+    counters = vars(server.scheduler.counters).copy()
+    cached, puts, local, decodes, decodes_local = (counters.pop(key) for key in (
+        "cached_tokens", "puts", "puts_local", "decode_puts", "decode_puts_local"))
+    verified, gap = verdict or (None, None)
+    return s | counters | dict(
+        hit_rate=sum(cached[id] for id in server.records) / inputs if inputs else None,
+        cache_load_cv=variation(server.engine.reads), query_bytes=moved[0], put_bytes=moved[1],
+        replica_bytes=0, pull_bytes=0, puts_local=local / puts if puts else None,
+        decode_puts_local=decodes_local / decodes if decodes else None,
+        evictions=balancer.evictions, replicas_max=int(bool(balancer.tree.segments)),
+        iterations=server.engine.iterations, idle_fraction=None, verified=verified, max_logit_gap=gap,
+        config={k: str(v) if isinstance(v, Path) else v for k, v in vars(setup.options).items()}
+        | vars(setup.lake_config) | dict(
+            ranks=server.cluster.size, torch=torch.__version__, device=str(setup.model.device),
+            dtype=str(setup.model.dtype).removeprefix("torch.")))
+
+
+def table(s: dict, reads: list[np.ndarray]) -> str:
+    """The report that ends a run, from its summary."""
+
+    def show(value, form):
+        return "–" if value is None else format(value, form)
+
+    def times(name):
+        return "  ".join(f"{kind} {show(s[f'{kind}_{name}_ms'], ',.0f')}"
+                         for kind in ("mean", "median", "p90", "p99"))
+
+    load = sum(reads) if reads else np.zeros(1)
+    asked = s["total_input_tokens"] + s["total_output_tokens"] - s["completed"]
+    lines = {
+        "requests": f"{s['completed']} in {s['duration']:.1f} s, "
+                    f"{s['output_throughput']:,.0f} output tokens/s",
+        "hit rate": f"{show(s['hit_rate'], '.1%')} of {s['total_input_tokens']:,} prompt tokens",
+        "computed": f"{s['computed_tokens']:,} of {asked:,} tokens asked for "
+                    f"({s['recomputed_tokens']:,} again, after preemption)",
+        "cache load": "  ".join(f"{share:.1%}" for share in load / max(1, load.sum()))
+                      + f"  of reads per instance, CV {show(s['cache_load_cv'], '.2f')}",
+        "TTFT ms": times("ttft"),
+        "TPOT ms": times("tpot"),
+        "moved": f"queries {s['query_bytes'] / 1e6:,.1f} MB, puts {s['put_bytes'] / 1e6:,.1f} MB "
+                 f"({show(s['puts_local'], '.1%')} of new KV was computed where it lives)",
+        "pressure": f"{s['evictions']:,} evictions, {s['preemptions']:,} preemptions",
+    }
+    if s["verified"] is not None:
+        lines["verified"] = (f"{s['verified']}/{s['completed']} equal recomputation without a "
+                             f"cache (largest score gap {s['max_logit_gap']:.1e})")
+    return "\n".join(f"{name:>12}  {text}" for name, text in lines.items())
+
+
+# ── the program ───────────────────────────────────────────────────────────────────────────────
+
+
+def together(cluster: Cluster, step, *arguments):
+    """A step of set-up, on every rank. What one rank cannot do, none goes on with: raises the
+    error of the lowest rank that has one on all."""
+    result = error = None
+    try:
+        result = step(*arguments)
+    except (InputError, ModelError) as problem:
+        error = str(problem)
+    if error := next(filter(None, cluster.share(error)), None):
+        raise InputError(error)
+    return result
+
+
+def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
+    """The whole program on one rank; returns its exit status. Rank 0 says what went wrong."""
+    timeout = 60.0
+    with contextlib.suppress(InputError):  # said below, when the ranks have met
+        timeout = parse_options(arguments).timeout
+    cluster = Cluster(timeout)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
+    status, error = 1, None
+    try:
+        options = together(cluster, parse_options, arguments)
+        device, memory = together(cluster, choose_device, options, cluster)
+        memory = min(cluster.share(memory))
+        server = Server(together(cluster, prepare, options, cluster, device, memory), cluster)
+        error = serve(server, on_iteration)
+        status = int(error is not None)
+    except InputError as problem:
+        status, error = 2, problem
+    except LakeError as problem:
+        error = problem
+    finally:
+        cluster.close()
+    if error and cluster.rank == 0:
+        print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def serve(server: Server, on_iteration) -> str | None:
+    """Serves, verifies and reports; returns what is wrong with the result."""
+    options, first = server.setup.options, server.cluster.rank == 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(server.engine, "stop", True))
+    error = verdict = None
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(server.setup.lines), unit="request", leave=False,
+                                       disable=not first))
+        if first and options.output:
+            output = stack.enter_context(open(options.output / "requests.jsonl", "x"))
+
+        def progress(server, finished):
+            for record in finished:
+                bar.update()
+                if first and options.output:
+                    print(json.dumps(record), file=output, flush=True)
+            on_iteration(server, finished)
+
+        try:
+            server.serve(progress)
+        except Stopped as stopped:
+            error = (f"{stopped}; {len(server.records)} of {len(server.setup.lines)} requests "
+                     "are finished")
+    if options.verify and not error:
+        *verdict, wrong = server.verify()
+        if wrong is not None:
+            error = f"request {wrong} differs from recomputation without a cache"
+    summary = summarise(server, verdict)
+    if first:
+        print(table(summary, server.engine.reads), flush=True)
+        if options.output:
+            (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
