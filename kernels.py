@@ -217,10 +217,10 @@ if triton is not None:
             tile = Tiles + t * 3
             n = tl.arange(0, N)
             inside = n < tl.load(tile + 1)
-            at = ((tl.load(tile) + n) * HKV + head)[:, None] * D + d[None, :]
+            kv_at = ((tl.load(tile) + n) * HKV + head)[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]  # masks V too: 0 × NaN is NaN
-            k = tl.load(K + at, mask=mask, other=0.0)
-            v = tl.load(V + at, mask=mask, other=0.0)
+            k = tl.load(K + kv_at, mask=mask, other=0.0)
+            v = tl.load(V + kv_at, mask=mask, other=0.0)
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
@@ -236,9 +236,9 @@ if triton is not None:
         divisor = tl.where(total == 0.0, 1.0, total)
         o = acc / divisor[:, None]
         lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
-        at = (partial + row) * H + query_head
-        tl.store(O + at[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
-        tl.store(LSE + at, lse, mask=live)
+        out = (partial + row) * H + query_head
+        tl.store(O + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
+        tl.store(LSE + out, lse, mask=live)
 
     @triton.jit
     def _merge_kernel(O, LSE, Parts, Out, OutLSE, max_parts,

@@ -1,7 +1,9 @@
 """Llama without a cache: what does a transformer need from attention?
 
-    tokens [T] ─ embed ─┬─ norm ─ q,k,v ─ RoPE ─ attend(layer, q, k, v) ─ o ─┬─ norm ─ SwiGLU ─┬─ ×L ─ norm ─ logits
-                        └────────────────────────────────────────────────────┴─────────────────┘
+    tokens [T] ─ embed ─▶ x ─ norm ─ q, k, v ─ RoPE ─ attend(layer, q, k, v) ─ o ─▶ + ─┐
+                          ▲                                                            │ × L
+                          └────────────────────── + ◀─ SwiGLU ─ norm ◀─────────────────┘
+                          x after L layers ─ norm ─ head ─▶ logits
 
 The forward works on flat rows: T tokens with absolute positions, of any number of requests, in any
 order. Projections, norms and FFN see rows one by one; only `attend` connects them, and the caller

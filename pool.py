@@ -36,6 +36,10 @@ import torch.distributed as dist
 from kernels import Work, merge, partial_attention, ranges
 
 
+class SetupError(ValueError):
+    """A rank's ValueError during set-up, on every rank."""
+
+
 class LakeError(RuntimeError):
     """The ranks cannot go on together: one line that says where and who."""
 
@@ -69,6 +73,18 @@ class Cluster:
             things = [None] * self.size
             dist.all_gather_object(things, thing)
         return things
+
+    def together(self, step, *arguments):
+        """`step(*arguments)` on every rank. What one rank cannot do (a ValueError), none goes on
+        with: raises SetupError with the words of the lowest rank that failed, on all."""
+        result = error = None
+        try:
+            result = step(*arguments)
+        except ValueError as problem:
+            error = str(problem)
+        if error := next(filter(None, self.share(error)), None):
+            raise SetupError(error)
+        return result
 
     def gather(self, values: list[int], asynchronous=False):
         """Integers of every rank, as many from each → [size][len(values)], or with `asynchronous`
@@ -122,8 +138,9 @@ class Cluster:
             except RuntimeError:
                 at = [self.iteration]
             behind = [rank for rank, iteration in enumerate(at) if iteration < max(at)]
-            who = f"rank {', '.join(map(str, behind))} behind" if behind else "no rank behind"
-            raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}") from None
+            who = f"rank {', '.join(map(str, behind))} behind" if behind else "none behind"
+            raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}"
+                            ) from None
 
     def close(self):
         if dist.is_initialized():
@@ -236,7 +253,8 @@ class Pool:
                 dist.new_group(instances, backend=backend) for _ in range(2))
 
     @staticmethod
-    def bytes_needed(config, slots, segment_tokens, staging, dtype) -> int:
+    def bytes_needed(config, segment_tokens: int, staging: int, dtype, slots: int) -> int:
+        """Of a slab."""
         rows = slots * segment_tokens + staging
         return (2 * config.num_layers * rows * config.num_kv_heads * config.head_dim
                 * dtype.itemsize)

@@ -16,7 +16,8 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,23 @@ import torch
 from tqdm import tqdm
 
 from balancer import Request
-from model import (Config, Llama, ModelError, Sampler, load_config, load_weights, random_weights,
-                   score_gap)
-from pool import Cluster, LakeError, Pool, Stopped
+from model import (Config, Llama, Sampler, load_config, load_weights, random_weights, score_gap)
+from pool import Cluster, LakeError, Pool, SetupError, Stopped
 from tokenlake import Engine, LakeConfig, Scheduler, TokenLake
 
 BLOCK = 512  # tokens per hash id of a trace
 CV_WINDOW = 32  # iterations
+KINDS = ("mean", "median", "p90", "p99")  # of latencies
 # A served token passes --verify if its score is this close to the best: rounding, not choice.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
+
+
+# Fields of a trace: what they must be, in code and in words.
+TIME = lambda x: type(x) in (int, float) and 0 <= x < 2**53, "a number of ms from 0 up"
+LENGTH = lambda x: type(x) is int and 0 < x < 2**53, "a positive integer"
+IDS = (lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < 2**63 for i in x),
+       "a list of integers from 0 up")
 
 
 class InputError(ValueError):
@@ -41,7 +49,6 @@ class InputError(ValueError):
 
 
 # ── the trace ─────────────────────────────────────────────────────────────────────────────────
-
 
 @dataclass
 class Line:
@@ -101,17 +108,6 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
                 raise InputError(f"{where}: {key} {found}; {expected} is expected")
             return value
 
-        def number(key, default=None):
-            return check(key, lambda x: type(x) in (int, float) and 0 <= x < 2**53,
-                         "a number of ms from 0 up", default)
-
-        def length(key):
-            return check(key, lambda x: type(x) is int and 0 < x < 2**53, "a positive integer")
-
-        def integers(key):
-            return check(key, lambda x: isinstance(x, list) and x and all(
-                type(i) is int and 0 <= i < 2**63 for i in x), "a list of integers from 0 up")
-
         session = check("session_id", lambda x: x is None or type(x) in (str, int),
                         "a string or an integer")
         previous = sessions.get(session)
@@ -122,20 +118,20 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
                                  " one or the other is expected")
             if scale > 1:
                 raise InputError(f"{where}: input_ids cannot be scaled; drop --trace-scale")
-            input_ids = integers("input_ids")
+            input_ids = check("input_ids", *IDS)
             total = len(input_ids)
             if previous:
                 total += previous.input_length + previous.output_length
         else:
-            total, hash_ids = length("input_length"), integers("hash_ids")
+            total, hash_ids = check("input_length", *LENGTH), check("hash_ids", *IDS)
             if len(hash_ids) != -(-total // BLOCK):
                 raise InputError(f"{where}: hash_ids lists {len(hash_ids)} blocks; input_length "
                                  f"{total} makes {-(-total // BLOCK)} of {BLOCK} tokens")
             total = -(-total // scale)
-        line = Line(index, where, number("timestamp"), total,
-                    -(-length("output_length") // scale), input_ids, hash_ids,
+        line = Line(index, where, check("timestamp", *TIME), total,
+                    -(-check("output_length", *LENGTH) // scale), input_ids, hash_ids,
                     check("salt", lambda x: isinstance(x, str), "a string", ""),
-                    number("think_ms", 0), previous)
+                    check("think_ms", *TIME, 0), previous)
         if lines and line.timestamp < lines[-1].timestamp:
             raise InputError(f"{where}: timestamp {line.timestamp} is before the previous line's "
                              f"{lines[-1].timestamp}; lines in order of time are expected")
@@ -149,7 +145,7 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
 
 def demo_trace(num_requests: int, vocab: int, seed: int):
     """Sessions of three turns behind three system prompts, some more popular than others."""
-    rng, start, systems = np.random.default_rng((seed, 1)), 0.0, []
+    rng, start = np.random.default_rng((seed, 1)), 0.0
     systems = [rng.integers(vocab, size=n).tolist() for n in (208, 144, 96)]
     for index in range(num_requests):
         ids = rng.integers(vocab, size=rng.integers(24, 72)).tolist()
@@ -161,7 +157,6 @@ def demo_trace(num_requests: int, vocab: int, seed: int):
 
 
 # ── set-up ────────────────────────────────────────────────────────────────────────────────────
-
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises InputError naming the option."""
@@ -204,8 +199,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--max-batch", type=count, default=32, metavar="R",
         help="running requests in the whole lake (default 32)")
     add("--scheduler", choices=("auto", "even"), default="auto")
-    add("--speed", type=checked(float, lambda x: x > 0, "positive number"), default=1.0,
-        metavar="X", help="arrivals X times faster; inf: all at once")
+    add("--speed", type=checked(float, lambda x: x >= 1e-6, "positive number"), metavar="X",
+        default=1.0, help="arrivals X times faster; inf: all at once")
     add("--timeout", type=checked(float, lambda x: 0 < x < 1e9, "positive number"), default=300.0,
         metavar="SECONDS", help="after which a silent rank is given up (default 300)")
     add("--verify", action=argparse.BooleanOptionalAction,
@@ -217,7 +212,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if options.trace_scale and not options.trace:
         raise InputError("--trace-scale needs --trace FILE")
     if options.verify is None:
-        options.verify = not options.trace and not options.model
+        options.verify = not (options.trace or options.model)
     return options
 
 
@@ -236,19 +231,9 @@ def choose_device(options: argparse.Namespace, cluster: Cluster) -> tuple[torch.
         return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass
-class Setup:
-    """Everything that is known before the first request is served."""
-
-    options: argparse.Namespace
-    lines: list[Line]
-    lake_config: LakeConfig
-    model: Llama
-
-
-def prepare(options, cluster: Cluster, device: torch.device, memory: int) -> Setup:
-    """Reads and checks all that the user gave. memory: bytes available on a device, the least over
-    the ranks. Raises InputError or ModelError; talks to no other rank."""
+def prepare(options, cluster: Cluster, device, memory: int):
+    """Reads and checks all that the user gave → (lines, LakeConfig, Llama). memory: bytes available
+    on a device, the least over the ranks. Raises InputError or ModelError."""
     if options.output:
         try:
             options.output.mkdir(parents=True, exist_ok=True)
@@ -256,8 +241,7 @@ def prepare(options, cluster: Cluster, device: torch.device, memory: int) -> Set
         except OSError as error:
             raise InputError(f"--output {options.output}: {error.strerror}") from None
         if held:
-            raise InputError(f"--output {options.output}: already holds {held[0]}; "
-                             "an empty or new folder is expected")
+            raise InputError(f"--output {options.output}: holds {held[0]}; a new one is expected")
     config = load_config(options.model) if options.model else Config()
     if options.trace:
         try:
@@ -267,34 +251,27 @@ def prepare(options, cluster: Cluster, device: torch.device, memory: int) -> Set
         except OSError as error:
             raise InputError(f"--trace {options.trace}: {error.strerror}") from None
     else:
-        lines = read_trace(demo_trace(options.num_requests or 48, config.vocab_size,
-                                      options.seed), "demo")
+        demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
+        lines = read_trace(demo, "demo")
     if options.stop_at_eos and not config.eos_token_ids:
         raise InputError("--stop-at-eos: the model's config.json has no eos_token_id")
 
     real = options.model and device.type == "cuda"
     name = options.dtype or (config.dtype if real else "float32")
     if name not in DTYPES:
-        raise InputError(f"--dtype: config.json says {name!r}; one of {', '.join(DTYPES)} "
-                         "is expected")
+        raise InputError(f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
     dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
 
-    def lake_config(slots):
-        return LakeConfig(C, slots, options.placement, options.chunk_tokens or 4 * C,
-                          options.max_batch)
-
     sharing = -(-cluster.local_size // max(1, torch.cuda.device_count() * (device.type == "cuda")))
-
-    def slabs(slots):  # bytes of the ranks that share a device
-        staging = lake_config(slots).staging(cluster.size)
-        return sharing * Pool.bytes_needed(config, slots, C, staging, dtype)
-    slots = options.slots
+    lake = LakeConfig(C, 0, options.placement, options.chunk_tokens or 4 * C, options.max_batch)
+    bytes_of = partial(Pool.bytes_needed, config, C, lake.staging(cluster.size), dtype)
+    slots, room = options.slots, memory // sharing  # of the ranks that share a device
     if slots is None:  # half of what is there is left for weights and activations
-        slots = max(1, (memory // 2 - slabs(0)) // (slabs(1) - slabs(0)))
+        slots = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
         slots = slots if device.type == "cuda" else min(slots, -(-32_768 // C))
-    if slabs(slots) > memory:
-        raise InputError(f"--slots {slots}: the slabs of {sharing} ranks need {slabs(slots):,} "
-                         f"bytes on {device}, {memory:,} are available")
+    if bytes_of(slots) > room:
+        raise InputError(f"--slots {slots}: the slabs of {sharing} ranks need "
+                         f"{sharing * bytes_of(slots):,} bytes on {device}, {memory:,} are there")
     for line in lines:
         if line.input_ids and max(line.input_ids) >= config.vocab_size:
             raise InputError(f"{line.where}: input_ids has the token {max(line.input_ids)}; ids "
@@ -306,23 +283,20 @@ def prepare(options, cluster: Cluster, device: torch.device, memory: int) -> Set
         if (needed := -(-(total - 1) // C)) > slots * cluster.size:
             raise InputError(f"{line.where}: the request needs {needed} segments, the pool has "
                              f"{slots * cluster.size}; more --slots are expected")
-    if options.model and not options.random_weights:
-        weights = load_weights(options.model, config, dtype, device)
-    else:
-        weights = random_weights(config, options.seed, dtype, device)
-    return Setup(options, lines, lake_config(slots), Llama(config, weights))
+    made = options.random_weights or not options.model
+    weights = (random_weights(config, options.seed, dtype, device) if made
+               else load_weights(options.model, config, dtype, device))
+    return lines, replace(lake, slots=slots), Llama(config, weights)
 
 
 # ── serving ───────────────────────────────────────────────────────────────────────────────────
 
-
 class Server:
     """A trace at work: sends requests when they are due, keeps their times and records."""
 
-    def __init__(self, setup: Setup, cluster: Cluster):
-        self.setup, self.cluster = setup, cluster
-        options, model = setup.options, setup.model
-        self.lake = TokenLake(list(range(cluster.size)), model.config, setup.lake_config, cluster,
+    def __init__(self, options, cluster: Cluster, lines: list[Line], lake_config, model: Llama):
+        self.options, self.cluster, self.lines, self.model = options, cluster, lines, model
+        self.lake = TokenLake(list(range(cluster.size)), model.config, lake_config, cluster,
                               model.dtype, model.device)
         self.scheduler = Scheduler(self.lake,
                                    model.config.eos_token_ids if options.stop_at_eos else ())
@@ -330,22 +304,22 @@ class Server:
                              Sampler(options.temperature, options.seed))
         self.records: dict[int, dict] = {}  # of finished requests, by request id
         self.arrivals: list[tuple[int, int]] = []  # heap of (time, index)
-        self.next_turn = {line.previous.index: line for line in setup.lines if line.previous}
-        for line in setup.lines:
+        self.next_turn = {line.previous.index: line for line in lines if line.previous}
+        for line in lines:
             if not line.previous:
                 self._expect(line, 0)
 
     def _expect(self, line: Line, earliest: int):
-        scheduled = int(line.timestamp * 1e6 / self.setup.options.speed)
+        scheduled = int(line.timestamp * 1e6 / self.options.speed)
         heapq.heappush(self.arrivals, (max(scheduled, earliest), line.index))
 
     def step(self) -> list[dict]:
         """Hands the scheduler what has arrived, runs one iteration, and returns the records of the
         requests that it finished."""
-        options, vocab = self.setup.options, self.setup.model.config.vocab_size
+        options, vocab = self.options, self.model.config.vocab_size
         while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
             arrival, index = heapq.heappop(self.arrivals)
-            line = self.setup.lines[index]
+            line = self.lines[index]
             prompt = line.prompt(vocab, BLOCK // (options.trace_scale or 1), options.seed)
             line.arrival = arrival
             line.request = Request(index, prompt, len(prompt) + line.output_length, line.salt)
@@ -353,40 +327,33 @@ class Server:
         pause = self.arrivals[0][0] - self.engine.clock if self.arrivals else 0
         tokens, finished = self.engine.step(pause / 1e9)
         for index in tokens:
-            self.setup.lines[index].token_times.append(self.engine.clock)
+            self.lines[index].token_times.append(self.engine.clock)
         return [self._finish(request) for request in finished]
 
     def _finish(self, request: Request) -> dict:
-        line = self.setup.lines[request.id]
+        line = self.lines[request.id]
         record = line.record(self.scheduler.counters.cached_tokens[request.id])
         self.records[request.id] = record
         if following := self.next_turn.get(request.id):
-            think = int(following.think * 1e6 / self.setup.options.speed)
-            self._expect(following, self.engine.clock + think)
+            self._expect(following, self.engine.clock
+                         + int(following.think * 1e6 / self.options.speed))
         return record
-
-    def serve(self, on_iteration):
-        """Until every request is finished; calls `on_iteration(server, records finished)`."""
-        self.engine.start()
-        while self.arrivals or self.scheduler.waiting or self.scheduler.running:
-            on_iteration(self, self.step())
 
     def verify(self) -> tuple[int, float, int | None]:
         """Recomputes every finished request without a cache, dealt over the ranks. Returns how many
         are right, the largest score gap, and the first request that is not right."""
         gaps = {}
         for index in sorted(self.records)[self.cluster.rank::self.cluster.size]:
-            request = self.setup.lines[index].request
-            gaps[index] = score_gap(self.setup.model, self.engine.sampler, request.tokens,
+            request = self.lines[index].request
+            gaps[index] = score_gap(self.model, self.engine.sampler, request.tokens,
                                     request.num_prompt, index)
         gaps = {index: gap for part in self.cluster.share(gaps) for index, gap in part.items()}
         wrong = [index for index, gap in sorted(gaps.items())
-                 if not gap <= TOLERANCE[self.setup.model.dtype]]  # NaN is wrong
+                 if not gap <= TOLERANCE[self.model.dtype]]  # NaN is wrong
         return len(gaps) - len(wrong), max(gaps.values(), default=0.0), next(iter(wrong), None)
 
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────
-
 
 def variation(reads: list[np.ndarray]) -> float | None:
     """Coefficient of variation over instances of cache tokens read: the mean over windows of
@@ -401,19 +368,19 @@ def summarise(server: Server, verdict) -> dict:
     """summary.json: names as in vLLM's and SGLang's serving benchmarks, then ours. Collective."""
     moved = [sum(column) for column in zip(*server.cluster.share(
         list(server.lake.pool.bytes.values())))]
-    records, setup, balancer = list(server.records.values()), server.setup, server.lake.balancer
+    records, balancer = list(server.records.values()), server.lake.balancer
     seconds = server.engine.clock / 1e9 - min((r["arrival_s"] for r in records), default=0.0)
     inputs = sum(r["input_length"] for r in records)
     outputs = sum(len(r["output_ids"]) for r in records)
     s = dict(completed=len(records), duration=seconds, total_input_tokens=inputs,
-             total_output_tokens=outputs, request_throughput=len(records) / seconds,
-             output_throughput=outputs / seconds,
-             total_token_throughput=(inputs + outputs) / seconds)
+             total_output_tokens=outputs)
+    s |= {name: amount / seconds if records else None for name, amount in (
+        ("request_throughput", len(records)), ("output_throughput", outputs),
+        ("total_token_throughput", inputs + outputs))}
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         values = [v for r in records for v in np.atleast_1d(r[name]) if v is not None]
-        s |= {f"{kind}_{name}": round(float(of(values)), 3) if values else None for kind, of in (
-            ("mean", np.mean), ("median", np.median), ("p90", lambda v: np.percentile(v, 90)),
-            ("p99", lambda v: np.percentile(v, 99)))}
+        found = [np.mean(values), *np.percentile(values, (50, 90, 99))] if values else [None] * 4
+        s |= {f"{kind}_{name}": value for kind, value in zip(KINDS, found)}
     counters = vars(server.scheduler.counters).copy()
     cached, puts, local, decodes, decodes_local = (counters.pop(key) for key in (
         "cached_tokens", "puts", "puts_local", "decode_puts", "decode_puts_local"))
@@ -424,11 +391,12 @@ def summarise(server: Server, verdict) -> dict:
         replica_bytes=0, pull_bytes=0, puts_local=local / puts if puts else None,
         decode_puts_local=decodes_local / decodes if decodes else None,
         evictions=balancer.evictions, replicas_max=int(bool(balancer.tree.segments)),
-        iterations=server.engine.iterations, idle_fraction=None, verified=verified, max_logit_gap=gap,
-        config={k: str(v) if isinstance(v, Path) else v for k, v in vars(setup.options).items()}
-        | vars(setup.lake_config) | dict(
-            ranks=server.cluster.size, torch=torch.__version__, device=str(setup.model.device),
-            dtype=str(setup.model.dtype).removeprefix("torch.")))
+        iterations=server.engine.iterations, idle_fraction=None, verified=verified,
+        max_logit_gap=gap,
+        config={k: str(v) if isinstance(v, Path) else v for k, v in vars(server.options).items()}
+        | vars(server.lake.config) | dict(
+            ranks=server.cluster.size, torch=torch.__version__, device=str(server.model.device),
+            dtype=str(server.model.dtype).removeprefix("torch.")))
 
 
 def table(s: dict, reads: list[np.ndarray]) -> str:
@@ -439,13 +407,13 @@ def table(s: dict, reads: list[np.ndarray]) -> str:
 
     def times(name):
         return "  ".join(f"{kind} {show(s[f'{kind}_{name}_ms'], ',.0f')}"
-                         for kind in ("mean", "median", "p90", "p99"))
+                         for kind in KINDS)
 
     load = sum(reads) if reads else np.zeros(1)
     asked = s["total_input_tokens"] + s["total_output_tokens"] - s["completed"]
     lines = {
         "requests": f"{s['completed']} in {s['duration']:.1f} s, "
-                    f"{s['output_throughput']:,.0f} output tokens/s",
+                    f"{show(s['output_throughput'], ',.0f')} output tokens/s",
         "hit rate": f"{show(s['hit_rate'], '.1%')} of {s['total_input_tokens']:,} prompt tokens",
         "computed": f"{s['computed_tokens']:,} of {asked:,} tokens asked for "
                     f"({s['recomputed_tokens']:,} again, after preemption)",
@@ -465,20 +433,6 @@ def table(s: dict, reads: list[np.ndarray]) -> str:
 
 # ── the program ───────────────────────────────────────────────────────────────────────────────
 
-
-def together(cluster: Cluster, step, *arguments):
-    """A step of set-up, on every rank. What one rank cannot do, none goes on with: raises the
-    error of the lowest rank that has one on all."""
-    result = error = None
-    try:
-        result = step(*arguments)
-    except (InputError, ModelError) as problem:
-        error = str(problem)
-    if error := next(filter(None, cluster.share(error)), None):
-        raise InputError(error)
-    return result
-
-
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
     """The whole program on one rank; returns its exit status. Rank 0 says what went wrong."""
     timeout = 60.0
@@ -488,16 +442,15 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
     status, error = 1, None
     try:
-        options = together(cluster, parse_options, arguments)
-        device, memory = together(cluster, choose_device, options, cluster)
+        options = cluster.together(parse_options, arguments)
+        device, memory = cluster.together(choose_device, options, cluster)
         memory = min(cluster.share(memory))
-        server = Server(together(cluster, prepare, options, cluster, device, memory), cluster)
+        ready = cluster.together(prepare, options, cluster, device, memory)
+        server = Server(options, cluster, *ready)
         error = serve(server, on_iteration)
         status = int(error is not None)
-    except InputError as problem:
-        status, error = 2, problem
-    except LakeError as problem:
-        error = problem
+    except (SetupError, LakeError) as problem:
+        status, error = 2 if isinstance(problem, SetupError) else 1, problem
     finally:
         cluster.close()
     if error and cluster.rank == 0:
@@ -507,17 +460,17 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
 
 def serve(server: Server, on_iteration) -> str | None:
     """Serves, verifies and reports; returns what is wrong with the result."""
-    options, first = server.setup.options, server.cluster.rank == 0
+    options, first = server.options, server.cluster.rank == 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server.engine, "stop", True))
     error = verdict = None
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(server.setup.lines), unit="request", leave=False,
+        bar = stack.enter_context(tqdm(total=len(server.lines), unit="request", leave=False,
                                        disable=not first))
         if first and options.output:
             output = stack.enter_context(open(options.output / "requests.jsonl", "x"))
 
-        def progress(server, finished):
+        def progress(finished):
             for record in finished:
                 bar.update()
                 if first and options.output:
@@ -525,9 +478,11 @@ def serve(server: Server, on_iteration) -> str | None:
             on_iteration(server, finished)
 
         try:
-            server.serve(progress)
+            server.engine.start()
+            while server.arrivals or server.scheduler.waiting or server.scheduler.running:
+                progress(server.step())
         except Stopped as stopped:
-            error = (f"{stopped}; {len(server.records)} of {len(server.setup.lines)} requests "
+            error = (f"{stopped}; {len(server.records)} of {len(server.lines)} requests "
                      "are finished")
     if options.verify and not error:
         *verdict, wrong = server.verify()

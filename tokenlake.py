@@ -22,6 +22,7 @@ Notation: N instances · C tokens per segment · T rows · H query heads · Hkv 
 
 import time
 from bisect import insort
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -285,7 +286,9 @@ class Engine:
             query_plan, transfer_plan, groups = lake.gen_plans(batches, dops,
                                                                lake.get_prefix_tree())
         except Exception:
-            cluster.announce(bytes(16), self.stop, fault=True)
+            with suppress(LakeError):  # the others stop too, and say so
+                cluster.announce(bytes(16), self.stop, fault=True)
+                cluster.confirm()
             raise
         cluster.announce(plan_digest(self.iterations, query_plan, transfer_plan), self.stop)
         samples, tokens = self.scheduler.samples(query_plan), []

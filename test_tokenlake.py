@@ -1,0 +1,1174 @@
+"""Tests: `pytest test_tokenlake.py`; `-m slow` runs the long ones, which are left out by default.
+
+Ranks are real processes that talk over gloo, forked from one server that has torch imported. Each
+run has its own store on a free port and its own folder, so runs can go side by side."""
+
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels is imported
+
+import balancer
+import kernels
+import pool
+import run_cluster
+import tokenlake
+from balancer import Balancer, Geometry, PrefixTree, Request
+from kernels import Work, merge, partial_attention, ranges
+from model import (Config, Llama, ModelError, Sampler, generate, load_config, load_weights,
+                   random_weights, tensor_shapes)
+from tokenlake import LakeConfig, Scheduler, TokenLake
+
+HERE = Path(__file__).parent
+BACKENDS = ["torch"] + ["triton"] * (kernels.triton is not None)
+
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["test_tokenlake"])
+
+
+def rank_main(pipe, rank, size, port, arguments, prelude):
+    """One rank: the program, with the invariants checked after every iteration."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
+                      LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      TORCHELASTIC_USE_AGENT_STORE="True")
+    out, seen, status, failure = io.StringIO(), {}, None, None
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            observe = (globals()[prelude](rank, seen) if prelude else None) or (lambda *_: None)
+
+            def on_iteration(server, finished):
+                check_invariants(server)
+                observe(server, finished)
+
+            status = run_cluster.run(arguments, on_iteration)
+    except BaseException:
+        failure = traceback.format_exc()
+    pipe.send((status, out.getvalue(), seen, failure))
+    pipe.close()
+
+
+class Job:
+    """Ranks of one run of the program, started; `finish` waits for them."""
+
+    def __init__(self, arguments, ranks=1, prelude=None):
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.processes, self.pipes = [], []
+        for rank in range(ranks):
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=rank_main, args=(
+                theirs, rank, ranks, self.store.port, [str(a) for a in arguments], prelude))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def finish(self, timeout=240):
+        """[(status, text, seen)] by rank; fails the test if a rank hung or raised."""
+        deadline, results = time.monotonic() + timeout, []
+        for rank, (process, pipe) in enumerate(zip(self.processes, self.pipes)):
+            try:
+                if not pipe.poll(max(0.1, deadline - time.monotonic())):
+                    raise AssertionError(f"rank {rank} hangs")
+                result = pipe.recv()
+            except EOFError:
+                result = (None, "", {}, f"rank {rank} died")
+            except AssertionError:
+                for other in self.processes:
+                    other.kill()
+                raise
+            results.append(result)
+        for process in self.processes:
+            process.join(10)
+        failures = [failure for *_, failure in results if failure]
+        assert not failures, "\n".join(failures) + "".join(text for _, text, *_ in results)
+        return [result[:3] for result in results]
+
+
+class Served:
+    """A finished run: records by request id, summary, and what the prelude saw on each rank."""
+
+    def __init__(self, folder, results):
+        self.status, self.text = results[0][0], "".join(text for _, text, _ in results)
+        self.seen = [seen for *_, seen in results]
+        lines = (folder / "requests.jsonl").read_text().splitlines()
+        self.records = {r["request_id"]: r for r in map(json.loads, lines)}
+        self.summary = json.loads((folder / "summary.json").read_text())
+        self.tokens = {id: r["output_ids"] for id, r in sorted(self.records.items())}
+
+
+def write_trace(folder, lines) -> Path:
+    path = folder / f"trace{len(list(folder.iterdir()))}.jsonl"
+    path.write_text("".join(json.dumps({"timestamp": 0} | line) + "\n" for line in lines))
+    return path
+
+
+def serve(folder, trace, *arguments, ranks=1, prelude=None, status=0, dtype="float64"):
+    """Runs the program on `trace` (a path, or lines to write) and reads what it wrote."""
+    if trace is not None and not isinstance(trace, Path):
+        trace = write_trace(folder, trace)
+    output = folder / f"out{len(list(folder.iterdir()))}"
+    job = Job([*(("--trace", trace) if trace else ()), "--output", output, "--speed", "inf",
+               "--dtype", dtype, *arguments], ranks, prelude)
+    results = job.finish()
+    assert [s for s, *_ in results] == [status] * ranks, results
+    return Served(output, results)
+
+
+def check_invariants(server):
+    """Section by section what must hold between two iterations, and that the ranks agree on it."""
+    bal, running = server.lake.balancer, server.scheduler.running
+    tree, N, S = bal.tree, bal.geometry.num_instances, bal.geometry.slots
+    owners = Counter(slot for free in bal.free for slot in free)
+    for instance, free in enumerate(bal.free):
+        assert all(slot // S == instance for slot in free)
+    references = Counter()
+    for id, segment in tree.segments.items():
+        assert segment.id == id and segment.replicas
+        for instance, slot in segment.replicas.items():
+            assert slot // S == instance
+            owners[slot] += 1
+        if segment.parent:
+            assert tree.segments[segment.parent.id] is segment.parent
+            assert segment.parent.children[id] is segment
+        assert all(tree.segments[child] for child in segment.children)
+    for request in running:
+        for index, segment in enumerate(request.segments):
+            assert tree.segments[segment.id] is segment and segment.id == request.ids[index]
+            assert request.table[index] in segment.replicas.values()
+            references[segment.id] += 1
+        owners.update(request.table[len(request.segments):request.num_slots].tolist())
+        assert len(request.segments) * bal.geometry.segment_tokens <= request.done + 1
+        assert request.done <= len(request.tokens)
+    assert owners == Counter(range(N * S)), "a slot without an owner, or with two"
+    assert all(segment.pins == references[id] for id, segment in tree.segments.items())
+    assert set(tree.lru) == {id for id, s in tree.segments.items() if not s.pins}
+    place = {id: i for i, id in enumerate(tree.lru)}
+    for id in tree.lru:
+        parent = tree.segments[id].parent
+        assert parent is None or parent.pins or place[id] < place[parent.id]
+    assert bal.open_tails == [sum(r.tail == i for r in running) for i in range(N)]
+    assert all(owner in running for owner in bal.in_progress.values())
+    state = repr((sorted(tree.segments), list(tree.lru), bal.free, [r.tokens for r in running],
+                  [r.table.tolist() for r in running], bal.open_tails, server.engine.clock))
+    digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest())
+    assert len(set(map(tuple, server.cluster.gather([digest])))) == 1, "ranks disagree"
+
+
+MODEL = {}
+
+
+def small_model() -> Llama:
+    """The built-in model in float64, as `--dtype float64` with seed 0 makes it."""
+    if not MODEL:
+        config = Config()
+        MODEL[0] = Llama(config, random_weights(config, 0, torch.float64, "cpu"))
+    return MODEL[0]
+
+
+def oracle(lines, model=None, sampler=Sampler()):
+    """Tokens of every line by recomputation, sessions followed turn by turn."""
+    model, sessions, answers = model or small_model(), {}, {}
+    for index, line in enumerate(lines):
+        session = line.get("session_id")
+        prompt = sessions.get(session, []) + line["input_ids"]
+        answers[index] = generate(model, prompt, line["output_length"], sampler, index)
+        if session is not None:
+            sessions[session] = prompt + answers[index]
+    return answers
+
+
+def tokens(count, seed):
+    return np.random.default_rng(seed).integers(512, size=count).tolist()
+
+
+# ── kernels ───────────────────────────────────────────────────────────────────────────────────
+
+
+def reference_attention(q, k, v, runs, spans, scale):
+    """float64, one row and one key at a time."""
+    H, D = q.shape[1:]
+    o, lse = [], []
+    for number, (first, rows, position) in enumerate(runs):
+        for row in range(rows):
+            keys = [slab + j for run, slab, length, at in spans if run == number
+                    for j in range(length) if at + j <= position + row]
+            group = H // k.shape[1]
+            kk = k[keys].double().repeat_interleave(group, 1)
+            vv = v[keys].double().repeat_interleave(group, 1)
+            s = torch.einsum("hd,nhd->hn", q[first + row].double(), kk) * scale
+            lse.append(torch.logsumexp(s, -1) if keys else torch.full((H,), -math.inf).double())
+            o.append(torch.einsum("hn,nhd->hd", s.softmax(-1), vv) if keys
+                     else torch.zeros(H, D).double())
+    return torch.stack(o), torch.stack(lse)
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+# A run that reads two spans, one of a prompt with causal tiles, one without keys, one whose keys
+# all lie after it, and one that sees a single key.
+RUNS = [(0, 1, 100), (3, 20, 30), (25, 7, 3), (40, 3, 2), (50, 1, 0)]
+SPANS = [(0, 0, 70, 0), (0, 100, 31, 70), (1, 200, 16, 0), (1, 232, 16, 16), (1, 300, 19, 32),
+         (3, 400, 9, 5), (4, 450, 1, 0)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("H, Hkv, D, dtype, limit", [
+    (8, 4, 16, "float32", 2e-6), (6, 2, 24, "float32", 2e-6), (8, 1, 64, "float16", 2e-3),
+    (4, 4, 32, "bfloat16", 2e-2), (8, 2, 16, "float64", 1e-14)])
+@pytest.mark.parametrize("peak", [1.0, 12.0])
+def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak):
+    """Against float64: peaky logits, poisoned rows outside the spans, rows without keys."""
+    if backend == "triton" and dtype == "float64":
+        pytest.skip("the Triton kernels do not take float64")
+    generator = torch.Generator().manual_seed(H * D)
+    q, k, v = (torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
+               for shape in ((60, H, D), (500, Hkv, D), (500, Hkv, D)))
+    q = q * peak
+    used = torch.zeros(500, dtype=torch.bool)
+    for _, slab, length, _ in SPANS:
+        used[slab:slab + length] = True
+    k[~used] = v[~used] = math.nan
+    work = Work(*zip(*RUNS), *zip(*SPANS), group=H // Hkv)
+    o, lse = partial_attention(q, k, v, work, D ** -0.5, backend)
+    expected, expected_lse = reference_attention(q, k, v, RUNS, SPANS, D ** -0.5)
+    assert o.dtype == lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    empty = expected_lse == -math.inf
+    assert empty.any() and not empty.all()
+    assert torch.equal(lse == -math.inf, empty) and not o[empty].any()
+    assert error(o, expected) < limit
+    assert error(lse[~empty], expected_lse[~empty]) < limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_partial_attention_of_nothing(backend):
+    """Zero query rows, and rows over a slab of which they read nothing."""
+    q, kv = torch.randn(5, 8, 16), torch.full((10, 4, 16), math.nan)
+    nothing = Work([], [], [], [], [], [], [], group=2)
+    o, lse = partial_attention(q[:0], kv, kv, nothing, 1.0, backend)
+    assert o.shape == (0, 8, 16) and lse.shape == (0, 8)
+    unread = Work([0], [5], [0], [], [], [], [], group=2)
+    o, lse = partial_attention(q, kv, kv, unread, 1.0, backend)
+    assert not o.any() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merge(backend):
+    """Parts of a softmax give the whole; both sides −inf; o of an empty part may be anything."""
+    generator = torch.Generator().manual_seed(0)
+    H, D, parts = 6, 24, 5
+    s = torch.randn(4, H, parts, 40, generator=generator) * 10
+    v = torch.randn(4, H, parts, 40, D, generator=generator)
+    o = torch.einsum("rhpn,rhpnd->rphd", s.softmax(-1), v).flatten(0, 1)
+    lse = s.logsumexp(-1).transpose(1, 2).flatten(0, 1)
+    lse[3], o[3] = -math.inf, math.nan
+    lse[10:15], o[10:15] = -math.inf, math.nan  # the whole of row 2
+    table = torch.arange(20, dtype=torch.int32).view(4, 5)
+    table = torch.cat((table, torch.full((4, 1), -1, dtype=torch.int32)), 1)
+    table = torch.cat((table, torch.full((1, 6), -1, dtype=torch.int32)))  # a row with no part
+    out, out_lse = merge(o.contiguous(), lse.contiguous(), table, backend)
+    s[0, :, 3] = -math.inf
+    flat = s.flatten(2).double()
+    expected = torch.einsum("rhn,rhnd->rhd", flat.softmax(-1), v.flatten(2, 3).double())
+    for row in (0, 1, 3):
+        assert error(out[row], expected[row]) < 1e-6
+        assert error(out_lse[row], flat[row].logsumexp(-1)) < 1e-6
+    for row in (2, 4):
+        assert not out[row].any() and (out_lse[row] == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merge_of_nothing(backend):
+    o, lse = merge(torch.zeros(0, 4, 16), torch.zeros(0, 4), torch.zeros(0, 0, dtype=torch.int32),
+                   backend)
+    assert o.shape == (0, 4, 16) and lse.shape == (0, 4)
+
+
+def test_error_does_not_grow_with_the_number_of_parts():
+    """One pass in float32 over 64 parts is as exact as over 2; pairwise in 16 bits is not."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(8, 4, 32) * 4, torch.randn(1024, 4, 32), torch.randn(1024, 4, 32)
+    expected, _ = reference_attention(q, k, v, [(0, 8, 1024)], [(0, 0, 1024, 0)], 0.2)
+    errors = {}
+    for parts in (2, 64):
+        size = 1024 // parts
+        pieces = [partial_attention(q, k, v, Work(
+            [0], [8], [1024], [0], [p * size], [size], [p * size], group=1), 0.2)
+            for p in range(parts)]
+        o, lse = (torch.cat(x) for x in zip(*pieces))
+        table = (torch.arange(parts)[None] * 8 + torch.arange(8)[:, None]).int()
+        errors[parts] = error(merge(o, lse, table)[0], expected)
+    assert errors[64] < 1e-6 and errors[64] < 3 * errors[2] + 1e-7
+    coarse, coarse_lse = o[:8].bfloat16(), lse[:8]
+    for p in range(1, 64):
+        both = torch.cat((coarse.float(), o[p * 8:p * 8 + 8]))
+        both_lse = torch.cat((coarse_lse, lse[p * 8:p * 8 + 8]))
+        pair = torch.stack((torch.arange(8), torch.arange(8, 16)), 1).int()
+        coarse, coarse_lse = merge(both, both_lse, pair)
+        coarse = coarse.bfloat16()
+    assert error(coarse, expected) > 100 * errors[64]
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="no Triton on this platform")
+def test_kernels_compile_ahead_of_time(tmp_path):
+    """Decode and prefill configurations, without a GPU: they compile for sm_90 within its shared
+    memory, and keep no registers on the stack."""
+    script = tmp_path / "compile.py"
+    script.write_text("""
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import kernels
+def compile(kernel, signature, constants, **options):
+    source = ASTSource(kernel, {**signature, **{n: "constexpr" for n in constants}}, constants)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found = list(Path(triton.__file__).parent.rglob("cuobjdump*"))
+    stack = 0
+    if found:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            Path(cubin.name).write_bytes(built.asm["cubin"])
+            text = subprocess.run([found[0], "-res-usage", cubin.name], capture_output=True,
+                                  text=True).stdout
+        stack = int(re.search(r"STACK:(\\d+)", text)[1])
+    assert built.metadata.shared <= 232448 and stack == 0, (built.metadata.shared, stack)
+    print(built.metadata.shared, stack)
+for lanes in (16, 128):
+    config = kernels.attention_config(lanes, 32, 8, 128)
+    options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
+    compile(kernels._partial_attention_kernel,
+            dict(Q="*bf16", K="*bf16", V="*bf16", Blocks="*i64", Tiles="*i64", O="*fp32",
+                 LSE="*fp32", scale="fp32"), config, **options)
+compile(kernels._merge_kernel, dict(O="*fp32", LSE="*fp32", Parts="*i32", Out="*fp32",
+                                    OutLSE="*fp32", max_parts="i32"),
+        dict(H=32, D=128, HPAD=32, DPAD=128))
+""")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True,
+                          env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+
+
+# ── model ─────────────────────────────────────────────────────────────────────────────────────
+
+HF = dict(vocab_size=160, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+          rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+VARIANTS = {
+    "gqa": {}, "mha": dict(num_key_value_heads=4), "tied": dict(tie_word_embeddings=True),
+    "llama3": dict(rope_scaling=LLAMA3), "head_dim": dict(head_dim=20), "sharded": {},
+    "old spelling": dict(rope_scaling=LLAMA3), "bf16 weights": {},
+}
+
+
+def write_checkpoint(folder, name, transformers):
+    """A tiny random checkpoint as transformers saves it; returns its model in float64."""
+    torch.manual_seed(3)
+    extra = VARIANTS[name]
+    config = transformers.LlamaConfig(**HF | extra)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() == 2:  # wider than the default initialisation: peakier attention
+            torch.nn.init.normal_(parameter, std=0.25)
+    if name == "bf16 weights":
+        model = model.to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="30KB" if name == "sharded" else "1GB")
+    if name == "old spelling":
+        raw = json.loads((folder / "config.json").read_text())
+        for key in ("rope_parameters", "head_dim", "dtype"):
+            raw.pop(key, None)
+        raw |= dict(rope_theta=10000.0, rope_scaling=LLAMA3, torch_dtype="float32")
+        (folder / "config.json").write_text(json.dumps(raw))
+    assert (folder / "model.safetensors.index.json").exists() == (name == "sharded")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tokens_equal_transformers(tmp_path, name):
+    """A Hugging Face checkpoint served on two ranks gives the tokens of transformers' generate."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    model = write_checkpoint(folder, name, transformers)
+    rng = np.random.default_rng(5)
+    shared = rng.integers(160, size=40).tolist()
+    lines = [dict(input_ids=shared + rng.integers(160, size=n).tolist(), output_length=12)
+             for n in (1, 20, 37)]
+    run = serve(tmp_path, lines, "--model", folder, "--segment-tokens", 8, "--verify", ranks=2)
+    for index, line in enumerate(lines):
+        prompt = torch.tensor([line["input_ids"]])
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                             max_new_tokens=12, min_new_tokens=12, eos_token_id=None,
+                             pad_token_id=0)
+        assert run.tokens[index] == out[0, prompt.shape[1]:].tolist(), name
+    assert run.summary["verified"] == 3 and run.summary["hit_rate"] > 0
+
+
+def save_model(folder, config=None, drop=(), change=None):
+    """A folder with our own weights, some tensors dropped or changed."""
+    from safetensors.torch import save_file
+    folder.mkdir(exist_ok=True)
+    raw = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
+               num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+               max_position_embeddings=512, eos_token_id=[7, 9]) | (config or {})
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "drop"}))
+    with contextlib.suppress(ModelError):
+        weights = random_weights(load_config(folder), 0, torch.float32, "cpu")
+        weights = {k: v for k, v in weights.items() if k not in drop} | (change or {})
+        save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(model_type="mistral"), "model_type 'mistral'"),
+    (dict(attention_bias=True), "attention_bias True"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "rope_type 'yarn'"),
+    (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)), "factor is None"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config"),
+    (dict(hidden_size="drop"), "hidden_size is None"),
+    (dict(hidden_size="32"), "hidden_size is '32'"),
+    (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
+    (dict(num_key_value_heads=3), "not a multiple"),
+    (dict(head_dim=7), "head_dim 7"),
+    (dict(eos_token_id="</s>"), "eos_token_id")])
+def test_config_is_refused_by_name(tmp_path, change, said):
+    with pytest.raises(ModelError) as caught:
+        load_config(save_model(tmp_path / "m", change))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_config_defaults(tmp_path):
+    config = load_config(save_model(tmp_path / "m", dict(num_key_value_heads="drop",
+                                                         head_dim=None, eos_token_id=5)))
+    assert config.num_kv_heads == 4 and config.head_dim == 8 and config.eos_token_ids == (5,)
+    assert load_config(save_model(tmp_path / "m", dict(eos_token_id=None))).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("case, said", [
+    ("missing", "model.layers.0.mlp.up_proj.weight is missing"),
+    ("misshapen", "model.norm.weight has the shape (31,)"),
+    ("unknown", "model.layers.0.self_attn.q_proj.bias is not a tensor"),
+    ("truncated", "damaged"), ("empty", "damaged"), ("outside", "outside the folder"),
+    ("no file", "model.safetensors: no such file"), ("bad index", "not a safetensors index"),
+    ("no config", "config.json: no such file"), ("bad config", "not readable as JSON")])
+def test_damaged_model_folder_is_one_line(tmp_path, case, said):
+    """Through the program: one line, status 2."""
+    folder = tmp_path / "model"
+    save_model(folder, drop=["model.layers.0.mlp.up_proj.weight"] * (case == "missing"),
+               change={"misshapen": {"model.norm.weight": torch.ones(31)},
+                       "unknown": {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}}
+               .get(case))
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if case == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif case == "empty":
+        file.write_bytes(b"")
+    elif case == "outside":
+        index.write_text(json.dumps(dict(weight_map={"lm_head.weight": "../x.safetensors"})))
+    elif case == "bad index":
+        index.write_text("[]")
+    elif case == "no file":
+        file.unlink()
+    elif case == "no config":
+        (folder / "config.json").unlink()
+    elif case == "bad config":
+        (folder / "config.json").write_text("{")
+    text = refused(tmp_path, "--model", folder, "--num-requests", 1)
+    assert said in text
+
+
+def test_temperature_samples_the_softmax():
+    """Gumbel noise picks a token as often as its probability; the draw depends on its key only."""
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]], dtype=torch.float64)
+    sampler = Sampler(0.7, seed=4)
+    drawn = Counter(sampler.sample(logits.expand(4000, 4), [(1, p) for p in range(4000)]))
+    expected = (logits[0] / 0.7).softmax(-1)
+    assert all(abs(drawn[t] / 4000 - expected[t]) < 0.03 for t in range(4))
+    assert sampler.sample(logits, [(1, 17)]) == [sampler.sample(
+        logits.expand(4000, 4), [(1, p) for p in range(4000)])[17]]
+
+
+# ── bad input ─────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(folder, *arguments, ranks=1) -> str:
+    """What the program says when it refuses: one line, status 2, nothing written."""
+    results = Job(arguments, ranks).finish()
+    assert [status for status, *_ in results] == [2] * ranks, results
+    text = "".join(text for _, text, _ in results)
+    assert text.startswith("run_cluster.py: ") and text.count("\n") == 1, text
+    return text
+
+
+GOOD = dict(timestamp=1, input_length=600, output_length=3, hash_ids=[1, 2])
+IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
+
+
+@pytest.mark.parametrize("line, said", [
+    ("{", "not JSON"), ("[]", "a JSON object"), ("17", "a JSON object"), ("\x00\x01\xff", "not JSON"),
+    ({**GOOD, "timestamp": None}, "timestamp is null"), ({**GOOD, "timestamp": 0}, "before"),
+    ({**GOOD, "timestamp": -1}, "timestamp is -1"), ({**GOOD, "timestamp": math.nan}, "NaN"),
+    ({**GOOD, "timestamp": True}, "timestamp is true"),
+    ({**GOOD, "input_length": 0}, "input_length is 0"),
+    ({**GOOD, "input_length": 2.5}, "input_length is 2.5"),
+    ({**GOOD, "output_length": "3"}, 'output_length is "3"'),
+    ({**GOOD, "output_length": 0}, "output_length is 0"),
+    ({**GOOD, "hash_ids": [1]}, "hash_ids lists 1 blocks"),
+    ({**GOOD, "hash_ids": [1, -2]}, "hash_ids is"), ({**GOOD, "hash_ids": [1, True]}, "hash_ids is"),
+    ({k: v for k, v in GOOD.items() if k != "input_length"}, "input_length is missing"),
+    ({k: v for k, v in GOOD.items() if k != "hash_ids"}, "hash_ids is missing"),
+    ({k: v for k, v in GOOD.items() if k != "timestamp"}, "timestamp is missing"),
+    ({**IDS, "input_ids": []}, "input_ids is []"), ({**IDS, "input_ids": [1, 2.0]}, "input_ids is"),
+    ({**IDS, "input_ids": [1, 512]}, "token 512"), ({**IDS, "hash_ids": [1]}, "in place of"),
+    ({**IDS, "salt": 3}, "salt is 3"), ({**IDS, "session_id": [1]}, "session_id is [1]"),
+    ({**IDS, "think_ms": -1}, "think_ms is -1"),
+    ({**IDS, "output_length": 8191}, "8193 tokens, the model has 8192 positions"),
+    ({**GOOD, "output_length": 1000}, "needs 100 segments, the pool has 60")])
+def test_bad_line_is_named(tmp_path, line, said):
+    """Line 17 of a trace is wrong in one way or another."""
+    path = tmp_path / "trace.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    path.write_bytes("".join(json.dumps(GOOD) + "\n" for _ in range(16)).encode()
+                     + text.encode("latin-1") + b"\n")
+    said_text = refused(tmp_path, "--trace", path, "--slots", 60,
+                        *(["--segment-tokens", 200] if "8193" in said else []))
+    assert f"{path}:17: " in said_text and said in said_text
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--trace", "{tmp}/missing"], "No such file"), (["--trace", "{tmp}"], "Is a directory"),
+    (["--trace", "{tmp}/empty"], "is empty"), (["--trace", "{tmp}/binary"], "binary:1: not JSON"),
+    (["--slots", "0"], "--slots"), (["--slots", "x"], "--slots"),
+    (["--slots", "999999999999"], "are there"), (["--segment-tokens", "-1"], "--segment-tokens"),
+    (["--chunk-tokens", "0"], "--chunk-tokens"), (["--max-batch", "0"], "--max-batch"),
+    (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--speed", "0"], "--speed"), (["--speed", "nan"], "--speed"), (["--seed", "-1"], "--seed"),
+    (["--timeout", "0"], "--timeout"), (["--trace-scale", "3", "--trace", "x"], "--trace-scale"),
+    (["--trace-scale", "2"], "needs --trace"), (["--random-weights"], "needs --model"),
+    (["--model", "{tmp}/missing"], "no such file"), (["--dtype", "int8"], "--dtype"),
+    (["--placement", "here"], "--placement"), (["--bogus"], "--bogus"), (["extra"], "extra"),
+    (["--output", "{tmp}/empty"], "File exists"), (["--output", "{tmp}/held"], "holds requests.jsonl"),
+    (["--output", "{tmp}/empty/x"], "Not a directory"),
+    (["--num-requests", "0"], "--num-requests"),
+    (["--stop-at-eos", "--model", "{tmp}/model", "--random-weights"], "no eos_token_id"),
+    (["--trace", "{tmp}/ids", "--trace-scale", "2"], "cannot be scaled")])
+def test_bad_option_is_named(tmp_path, arguments, said):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "requests.jsonl").write_text("{}\n")
+    (tmp_path / "ids").write_text(json.dumps(IDS) + "\n")
+    save_model(tmp_path / "model", dict(eos_token_id=None))
+    if "--device" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert said in refused(tmp_path, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert (tmp_path / "held" / "requests.jsonl").read_text() == "{}\n"
+
+
+def test_bad_input_with_several_ranks_is_said_once(tmp_path):
+    refused(tmp_path, "--slots", 0, ranks=3)
+    refused(tmp_path, "--trace", tmp_path / "missing", ranks=3)
+
+
+def test_torchrun_serves_and_refuses(tmp_path):
+    """The command line as a user types it, two runs at once; and a refusal that does not hang."""
+    def torchrun(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             str(HERE / "run_cluster.py"), *arguments], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pair = [torchrun("--num-requests", "5", "--speed", "inf", "--output", f"out{i}")
+            for i in range(2)]
+    for i, process in enumerate(pair):
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert "5/5 equal recomputation" in out
+        assert len((tmp_path / f"out{i}" / "requests.jsonl").read_text().splitlines()) == 5
+    process = torchrun("--trace", "missing.jsonl")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode != 0 and err.count("run_cluster.py: --trace missing.jsonl: ") == 1
+
+
+# ── serving: the oracle decides ───────────────────────────────────────────────────────────────
+
+
+def chat(num_sessions=4, turns=2, seed=0, salt=False):
+    """Sessions behind two system prompts, with lengths around segment boundaries."""
+    rng, lines = np.random.default_rng(seed), []
+    systems = [tokens(n, seed + i) for i, n in enumerate((48, 33))]
+    for turn in range(turns):
+        for session in range(num_sessions):
+            ids = rng.integers(512, size=rng.integers(1, 40)).tolist()
+            line = dict(session_id=session, output_length=int(rng.integers(1, 14)),
+                        input_ids=(systems[session % 2] if not turn else []) + ids)
+            if salt:
+                line["salt"] = "ab"[session // 2 % 2]
+            lines.append(line)
+    return lines
+
+
+CHAT = chat()
+CHAT_ANSWERS = {}
+
+
+def chat_answers():
+    if not CHAT_ANSWERS:
+        CHAT_ANSWERS.update(oracle(CHAT))
+    return CHAT_ANSWERS
+
+
+@pytest.mark.parametrize("ranks, arguments", [
+    (1, []), (2, []), (3, []), (4, []),
+    (2, ["--segment-tokens", 4]), (3, ["--segment-tokens", 64]), (2, ["--segment-tokens", 1]),
+    (3, ["--placement", "hash"]), (2, ["--chunk-tokens", 1]), (3, ["--chunk-tokens", 7]),
+    (2, ["--chunk-tokens", 1000]), (3, ["--max-batch", 1]), (2, ["--max-batch", 2])],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value))
+def test_tokens_do_not_depend_on_how_they_are_served(tmp_path, ranks, arguments):
+    run = serve(tmp_path, CHAT, "--verify", *arguments, ranks=ranks)
+    assert run.tokens == chat_answers()
+    assert run.summary["verified"] == run.summary["completed"] == len(CHAT)
+    assert run.summary["hit_rate"] > 0 or "64" in map(str, arguments)
+
+
+@pytest.mark.parametrize("ranks, placement", [(1, "stripe"), (2, "hash"), (3, "stripe")])
+def test_smallest_pool_evicts_and_preempts(tmp_path, ranks, placement):
+    """Down to the smallest pool that admits the longest request: the same tokens, with evictions
+    and preemptions; one slot less is refused with both numbers."""
+    # Prompts of exactly one segment and long answers: all are admitted, then all want to grow.
+    lines = [dict(input_ids=tokens(4 + i % 3, 50 + i), output_length=24 - i) for i in range(9)]
+    needed = max(-(-(len(x["input_ids"]) + x["output_length"] - 1) // 4) for x in lines)
+    slots = -(-needed // ranks)
+    run = serve(tmp_path, lines, "--segment-tokens", 4, "--slots", slots, "--placement", placement,
+                ranks=ranks)
+    assert run.tokens == oracle(lines)
+    s = run.summary
+    assert s["evictions"] > 0 and s["preemptions"] > 0 and s["computed_tokens"] > 0
+    fewest = sum(len(x["input_ids"]) + x["output_length"] - 1 for x in lines)
+    assert s["computed_tokens"] == fewest - s["hit_rate"] * s["total_input_tokens"] \
+        + s["recomputed_tokens"] or s["hit_rate"] > 0
+    if ranks == 1:
+        text = refused(tmp_path, "--trace", write_trace(tmp_path, lines), "--segment-tokens", 4,
+                       "--slots", slots - 1)
+        assert f"needs {needed} segments, the pool has {slots - 1}" in text
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_oracle(tmp_path, seed):
+    """Ranks, sizes, pressure, salts and policies drawn at random; tokens as recomputed."""
+    draw = random.Random(seed)
+    lines = chat(draw.randint(1, 6), draw.randint(1, 3), seed, salt=draw.random() < 0.5)
+    C, ranks = draw.choice([1, 2, 3, 5, 8, 16, 33]), draw.randint(1, 4)
+    longest, sessions = 0, {}
+    for line in lines:
+        length = sessions.get(line["session_id"], 0) + len(line["input_ids"])
+        sessions[line["session_id"]] = length + line["output_length"]
+        longest = max(longest, length + line["output_length"] - 1)
+    slots = -(-(-(-longest // C)) // ranks) + draw.choice([0, 0, 1, 4, 100])
+    sampler = Sampler(draw.choice([0, 0.8]), seed)
+    model = Llama(Config(), random_weights(Config(), seed, torch.float64, "cpu"))
+    run = serve(tmp_path, lines, "--segment-tokens", C, "--slots", slots, "--placement",
+                draw.choice(["stripe", "hash"]), "--chunk-tokens", draw.choice([1, 5, 16, 64]),
+                "--max-batch", draw.choice([1, 2, 5, 32]), "--seed", seed, "--temperature",
+                sampler.temperature, "--verify", ranks=ranks)
+    assert run.tokens == oracle(lines, model, sampler)
+    assert run.summary["verified"] == len(lines) and run.summary["max_logit_gap"] == 0
+
+
+def test_salts_share_nothing(tmp_path):
+    """The same prompt under another salt misses; under the same salt it hits."""
+    prompt = tokens(64, 1)
+    lines = [dict(input_ids=prompt, output_length=2, salt=salt) for salt in ("a", "b", "a")]
+    run = serve(tmp_path, lines, "--max-batch", 1, ranks=2)
+    assert [run.records[i]["cached_tokens"] for i in range(3)] == [0, 0, 63]
+    assert len(set(map(tuple, run.tokens.values()))) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_other_types_verify(tmp_path, dtype):
+    run = serve(tmp_path, CHAT, "--verify", ranks=2, dtype=dtype)
+    assert run.summary["verified"] == len(CHAT)
+    assert 0 <= run.summary["max_logit_gap"] <= run_cluster.TOLERANCE[getattr(torch, dtype)]
+
+
+def corrupt(rank, seen):
+    """Loses every partial result of one holder: what --verify exists to notice."""
+    original = pool.partial_attention
+
+    def lossy(q, k, v, work, scale):
+        o, lse = original(q, k, v, work, scale)
+        return o, lse - 3.0 * (rank == 1)
+    pool.partial_attention = lossy
+
+
+def test_verify_notices_a_wrong_result(tmp_path):
+    trace = write_trace(tmp_path, CHAT)
+    results = Job(["--trace", trace, "--verify", "--speed", "inf"], 2, "corrupt").finish()
+    assert [status for status, *_ in results] == [1, 1]
+    assert "differs from recomputation" in results[0][1]
+
+
+# ── what moves, and what hits ─────────────────────────────────────────────────────────────────
+
+
+def count_bytes(rank, seen):
+    """Counts rows that cross instances from the plans, one run and one holder at a time."""
+    original, model, S = TokenLake.gen_plans, Config(), None
+    seen.update(query=0, put=0, puts=0, local=0, iterations=0)
+
+    def gen_plans(lake, batches, dops, tree):
+        query_plan, transfer_plan, groups = original(lake, batches, dops, tree)
+        S, H, D, L = lake.config.slots, model.num_heads, model.head_dim, model.num_layers
+        for batch, group in zip(batches, groups):
+            for run, instance in zip(batch, group):
+                last = run.position // lake.config.segment_tokens
+                holders = {int(slot) // S for slot in run.request.table[:last + 1]}
+                seen["query"] += len(holders - {instance}) * run.rows * L * H * (8 * D + 8 * D + 8)
+                if run.position // lake.config.segment_tokens >= len(run.request.segments):
+                    home = int(run.request.table[last]) // S
+                    seen["put"] += (home != instance) * run.rows * L * 2 * model.num_kv_heads * D * 8
+                    seen["puts"] += run.rows
+                    seen["local"] += (home == instance) * run.rows
+        seen["iterations"] += bool(query_plan.runs)
+        return query_plan, transfer_plan, groups
+    TokenLake.gen_plans = gen_plans
+
+
+@pytest.mark.parametrize("ranks, slots", [(1, 200), (2, 200), (4, 200), (3, 7)])
+def test_bytes_equal_the_plans(tmp_path, ranks, slots):
+    run = serve(tmp_path, CHAT, "--slots", slots, prelude="count_bytes", ranks=ranks)
+    s, seen = run.summary, run.seen[0]
+    assert (s["query_bytes"], s["put_bytes"]) == (seen["query"], seen["put"])
+    assert s["iterations"] == seen["iterations"]
+    assert s["puts_local"] == seen["local"] / seen["puts"]
+    assert (s["query_bytes"] > 0) == (ranks > 1)
+    if ranks == 1:
+        assert s["put_bytes"] == 0
+    if slots == 200:
+        assert s["puts_local"] >= 0.9 and s["decode_puts_local"] >= 0.95
+
+
+def test_remote_puts_happen_and_are_right(tmp_path):
+    """A pool with one free instance: what is computed elsewhere is put there, token for token."""
+    lines = [dict(input_ids=tokens(60 + 7 * i, i), output_length=6) for i in range(6)]
+    run = serve(tmp_path, lines, "--segment-tokens", 4, "--slots", 16, "--chunk-tokens", 8,
+                ranks=2, prelude="one_full_instance")
+    assert run.tokens == oracle(lines)
+    assert run.summary["put_bytes"] > 0 and run.summary["puts_local"] < 1
+
+
+def one_full_instance(rank, seen):
+    """Instance 0 offers its slots last."""
+    def allocate(self, home):
+        if self.free[1]:
+            return self.free[1].pop()
+        return original(self, home)
+    original, Balancer._allocate = Balancer._allocate, allocate
+
+
+def keep_tree(rank, seen):
+    """The number of segments stored at the end."""
+    def observe(server, finished):
+        seen["segments"] = len(server.lake.balancer.tree.segments)
+    return observe
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_hit_rate_equals_an_independent_count(tmp_path, ranks):
+    """One request at a time in an ample pool: what is cached is exactly the longest prefix of full
+    segments seen before, generated tokens counted too; and none is stored twice."""
+    C, lines = 16, chat(6, 3, seed=2)
+    run = serve(tmp_path, lines, "--max-batch", 1, ranks=ranks, prelude="keep_tree")
+    stored, sessions, cached, total = set(), {}, 0, 0
+    # Turns of a session wait for each other; the order of service is by arrival.
+    for id in sorted(run.records, key=lambda id: run.records[id]["finished_s"]):
+        line = lines[id]
+        prompt = sessions.get(line["session_id"], []) + line["input_ids"]
+        matched = 0
+        while tuple(prompt[:matched + C]) in stored and matched + C <= len(prompt):
+            matched += C
+        assert run.records[id]["cached_tokens"] == min(matched, len(prompt) - 1)
+        cached, total = cached + min(matched, len(prompt) - 1), total + len(prompt)
+        whole = prompt + run.tokens[id]
+        sessions[line["session_id"]] = whole
+        stored |= {tuple(whole[:end]) for end in range(C, len(whole), C)}
+    assert run.summary["hit_rate"] == cached / total > 0.3
+    assert run.seen[0]["segments"] == len(stored)
+
+
+def test_trace_blocks_hit(tmp_path):
+    """Lines of hash ids: equal ids are equal tokens, other ids are not; scaled blocks too."""
+    lines = [dict(input_length=n, output_length=3, hash_ids=ids) for n, ids in (
+        (1100, [5, 6, 7]), (1100, [5, 6, 8]), (1024, [5, 6]), (600, [6, 5]))]
+    run = serve(tmp_path, lines, "--trace-scale", 32, "--max-batch", 1, "--verify", ranks=2)
+    assert [run.records[i]["input_length"] for i in range(4)] == [35, 35, 32, 19]
+    assert [run.records[i]["cached_tokens"] for i in range(4)] == [0, 32, 31, 0]
+    assert all(len(answer) == 1 for answer in run.tokens.values())
+
+
+def test_matching_confirms_homes(tmp_path):
+    """With the even split sub-batches are formed by home, and there the rows read; so the matching
+    of §5 leaves every sub-batch where it is (§7 of the design)."""
+    serve(tmp_path, CHAT, ranks=4, prelude="assert_confirmed")
+
+
+def assert_confirmed(rank, seen):
+    original = TokenLake.gen_plans
+
+    def gen_plans(lake, batches, dops, tree):
+        plans = original(lake, batches, dops, tree)
+        for number, (batch, group) in enumerate(zip(batches, plans[2])):
+            assert group == [number] * len(batch)
+        return plans
+    TokenLake.gen_plans = gen_plans
+
+
+def test_matching_is_the_cheapest():
+    """Against every assignment, on random requests over random slots, DoPs of 1 and 2."""
+    from itertools import permutations
+    rng = np.random.default_rng(0)
+    for N in (2, 3, 4):
+        for trial in range(20):
+            bal = Balancer(Geometry(N, 50, 4, query_bytes=100, kv_bytes=int(rng.integers(1, 400))))
+            batches, dops = [], [2] + [1] * (N - 2)
+            for _ in dops:
+                batch = []
+                for _ in range(int(rng.integers(1, 4))):
+                    length = int(rng.integers(1, 40))
+                    request = Request(0, [0] * (length + 1), length + 2)
+                    request.table = rng.integers(0, N * 50, size=20)
+                    position = length // 4 * 4
+                    batch.append(balancer.Run(request, position, int(rng.integers(1, 5)), 0,
+                                              int(request.table[position // 4]),
+                                              bool(rng.integers(2)), False))
+                batches.append(batch)
+
+            def cost(groups):
+                total = 0
+                for batch, group in zip(batches, groups):
+                    for run, v in zip(batch, group):
+                        slots = run.request.table[:run.position // 4 + 1].tolist()
+                        total += run.rows * 100 * len({s // 50 for s in slots} - {v})
+                        total += run.rows * run.puts * bal.geometry.kv_bytes * (run.slot // 50 != v)
+                return total
+
+            plan, _, groups = bal.gen_plans(batches, dops)
+            rows = np.array([run.rows for batch in batches for run in batch])
+            parts = Balancer._cut(batches, dops, rows)
+            best = math.inf
+            for order in permutations(range(N), sum(dops)):
+                flat = [order[part] for part in parts]
+                split = np.split(flat, np.cumsum([len(batch) for batch in batches]))[:len(batches)]
+                best = min(best, cost(split))
+            assert cost(groups) == best
+            assert len({v for group in groups for v in group}) <= sum(dops)
+
+
+def test_stripe_spreads_a_long_prefix():
+    """Consecutive segments live on consecutive instances; with hash, where their hash says."""
+    for placement, even in (("stripe", True), ("hash", False)):
+        bal = Balancer(Geometry(4, 100, 4), placement)
+        request = Request(0, tokens(160, 0), 170)
+        bal.admit(request, bal.match(request))
+        bal.reserve(request, 160, [0] * 4, 1000)
+        homes = [int(slot) // 100 for slot in request.table[:40]]
+        steps = {(b - a) % 4 for a, b in zip(homes, homes[1:])}
+        assert (steps == {1}) == even
+
+
+def test_free_slots_anywhere_come_before_eviction():
+    bal = Balancer(Geometry(3, 4, 2))
+    assert [bal._allocate(1) // 4 for _ in range(12)].count(1) == 4
+    assert bal._allocate(1) is None and bal.evictions == 0
+
+
+def test_get_cache_load():
+    """§6.1 with the corrected FLOPs, by hand; more cache is more load, none without requests."""
+    config = Config()
+    lake = TokenLake([0, 1], config, LakeConfig(segment_tokens=16))
+    tree = lake.get_prefix_tree()
+    request = Request(0, tokens(100, 0), 110)
+    assert lake.get_cache_load([], tree) == 0
+    fresh = lake.get_cache_load([request], tree, flops=1e9, bandwidth=1e9)
+    lake.balancer.admit(request, lake.balancer.match(request))
+    lake.balancer.reserve(request, 64, [0, 0], 1000)
+    lake.balancer.commit(request, 64)
+    memory = 3 * (2 * 4 * 16 * 4) * 100
+    compute = 3 * 4 * 8 * 16 * 64 * 36
+    ideal = 2 * config.num_linear_parameters * 36 / (2 * 1e9)
+    expected = max(memory / (memory + 2e9 * ideal), compute / (compute + 2e9 * ideal))
+    assert lake.get_cache_load([request], tree, flops=1e9, bandwidth=1e9) == pytest.approx(expected)
+    assert fresh < expected < 1
+
+
+# ── hazards ───────────────────────────────────────────────────────────────────────────────────
+
+
+def alone(lines, folder, *arguments, ranks=2, **options):
+    """Serves lines of token ids and holds them against the oracle."""
+    run = serve(folder, lines, *arguments, ranks=ranks, **options)
+    assert run.tokens == oracle(lines)
+    return run
+
+
+def test_a_fully_cached_prompt_leaves_one_row(tmp_path):
+    """Its last token is computed for its logits, and not put again."""
+    lines = [dict(input_ids=tokens(32, 0), output_length=3)] * 2
+    run = alone(lines, tmp_path, "--max-batch", 1)
+    assert run.records[1]["cached_tokens"] == 31
+    assert run.summary["computed_tokens"] == 34 + 3
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32])
+def test_a_prompt_around_a_segment_boundary(tmp_path, length):
+    alone([dict(input_ids=tokens(length, 1), output_length=n) for n in (1, 2, 17)], tmp_path)
+
+
+def test_a_segment_that_another_request_computes_is_awaited(tmp_path):
+    """Two equal prompts at once, in one iteration: the second waits and hits."""
+    lines = [dict(input_ids=tokens(200, 2) + [i], output_length=4) for i in range(3)]
+    run = alone(lines, tmp_path, "--chunk-tokens", 32)
+    assert [run.records[i]["cached_tokens"] for i in range(3)] == [0, 192, 192]
+
+
+def test_duplicates_that_two_requests_generate(tmp_path):
+    """The same prompt shorter than a segment, twice at once: both generate the same tokens, so
+    both seal the same segments; one is kept, the other's table points to it."""
+    lines = [dict(input_ids=tokens(5, 3), output_length=60)] * 2
+    run = alone(lines, tmp_path, prelude="count_duplicates")
+    assert run.seen[0]["duplicates"] == 4 and run.seen[0]["segments"] == 4
+
+
+def count_duplicates(rank, seen):
+    def observe(server, finished):
+        seen["duplicates"] = server.lake.balancer.duplicates
+        seen["segments"] = len(server.lake.balancer.tree.segments)
+    return observe
+
+
+def test_no_parent_is_evicted_before_its_child():
+    """Paths of random requests through a small pool, evicted one by one: always a leaf."""
+    rng = random.Random(0)
+    bal, evicted = Balancer(Geometry(2, 40, 2)), 0
+    for id in range(300):
+        stem = tokens(2 * rng.randint(1, 8), rng.randint(0, 3))
+        request = Request(id, stem + tokens(rng.randint(1, 9), id), 60)
+        bal.admit(request, bal.match(request))
+        rows = len(request.tokens) - request.done
+        assert bal.reserve(request, rows, [0, 0], 1000) is not None
+        bal.commit(request, rows)
+        bal.release(request)
+        if rng.random() < 0.3 and (segment := bal.tree.evict()):
+            assert not segment.children and not segment.pins
+            bal._free(segment.slot)
+            evicted += 1
+        assert all(s.parent is None or s.parent.id in bal.tree.segments
+                   for s in bal.tree.segments.values())
+    assert evicted > 20 and bal.evictions > 100
+
+
+def test_what_a_plan_reads_is_never_evicted():
+    """A pool filled by two running requests: the third gets no slot, and theirs stay."""
+    bal = Balancer(Geometry(2, 4, 4))
+    first, second, third = (Request(i, tokens(16, i), 40) for i in range(3))
+    for request in (first, second):
+        bal.admit(request, bal.match(request))
+        bal.reserve(request, 16, [0, 0], 100)
+        bal.commit(request, 16)
+    bal.admit(third, bal.match(third))
+    assert bal.reserve(third, 4, planned := [0, 0], 100) is None and planned == [0, 0]
+    assert not bal.fits(third, 0, 0) and bal.evictions == 0
+    bal.release(first)
+    assert bal.fits(third, 0, 0) and bal.reserve(third, 4, [0, 0], 100)
+    assert bal.evictions == 1 and first.ids[3] not in bal.tree.segments
+
+
+def test_instances_without_rows_or_segments(tmp_path):
+    """More ranks than rows and segments; and one token after another."""
+    alone([dict(input_ids=[7], output_length=3)], tmp_path, ranks=4)
+
+
+def test_all_requests_end_at_once(tmp_path):
+    run = alone([dict(input_ids=tokens(20, i), output_length=5) for i in range(8)], tmp_path,
+                "--chunk-tokens", 100)
+    assert len({r["finished_s"] for r in run.records.values()}) == 1
+
+
+def test_end_of_sequence_in_the_middle_of_a_batch(tmp_path):
+    """--stop-at-eos: an answer ends with the first end token, the others go on, and the session's
+    next prompt is what was said."""
+    model = small_model()
+    lines = [dict(input_ids=tokens(6, 90 + i), output_length=40, session_id=i) for i in range(24)]
+    lines += [dict(input_ids=tokens(5, i), output_length=4, session_id=i) for i in range(24)]
+    run = serve(tmp_path, lines, "--stop-at-eos", ranks=2)
+    full, early = oracle(lines[:24]), 0
+    for id in range(24):
+        cut = full[id][:full[id].index(0) + 1] if 0 in full[id] else full[id]
+        early += len(cut) < 40
+        assert run.tokens[id] == cut
+        prompt = lines[id]["input_ids"] + cut + lines[id + 24]["input_ids"]
+        rest = generate(model, prompt, 4)
+        assert run.tokens[id + 24] == (rest[:rest.index(0) + 1] if 0 in rest else rest)
+        assert run.records[id + 24]["input_length"] == len(prompt)
+    assert 0 < early < 24
+
+
+def differ(rank, seen):
+    """Rank 1 plans the fifth iteration otherwise."""
+    original, calls = tokenlake.plan_digest, []
+
+    def digest(*plan):
+        calls.append(plan)
+        return bytes(16) if rank == 1 and len(calls) == 5 else original(*plan)
+    tokenlake.plan_digest = digest
+
+
+def differ_in_rows(rank, seen):
+    """Rank 1 would really exchange something else: another home for one run."""
+    original, calls = Balancer.gen_plans, []
+
+    def gen_plans(self, batches, dops):
+        calls.append(0)
+        if rank == 1 and len(calls) == 5:
+            batches = [batch[1:] for batch in batches]
+        return original(self, batches, dops)
+    Balancer.gen_plans = gen_plans
+
+
+def fail_planning(rank, seen):
+    original, calls = Scheduler.schedule, []
+
+    def schedule(self):
+        calls.append(0)
+        if rank == 1 and len(calls) == 5:
+            raise run_cluster.LakeError("injected")
+        return original(self)
+    Scheduler.schedule = schedule
+
+
+def die(rank, seen):
+    def observe(server, finished):
+        if rank == 1 and server.engine.iterations == 5:
+            os._exit(9)
+    return observe
+
+
+@pytest.mark.parametrize("prelude, said", [
+    ("differ", "iteration 5: the plan of rank 1 differs from that of rank 0"),
+    ("differ_in_rows", "iteration 5: the plan of rank 1 differs from that of rank 0"),
+    ("fail_planning", "iteration 5: planning failed on rank 1")])
+def test_ranks_that_disagree_stop_with_a_message(tmp_path, prelude, said):
+    """No hang, no crash in C++: rank 0 says which iteration and which rank, all leave."""
+    trace = write_trace(tmp_path, CHAT)
+    began = time.monotonic()
+    results = Job(["--trace", trace, "--speed", "inf"], 3, prelude).finish()
+    assert [status for status, *_ in results] == [1, 1, 1]
+    assert said in results[0][1] and time.monotonic() - began < 60
+
+
+def test_a_lost_rank_is_an_error_not_a_hang(tmp_path):
+    trace = write_trace(tmp_path, CHAT)
+    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 20], 2, "die")
+    assert job.pipes[0].poll(60)
+    status, text, _, failure = job.pipes[0].recv()
+    assert failure is None and status == 1 and "a rank was lost" in text
+
+
+def test_a_signal_stops_all_ranks_and_keeps_what_is_finished(tmp_path):
+    """SIGTERM to one rank: every rank leaves at the same iteration, the results so far stay."""
+    lines = [dict(input_ids=[1, 2, 3], output_length=2), dict(input_ids=[5], output_length=4000)]
+    output = tmp_path / "out"
+    job = Job(["--trace", write_trace(tmp_path, lines), "--output", output, "--speed", "inf"], 2)
+    while not (output / "requests.jsonl").exists() or not (output / "requests.jsonl").read_text():
+        time.sleep(0.05)
+        assert job.processes[0].is_alive()
+    os.kill(job.processes[1].pid, signal.SIGTERM)
+    results = job.finish()
+    assert [status for status, *_ in results] == [1, 1]
+    assert "stopped by a signal; 1 of 2 requests are finished" in results[0][1]
+    assert json.loads((output / "summary.json").read_text())["completed"] == 1
+
+
+# ── the run as a whole ────────────────────────────────────────────────────────────────────────
+
+
+def test_demo_and_its_report(tmp_path):
+    """The built-in demo on four ranks: verified, hits, and every key of the contract."""
+    run = serve(tmp_path, None, "--num-requests", 18, ranks=4, dtype="float32")
+    s = run.summary
+    assert s["verified"] == s["completed"] == 18 and s["hit_rate"] > 0.5
+    assert s["puts_local"] >= 0.9 and s["decode_puts_local"] >= 0.95
+    keys = """completed duration total_input_tokens total_output_tokens request_throughput
+        output_throughput total_token_throughput hit_rate cache_load_cv query_bytes put_bytes
+        replica_bytes pull_bytes decode_puts_local computed_tokens recomputed_tokens preemptions
+        evictions replicas_max iterations idle_fraction verified max_logit_gap config""".split()
+    keys += [f"{kind}_{name}" for kind in ("mean", "median", "p90", "p99")
+             for name in ("ttft_ms", "tpot_ms", "itl_ms")]
+    assert set(keys) <= set(s)
+    assert s["total_output_tokens"] == sum(map(len, run.tokens.values()))
+    for r in run.records.values():
+        assert set(r) == {"request_id", "status", "arrival_s", "input_length", "cached_tokens",
+                          "output_ids", "ttft_ms", "tpot_ms", "itl_ms", "finished_s"}
+        assert len(r["itl_ms"]) == len(r["output_ids"]) - 1 and r["ttft_ms"] > 0
+    assert "18/18 equal recomputation" in run.text
+
+
+def test_arrivals_and_think_time(tmp_path):
+    """With --speed 2 a line comes at half its time, a turn its think time after the answer."""
+    lines = [dict(timestamp=0, input_ids=[1, 2], output_length=2, session_id="s"),
+             dict(timestamp=0, input_ids=[3], output_length=2, session_id="s", think_ms=800),
+             dict(timestamp=1000, input_ids=[4], output_length=2)]
+    path = write_trace(tmp_path, lines)
+    output = tmp_path / "out"
+    job = Job(["--trace", path, "--speed", 2, "--output", output, "--dtype", "float64"], 2)
+    job.finish()
+    r = {x["request_id"]: x for x in map(json.loads, (output / "requests.jsonl").open())}
+    assert r[2]["arrival_s"] == 0.5
+    assert r[1]["arrival_s"] == pytest.approx(r[0]["finished_s"] + 0.4)
+    assert {i: x["output_ids"] for i, x in r.items()} == oracle(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_random_oracle_long(tmp_path, seed):
+    test_random_oracle(tmp_path, seed)
+
+
+def test_ranges():
+    assert ranges([5, 0, 9], [2, 0, 3]).tolist() == [5, 6, 9, 10, 11]
+    assert ranges([], []).tolist() == []
+
+
+def test_modules_stay_small():
+    """The promise of the README: six modules, none above 500 lines, no line above 100 columns."""
+    sizes = {}
+    for name in ("model", "kernels", "pool", "balancer", "tokenlake", "run_cluster"):
+        lines = (HERE / f"{name}.py").read_text().splitlines()
+        sizes[name] = len(lines)
+        assert max(map(len, lines)) <= 100, name
+    assert max(sizes.values()) <= 500 and sum(sizes.values()) <= 2500, sizes
