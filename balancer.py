@@ -155,19 +155,28 @@ class QueryPlan:
     first: np.ndarray  # [B] the run's first row there
     rows: np.ndarray  # [B]
     position: np.ndarray  # [B] of the first row
-    reads: np.ndarray  # [B, N] whether the run reads KV at that instance
-    # [4, refs] every segment that a run reads: the run, the segment's index in the request, its
-    # global slot, and whether rows of it arrive from another instance in this iteration
-    refs: np.ndarray
+    segments: np.ndarray  # [B, N] segments that the run reads at that instance
+    late: np.ndarray  # global slots of which rows arrive from elsewhere in this iteration
+    ref_slot: np.ndarray  # [refs] global slots that the runs read, in another order of the runs:
+    ref_run: np.ndarray  # [B] by which the runs are these,
+    ref_end: np.ndarray  # [B] and their references end there
+    geometry: Geometry
 
-    def row_counts(self) -> np.ndarray:
-        """[N] rows that each instance computes."""
-        return np.bincount(self.instance, self.rows, self.reads.shape[1]).astype(np.int64)
+    def references(self, instance: int):
+        """What is read at an instance, by run: for each reference the run, the segment's index in
+        its request, and the global slot. Only a holder needs this, and only its own share."""
+        at = np.flatnonzero(self.ref_slot // self.geometry.slots == instance)
+        entry = np.searchsorted(self.ref_end, at, side="right")
+        run = self.ref_run[entry]
+        last = self.position[run] // self.geometry.segment_tokens
+        order = np.argsort(run, kind="stable")
+        index = at - self.ref_end[entry] + last + 1
+        return run[order], index[order], self.ref_slot[at][order]
 
     def shipped(self) -> np.ndarray:
         """[N, N] query rows that instance v (line) ships to holder w (column)."""
-        out = np.zeros((self.reads.shape[1],) * 2, np.int64)
-        np.add.at(out, self.instance, self.rows[:, None] * self.reads)
+        out = np.zeros((self.geometry.num_instances,) * 2, np.int64)
+        np.add.at(out, self.instance, self.rows[:, None] * (self.segments > 0))
         np.fill_diagonal(out, 0)
         return out
 
@@ -378,9 +387,11 @@ class Balancer:
         puts = np.fromiter((run.puts for run in runs), bool, B)
 
         length = position // self.geometry.segment_tokens + 1  # segments that the run reads
-        ref_run = np.repeat(np.arange(B), length)
-        ref_slot = np.concatenate([r.request.table[:n] for r, n in zip(runs, length)] or [slot])
-        reads = np.bincount(ref_run * N + ref_slot // S, minlength=B * N).reshape(B, N) > 0
+        ref_slot = np.concatenate([run.request.table[:n] for run, n in zip(runs, length.tolist())]
+                                  or [slot])
+        segments = np.bincount(np.repeat(np.arange(B) * N, length) + ref_slot // S,
+                               minlength=B * N).reshape(B, N)
+        reads = segments > 0
 
         # Bytes if run b is computed by v: its rows to every holder but v, its KV to a home but v.
         home = slot // S
@@ -397,20 +408,17 @@ class Balancer:
         ends = np.cumsum([len(batch) for batch in batches])
         groups = [group.tolist() for group in np.split(instance, ends)[:len(batches)]]
         order = np.argsort(instance, kind="stable")
-        rank = np.argsort(order)
-        instance, rows, position = instance[order], rows[order], position[order]
+        instance, rows, position, slot = instance[order], rows[order], position[order], slot[order]
         before = np.cumsum(rows) - rows
         first = before - before[np.searchsorted(instance, instance)]
-        kept = np.flatnonzero(puts[order])
+        kept, home = np.flatnonzero(puts[order]), slot // S
         transfer_plan = TransferPlan(
-            instance[kept], first[kept], rows[kept], slot[order][kept],
-            position[kept] % self.geometry.segment_tokens, home[order][kept], N)
-        late = transfer_plan.slot[transfer_plan.instance != transfer_plan.home]
-        ref_late = np.isin(ref_slot, late) if len(late) else np.zeros_like(ref_slot)
-        ref_index = np.arange(len(ref_run)) - np.repeat(np.cumsum(length) - length, length)
-        query_plan = QueryPlan([runs[b] for b in order], instance, first, rows, position,
-                               reads[order], np.stack((rank[ref_run], ref_index, ref_slot,
-                                                       ref_late)))
+            instance[kept], first[kept], rows[kept], slot[kept],
+            position[kept] % self.geometry.segment_tokens, home[kept], N)
+        query_plan = QueryPlan(
+            [runs[b] for b in order], instance, first, rows, position, segments[order],
+            slot[kept][instance[kept] != home[kept]], ref_slot, np.argsort(order),
+            np.cumsum(length), self.geometry)
         return query_plan, transfer_plan, groups
 
     @staticmethod
@@ -427,16 +435,13 @@ class Balancer:
     def cache_reads(self, plan: QueryPlan) -> np.ndarray:
         """[N] tokens of KV written before this iteration that each instance reads, a request's
         once however many runs it has (§7.2's cache accesses)."""
-        C = self.geometry.segment_tokens
-        last = {run.request.id: b for b, run in sorted(enumerate(plan.runs),
-                                                       key=lambda item: item[1].position)}
-        once = np.zeros(len(plan.runs), bool)
-        once[list(last.values())] = True
-        done = np.fromiter((run.request.done for run in plan.runs), np.int64, len(plan.runs))
-        run, index, slot, _ = plan.refs
-        tokens = np.clip(done[run] - index * C, 0, C) * once[run]
-        return np.bincount(slot // self.geometry.slots, tokens,
-                           self.geometry.num_instances).astype(np.int64)
+        N, S, C = (getattr(self.geometry, name) for name in (
+            "num_instances", "slots", "segment_tokens"))
+        # A request's first run reads the segments up to the one that `done` is in, and no other.
+        first = [b for b, run in enumerate(plan.runs) if run.position == run.request.done]
+        home = np.array([plan.runs[b].slot // S for b in first], np.int64)
+        missing = np.bincount(home, C - plan.position[first] % C, N)  # of that last segment
+        return C * plan.segments[first].sum(0) - missing.astype(np.int64)
 
 
 def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
@@ -444,6 +449,6 @@ def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPl
     digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
     requests = np.array([run.request.id for run in query_plan.runs], np.int64)
     for part in (requests, query_plan.instance, query_plan.rows, query_plan.position,
-                 query_plan.reads, transfer_plan.slot, transfer_plan.instance):
+                 query_plan.segments, transfer_plan.slot, transfer_plan.instance):
         digest.update(np.ascontiguousarray(part).tobytes() + b"|")
     return digest.digest()

@@ -67,9 +67,8 @@ class Work:
         self.num_partials = int(rows.sum())
         self.device = torch.device(device)
         # Lanes of a tile are (row, head of the group): 16 at least, which is what a dot needs.
-        longest = int(rows.max(initial=1)) * group
-        self.lanes = max(16, triton.next_power_of_2(min(longest, 128)) if triton else 0,
-                         1 << (group - 1).bit_length())
+        longest = min(int(rows.max(initial=1)) * group, 128)
+        self.lanes = max(16, 1 << (longest - 1).bit_length(), 1 << (group - 1).bit_length())
 
         # Spans → tiles, runs → blocks; a block reads its run's tiles.
         per_span = -(-span_length // TILE)

@@ -179,15 +179,14 @@ class QueryBuffer:
     leave, what is attended here, and what is merged. Made once per iteration."""
 
     def __init__(self, plan, index: int, slots: int, segment_tokens: int, group: int, device):
-        run, segment, slot, late = plan.refs[:, plan.refs[2] // slots == index]
-        own = plan.instance[run] == index
+        run, segment, slot = plan.references(index)
+        own, late = plan.instance[run] == index, np.isin(slot, plan.late)
         length = np.where(segment == plan.position[run] // segment_tokens,
                           plan.position[run] % segment_tokens + plan.rows[run], segment_tokens)
 
         def work(chosen, first):
             """Work over the chosen references, and its rows as the plan's runs."""
             spans = np.flatnonzero(chosen)
-            spans = spans[np.argsort(run[spans], kind="stable")]
             runs, span_run = np.unique(run[spans], return_inverse=True)
             rows = plan.rows[runs]
             at = plan.first[runs] if first is None else np.cumsum(rows) - rows
@@ -195,15 +194,15 @@ class QueryBuffer:
                         slot[spans] % slots * segment_tokens, length[spans],
                         segment[spans] * segment_tokens, group, device), runs
 
-        self.ready, ready = work(own & (late == 0), None)
-        self.waiting, waiting = work(own & (late == 1), None)
+        self.ready, ready = work(own & ~late, None)
+        self.waiting, waiting = work(own & late, None)
         self.arrived, _ = work(~own, "in order of arrival")
 
         mine = plan.instance == index
         shipped = plan.shipped()
         self.active = bool(shipped.any())
         self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()
-        leaving = [np.flatnonzero(mine & plan.reads[:, w]) if w != index else ready[:0]
+        leaving = [np.flatnonzero(mine & (plan.segments[:, w] > 0)) if w != index else ready[:0]
                    for w in range(len(self.sends))]
         self.num_rows = int(plan.rows[mine].sum())
         parts = np.full((self.num_rows, 2 + len(leaving)), -1, np.int32)
