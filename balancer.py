@@ -144,6 +144,11 @@ class Geometry:
     query_bytes: int = 1  # a query row on its way and its partial result on the way back
     kv_bytes: int = 1
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, S, C."""
+        return self.num_instances, self.slots, self.segment_tokens
+
 
 @dataclass(frozen=True)
 class QueryPlan:
@@ -183,20 +188,18 @@ class QueryPlan:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """Where the new KV goes. One entry per run that puts, in the query plan's order."""
+    """Where new KV goes: a line per row, in the query plan's order."""
 
-    instance: np.ndarray  # [B'] computes the rows
-    first: np.ndarray  # [B'] first row there
-    rows: np.ndarray  # [B']
-    slot: np.ndarray  # [B'] global slot of the home
-    offset: np.ndarray  # [B'] first token within the segment
-    home: np.ndarray  # [B'] instance of the home
+    source: np.ndarray  # [rows] instance that computes the row
+    row: np.ndarray  # [rows] which row of those it computes
+    home: np.ndarray  # [rows] instance where it will live
+    slab_row: np.ndarray  # [rows] and the row of the slab there
     num_instances: int
 
     def moved(self) -> np.ndarray:
         """[N, N] rows of KV that instance v (line) puts to home w (column)."""
         out = np.zeros((self.num_instances,) * 2, np.int64)
-        np.add.at(out, (self.instance, self.home), self.rows)
+        np.add.at(out, (self.source, self.home), 1)
         np.fill_diagonal(out, 0)
         return out
 
@@ -378,7 +381,7 @@ class Balancer:
 
         Returns the query plan, the transfer plan, and the groups: for each batch the instance that
         computes each of its runs."""
-        N, S = self.geometry.num_instances, self.geometry.slots
+        N, S, C = self.geometry.sizes
         runs = [run for batch in batches for run in batch]
         B = len(runs)
         rows = np.fromiter((run.rows for run in runs), np.int64, B)
@@ -386,7 +389,7 @@ class Balancer:
         slot = np.fromiter((run.slot for run in runs), np.int64, B)
         puts = np.fromiter((run.puts for run in runs), bool, B)
 
-        length = position // self.geometry.segment_tokens + 1  # segments that the run reads
+        length = position // C + 1  # segments that the run reads
         ref_slot = np.concatenate([run.request.table[:n] for run, n in zip(runs, length.tolist())]
                                   or [slot])
         segments = np.bincount(np.repeat(np.arange(B) * N, length) + ref_slot // S,
@@ -412,9 +415,10 @@ class Balancer:
         before = np.cumsum(rows) - rows
         first = before - before[np.searchsorted(instance, instance)]
         kept, home = np.flatnonzero(puts[order]), slot // S
-        transfer_plan = TransferPlan(
-            instance[kept], first[kept], rows[kept], slot[kept],
-            position[kept] % self.geometry.segment_tokens, home[kept], N)
+        run = np.repeat(kept, rows[kept])  # of each row that is put
+        step = np.arange(len(run)) - np.repeat(np.cumsum(rows[kept]) - rows[kept], rows[kept])
+        transfer_plan = TransferPlan(instance[run], first[run] + step, home[run],
+                                     slot[run] % S * C + position[run] % C + step, N)
         query_plan = QueryPlan(
             [runs[b] for b in order], instance, first, rows, position, segments[order],
             slot[kept][instance[kept] != home[kept]], ref_slot, np.argsort(order),
@@ -435,8 +439,7 @@ class Balancer:
     def cache_reads(self, plan: QueryPlan) -> np.ndarray:
         """[N] tokens of KV written before this iteration that each instance reads, a request's
         once however many runs it has (§7.2's cache accesses)."""
-        N, S, C = (getattr(self.geometry, name) for name in (
-            "num_instances", "slots", "segment_tokens"))
+        N, S, C = self.geometry.sizes
         # A request's first run reads the segments up to the one that `done` is in, and no other.
         first = [b for b, run in enumerate(plan.runs) if run.position == run.request.done]
         home = np.array([plan.runs[b].slot // S for b in first], np.int64)
@@ -449,6 +452,6 @@ def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPl
     digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
     requests = np.array([run.request.id for run in query_plan.runs], np.int64)
     for part in (requests, query_plan.instance, query_plan.rows, query_plan.position,
-                 query_plan.segments, transfer_plan.slot, transfer_plan.instance):
+                 query_plan.segments, transfer_plan.home, transfer_plan.slab_row):
         digest.update(np.ascontiguousarray(part).tobytes() + b"|")
     return digest.digest()

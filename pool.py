@@ -151,22 +151,19 @@ class KVBuffer:
     """Where the engine leaves K and V of this instance's new rows, and where they go from there.
     Row indices of the slab; made once per iteration, used by every layer."""
 
-    def __init__(self, plan, index: int, staging: int, slots: int, segment_tokens: int, device):
-        entry = np.flatnonzero(plan.instance == index)
-        rows, stays = plan.rows[entry], plan.home[entry] == index
-        row = (plan.slot % slots) * segment_tokens + plan.offset  # where it will live
-        staged = staging + np.cumsum(np.where(stays, 0, rows)) - np.where(stays, 0, rows)
-        first = np.where(stays, row[entry], staged)
-        leaving = np.argsort(plan.home[entry], kind="stable")
-        leaving = leaving[~stays[leaving]]
-        coming = (plan.home == index) & (plan.instance != index)
+    def __init__(self, plan, index: int, staging: int, device):
+        mine, home = plan.source == index, plan.home
+        away = home[mine] != index
+        written = plan.slab_row[mine]
+        written[away] = staging + np.arange(away.sum())
+        leaving = written[away][np.argsort(home[mine][away], kind="stable")]
+        arriving = plan.slab_row[(home == index) & ~mine]  # in order of their sources
         moved = plan.moved()
         self.active = bool(moved.any())
         self.sends, self.receives = moved[index].tolist(), moved[:, index].tolist()
         self.fresh, self.written, self.leave, self.arrive = (
-            torch.from_numpy(ranges(start, count)).to(device, non_blocking=True)
-            for start, count in ((plan.first[entry], rows), (first, rows),
-                                 (first[leaving], rows[leaving]), (row[coming], plan.rows[coming])))
+            torch.from_numpy(rows).to(device, non_blocking=True)
+            for rows in (plan.row[mine], written, leaving, arriving))
         self.layer = self.k = self.v = None
 
     def write(self, layer: int, k, v):

@@ -136,8 +136,7 @@ class TokenLake:
         only want logits of published tokens are not put. `kv_buf.write(layer, k, v)`, each
         [T, Hkv, D]."""
         pool = self.pool
-        kv_buf = KVBuffer(transfer_plan, self.index, pool.slots * pool.segment_tokens, pool.slots,
-                          pool.segment_tokens, pool.device)
+        kv_buf = KVBuffer(transfer_plan, self.index, pool.slots * pool.segment_tokens, pool.device)
         if len(kv_buf.fresh) > sum(run.rows for run in batch if run.puts):
             raise LakeError(f"instance {self.index} is to put rows of another batch")
         return kv_buf
@@ -231,22 +230,22 @@ class Scheduler:
                 out[instance].append(run)
         return out
 
-    def update(self, query_plan: QueryPlan, transfer_plan, tokens: dict[int, int]):
+    def update(self, query_plan: QueryPlan, tokens: dict[int, int]) -> list[Request]:
         """After the iteration: publishes what is full, appends the sampled tokens (by request id)
         and releases the requests that end. Returns those."""
         counters, ended = self.counters, []
-        runs = sorted(query_plan.runs, key=lambda run: (run.request.id, run.position))
-        for run in runs:
-            again = max(0, min(run.request.peak, run.position + run.rows) - run.position)
+        placed = zip(query_plan.runs, query_plan.instance.tolist())
+        for run, instance in sorted(placed, key=lambda item: (item[0].request.id,
+                                                              item[0].position)):
             counters.computed_tokens += run.rows
-            counters.recomputed_tokens += again
+            counters.recomputed_tokens += max(0, min(run.request.peak - run.position, run.rows))
+            if run.puts:
+                local = run.rows * (run.slot // self.lake.config.slots == instance)
+                counters.puts += run.rows
+                counters.puts_local += local
+                counters.decode_puts += run.rows * run.decode
+                counters.decode_puts_local += local * run.decode
             self.balancer.commit(run.request, run.rows)
-        local = transfer_plan.instance == transfer_plan.home
-        counters.puts += int(transfer_plan.rows.sum())
-        counters.puts_local += int(transfer_plan.rows[local].sum())
-        decode = [run.decode for run in query_plan.runs if run.puts]
-        counters.decode_puts += sum(decode)
-        counters.decode_puts_local += sum(d and here for d, here in zip(decode, local.tolist()))
         for request in list(self.running):
             if request.id in tokens:
                 request.tokens.append(tokens[request.id])
@@ -305,7 +304,7 @@ class Engine:
             self.reads.append(lake.balancer.cache_reads(query_plan))
         sampled = {run.request.id: token for rank, runs in zip(lake.instances, samples)
                    for run, token in zip(runs, said[rank][1:])}
-        return sampled, self.scheduler.update(query_plan, transfer_plan, sampled)
+        return sampled, self.scheduler.update(query_plan, sampled)
 
     def _compute(self, batches, groups, query_plan, transfer_plan, samples) -> list[int]:
         """This rank's rows through the model → the tokens of its runs in `samples`."""
