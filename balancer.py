@@ -2,8 +2,9 @@
 
 A request's tokens are cut into *segments* of C. A full segment has an id, the chained hash of its
 tokens and everything before them, and lives in the *prefix tree*, from where any request may read
-it. What is not full yet is the request's own. For a request with `done` of its tokens in the pool,
-about to compute `rows` more:
+it; it is *pinned* while a running request does. What is not full yet is the request's own: while it
+generates, its last, partly filled segment is its *open tail*, and grows where the request decodes.
+For a request with `done` of its tokens in the pool, about to compute `rows` more:
 
     tokens   0 ······ len(segments)·C ······ done ······ done+rows ······ len(tokens)
              │ published, pinned │  its own,   │  written in  │ not computed │
@@ -224,7 +225,7 @@ class Balancer:
         while (len(ids) + 1) * C <= len(request.tokens):
             tokens = array("q", request.tokens[len(ids) * C:(len(ids) + 1) * C])
             parent = ids[-1] if ids else hashlib.blake2b(
-                request.salt.encode(), digest_size=16, person=b"root").digest()
+                request.salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"root").digest()
             ids.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
 
     def match(self, request: Request) -> int:
@@ -448,10 +449,11 @@ class Balancer:
 
 
 def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
-    """16 bytes that two ranks share only if they planned the same exchange."""
+    """16 bytes that two ranks share only if they planned the same: who computes what, which slots
+    are read, where new rows go."""
     digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
     requests = np.array([run.request.id for run in query_plan.runs], np.int64)
     for part in (requests, query_plan.instance, query_plan.rows, query_plan.position,
-                 query_plan.segments, transfer_plan.home, transfer_plan.slab_row):
+                 query_plan.ref_slot, transfer_plan.home, transfer_plan.slab_row):
         digest.update(np.ascontiguousarray(part).tobytes() + b"|")
     return digest.digest()

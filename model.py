@@ -68,9 +68,10 @@ def load_config(folder: Path) -> Config:
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{file}: no such file (a Hugging Face model folder has one)") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror} (a Hugging Face model folder has this file)"
+                         ) from None
+    except ValueError as error:
         raise ModelError(f"{file}: not readable as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{file}: a JSON object is expected")
@@ -278,9 +279,9 @@ class Llama:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Greedy at temperature 0. Above it, Gumbel noise seeded by (seed, request, position) is added
-    and the best taken, which draws from softmax(logits / temperature): the same draw wherever and
-    in whatever batch the row is computed."""
+    """Greedy at temperature 0. Above it, Gumbel noise seeded by (seed, request, position), times
+    the temperature, is added and the best taken, which draws from softmax(logits / temperature):
+    the same draw wherever and in whatever batch the row is computed."""
 
     temperature: float = 0.0
     seed: int = 0
@@ -288,12 +289,11 @@ class Sampler:
     def scores(self, logits, keys):
         """logits [n, V], keys n pairs (request, position) → [n, V]; the argmax is the token."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if not self.temperature:
+        if not self.temperature or not keys:
             return logits
         noise = [np.random.default_rng((self.seed, *key)).gumbel(size=logits.shape[-1])
                  for key in keys]
-        noise = torch.from_numpy(np.stack(noise)) if noise else torch.empty(logits.shape)
-        return logits / self.temperature + noise.to(logits)
+        return logits + self.temperature * torch.from_numpy(np.stack(noise)).to(logits)
 
     def sample(self, logits, keys) -> list[int]:
         return self.scores(logits, keys).argmax(-1).tolist()
@@ -310,9 +310,9 @@ def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler()
 
 
 def score_gap(model: Llama, sampler: Sampler, tokens: list[int], num_prompt: int, request: int):
-    """The oracle in one forward: how far, at worst, a served token's score is below the best one's
-    when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says that every
-    token is what `generate` would have given."""
+    """The oracle in one forward: how far, at worst, a served token is below the best one, in
+    logits, when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says that
+    every token is what `generate` would have given."""
     at = range(num_prompt, len(tokens))
     logits = model.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
     scores = sampler.scores(logits, [(request, p) for p in at])

@@ -11,13 +11,20 @@ and a layer runs in this order, so that exchanges hide behind the attention that
     rank v                                            rank w, the same at the same time
     0  my new K, V → my slab (home, or staging)
     1  query: rows leave for the holders ───────────▶ arrive
-    2  move: staged K, V leave for their homes ─────▶ arrive (second group, after 1 everywhere)
+    2  move: staged K, V leave for their homes ─────▶ arrive
     3  my rows × my KV that is here already
     4  my rows × my KV that arrived in 2              arrived rows × my KV → (O, LSE) ──▶ back
     5  merge per row
 
-An exchange that carries nothing for any rank is skipped by all: every rank knows the whole plan.
+Moves have a process group of their own, so that none delays a query, and are issued after it on
+every rank. An exchange that carries nothing for any rank is skipped by all: every rank knows the
+whole plan.
 What ranks tell each other besides (a digest of the plan, flags, tokens, the clock) is `Cluster`.
+
+The plans come from balancer.py: a *run* is consecutive rows of one request, a *slot* holds a
+segment, `references` are the segments that runs read at a holder. E.g. a run of 2 rows on instance
+0 that reads segments on 0 and 1: rank 0 attends to its own (step 3) and ships 2 rows; rank 1
+attends to the rest (step 4) and sends 2 partial results back; rank 0 merges two parts per row.
 
 Left out: pulls (KV to the query), replicas, RDMA; a lost rank ends the run.
 
@@ -65,6 +72,25 @@ class Cluster:
         if self.size > 1:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
             self.store = dist.distributed_c10d._get_default_store()
+
+    def find_device(self, wanted: str) -> tuple[torch.device, int]:
+        """This rank's device for `auto`, `cpu` or `cuda`, and the bytes available on it. Ranks take
+        a machine's GPUs in turn. Raises ValueError when there is none."""
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: no CUDA device is visible; cpu or auto is expected")
+        if wanted != "cpu" and torch.cuda.is_available():
+            device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            return device, torch.cuda.mem_get_info(device)[0]
+        try:
+            fields = dict(line.split(":") for line in open("/proc/meminfo"))
+            return torch.device("cpu"), int(fields["MemAvailable"].split()[0]) * 1024
+        except (OSError, KeyError, ValueError):  # not Linux
+            return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def ranks_per_device(self, device: torch.device) -> int:
+        """How many ranks share a device of this machine."""
+        return -(-self.local_size // (torch.cuda.device_count() if device.type == "cuda" else 1))
 
     def share(self, thing) -> list:
         """Every rank's `thing` (picklable), by rank. Slow; for set-up and reports."""
@@ -138,9 +164,16 @@ class Cluster:
             except RuntimeError:
                 at = [self.iteration]
             behind = [rank for rank, iteration in enumerate(at) if iteration < max(at)]
-            who = f"rank {', '.join(map(str, behind))} behind" if behind else "none behind"
+            who = f"behind: rank {', '.join(map(str, behind))}" if behind else "all had begun it"
             raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}"
                             ) from None
+
+    def speaks(self) -> bool:
+        """True on the first rank that asks: it says what went wrong, whoever is lost."""
+        try:
+            return self.store is None or self.store.add("spoken", 1) == 1
+        except RuntimeError:
+            return True
 
     def close(self):
         if dist.is_initialized():
@@ -242,7 +275,7 @@ class Pool:
         self.bytes = {"query": 0, "put": 0}
         self._put = None
         if len(instances) > 1:
-            alone = self.device.type == "cuda" and cluster.local_size <= torch.cuda.device_count()
+            alone = self.device.type == "cuda" and cluster.ranks_per_device(self.device) == 1
             backend = "nccl" if all(cluster.share(alone)) else "gloo"
             self.pinned = backend == "gloo" and self.device.type == "cuda"
             self.query_group, self.move_group = (

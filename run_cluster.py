@@ -92,7 +92,11 @@ class Line:
 def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> list[Line]:
     """The first `limit` requests of a trace, checked. `source` yields its lines, bytes or text."""
     lines, sessions = [], {}
-    for index, text in zip(range(limit or sys.maxsize), source):
+    for index, text in enumerate(source):
+        if len(lines) == limit:
+            break
+        if not text.strip():
+            continue
         where = f"{name}:{index + 1}"
         try:
             raw = json.loads(text)
@@ -163,26 +167,28 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
     def checked(kind, ok, expected):
         def parse(text):
-            if not ok(value := kind(text)):
-                raise ValueError
-            return value
-        parse.__name__ = expected  # argparse says "invalid <name> value: …"
+            with contextlib.suppress(ValueError):
+                if ok(value := kind(text)):
+                    return value
+            raise argparse.ArgumentTypeError(f"{text!r}: a {expected} is expected")
         return parse
 
     def fail(message):
         raise InputError(message.removeprefix("argument "))
 
-    count = checked(int, lambda x: x > 0, "positive integer")
+    count = checked(int, lambda x: 0 < x < 2**48, "positive integer")
+    path = checked(Path, lambda x: x != Path(), "path")
     parser = argparse.ArgumentParser(
         prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
     parser.error = fail
     add = parser.add_argument
-    add("--trace", type=Path, metavar="FILE", help="JSON lines; default: a multi-turn demo")
+    add("--trace", type=path, metavar="FILE", help="JSON lines; default: a multi-turn demo")
     add("--num-requests", type=count, metavar="K", help="serve the first K lines (demo: 48)")
-    add("--seed", type=checked(int, lambda x: x >= 0, "integer from 0"), default=0, metavar="N")
+    add("--seed", type=checked(int, lambda x: 0 <= x < 2**63, "seed from 0"), default=0,
+        metavar="N", help="of the weights, the demo, a trace's tokens, and sampling")
     add("--trace-scale", type=checked(int, lambda x: x > 0 and BLOCK % x == 0, "divisor of 512"),
         metavar="F", help="divide the trace's lengths and its 512-token block by F")
-    add("--model", type=Path, metavar="DIR", help="Hugging Face folder of a Llama")
+    add("--model", type=path, metavar="DIR", help="Hugging Face folder of a Llama")
     add("--random-weights", action="store_true", help="with --model: read config.json alone")
     add("--dtype", choices=DTYPES, help="default: float32; on a GPU what --model says")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -192,7 +198,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--segment-tokens", type=count, metavar="C", help="default: 16; --model on a GPU: 512")
     add("--slots", type=count, metavar="S",
         help="segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
-    add("--placement", choices=("stripe", "hash"), default="stripe")
+    add("--placement", choices=("stripe", "hash"), default="stripe",
+        help="homes of segments: one after another along a prefix (default), or by hash")
     add("--replicate-factor", type=int, choices=(0,), default=0)
     add("--chunk-tokens", type=count, metavar="T",
         help="prompt rows per instance and iteration; default: 4 segments")
@@ -200,12 +207,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         help="running requests in the whole lake (default 32)")
     add("--scheduler", choices=("auto", "even"), default="auto")
     add("--speed", type=checked(float, lambda x: x >= 1e-6, "positive number"), metavar="X",
-        default=1.0, help="arrivals X times faster; inf: all at once")
+        default=1.0, help="arrivals and think times X times faster; inf: all at once")
     add("--timeout", type=checked(float, lambda x: 0 < x < 1e9, "positive number"), default=300.0,
         metavar="SECONDS", help="after which a silent rank is given up (default 300)")
     add("--verify", action=argparse.BooleanOptionalAction,
         help="recompute every answer without a cache; default: for the demo on its own model")
-    add("--output", type=Path, metavar="DIR", help="write requests.jsonl and summary.json")
+    add("--output", type=path, metavar="DIR", help="write requests.jsonl and summary.json")
     options = parser.parse_args(arguments)
     if options.random_weights and not options.model:
         raise InputError("--random-weights needs --model DIR (the built-in model is random)")
@@ -216,32 +223,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def choose_device(options: argparse.Namespace, cluster: Cluster) -> tuple[torch.device, int]:
-    """This rank's device, and the bytes available on it. Ranks take a machine's GPUs in turn."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is visible; cpu or auto is expected")
-    if options.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", cluster.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device, torch.cuda.mem_get_info(device)[0]
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return torch.device("cpu"), int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def prepare(options, cluster: Cluster, device, memory: int):
     """Reads and checks all that the user gave → (lines, LakeConfig, Llama). memory: bytes available
     on a device, the least over the ranks. Raises InputError or ModelError."""
-    if options.output:
-        try:
-            options.output.mkdir(parents=True, exist_ok=True)
-            held = [n for n in ("requests.jsonl", "summary.json") if (options.output / n).exists()]
-        except OSError as error:
-            raise InputError(f"--output {options.output}: {error.strerror}") from None
-        if held:
-            raise InputError(f"--output {options.output}: holds {held[0]}; a new one is expected")
+    output = options.output
+    for name in ("requests.jsonl", "summary.json") if output else ():
+        if (output / name).exists():
+            raise InputError(f"--output {output}: already holds {name}; a new folder is expected")
     config = load_config(options.model) if options.model else Config()
     if options.trace:
         try:
@@ -262,27 +250,38 @@ def prepare(options, cluster: Cluster, device, memory: int):
         raise InputError(f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
     dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
 
-    sharing = -(-cluster.local_size // max(1, torch.cuda.device_count() * (device.type == "cuda")))
+    sharing = cluster.ranks_per_device(device)
     lake = LakeConfig(C, 0, options.placement, options.chunk_tokens or 4 * C, options.max_batch)
     bytes_of = partial(Pool.bytes_needed, config, C, lake.staging(cluster.size), dtype)
     slots, room = options.slots, memory // sharing  # of the ranks that share a device
+    if C > config.max_positions:
+        raise InputError(f"--segment-tokens {C}: no more than the model's {config.max_positions} "
+                         "positions is expected")
     if slots is None:  # half of what is there is left for weights and activations
         slots = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
         slots = slots if device.type == "cuda" else min(slots, -(-32_768 // C))
     if bytes_of(slots) > room:
-        raise InputError(f"--slots {slots}: the slabs of {sharing} ranks need "
-                         f"{sharing * bytes_of(slots):,} bytes on {device}, {memory:,} are there")
+        raise InputError(
+            f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
+            f"{sharing} ranks need {sharing * bytes_of(slots):,} bytes on {device}, "
+            f"{memory:,} are there")
     for line in lines:
-        if line.input_ids and max(line.input_ids) >= config.vocab_size:
-            raise InputError(f"{line.where}: input_ids has the token {max(line.input_ids)}; ids "
-                             f"below the vocabulary's {config.vocab_size} are expected")
-        total = line.input_length + line.output_length
-        if total > config.max_positions:
-            raise InputError(f"{line.where}: prompt and answer are {total} tokens, the model has "
-                             f"{config.max_positions} positions")
-        if (needed := -(-(total - 1) // C)) > slots * cluster.size:
-            raise InputError(f"{line.where}: the request needs {needed} segments, the pool has "
-                             f"{slots * cluster.size}; more --slots are expected")
+        if (highest := max(line.input_ids or [0])) >= config.vocab_size:
+            raise InputError(f"{line.where}: input_ids has the token {highest}; ids below the "
+                             f"vocabulary's {config.vocab_size} are expected")
+    line = max(lines, key=lambda line: line.input_length + line.output_length)
+    total = line.input_length + line.output_length
+    if total > config.max_positions:
+        raise InputError(f"{line.where}: prompt and answer are {total} tokens, the model has "
+                         f"{config.max_positions} positions")
+    if (needed := -(-(total - 1) // C)) > slots * cluster.size:
+        raise InputError(f"{line.where}: the request needs {needed} segments, the pool has "
+                         f"{slots * cluster.size}; more --slots are expected")
+    if output:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output {output}: {error.strerror}") from None
     made = options.random_weights or not options.model
     weights = (random_weights(config, options.seed, dtype, device) if made
                else load_weights(options.model, config, dtype, device))
@@ -339,18 +338,21 @@ class Server:
                          + int(following.think * 1e6 / self.options.speed))
         return record
 
-    def verify(self) -> tuple[int, float, int | None]:
-        """Recomputes every finished request without a cache, dealt over the ranks. Returns how many
-        are right, the largest score gap, and the first request that is not right."""
+    def verify(self) -> dict[int, float]:
+        """Recomputes every finished request without a cache, dealt over the ranks: the gap of each
+        in logits (model.score_gap). After a signal, of those done by then."""
         gaps = {}
         for index in sorted(self.records)[self.cluster.rank::self.cluster.size]:
+            if self.engine.stop:
+                break
             request = self.lines[index].request
             gaps[index] = score_gap(self.model, self.engine.sampler, request.tokens,
                                     request.num_prompt, index)
-        gaps = {index: gap for part in self.cluster.share(gaps) for index, gap in part.items()}
-        wrong = [index for index, gap in sorted(gaps.items())
-                 if not gap <= TOLERANCE[self.model.dtype]]  # NaN is wrong
-        return len(gaps) - len(wrong), max(gaps.values(), default=0.0), next(iter(wrong), None)
+        return {index: gap for part in self.cluster.share(gaps) for index, gap in part.items()}
+
+    def right(self, gap: float) -> bool:
+        """Whether a served token is the best one, but for rounding. NaN is not."""
+        return gap <= TOLERANCE[self.model.dtype]
 
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────
@@ -364,7 +366,7 @@ def variation(reads: list[np.ndarray]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def summarise(server: Server, verdict) -> dict:
+def summarise(server: Server, gaps: dict | None, error: str | None) -> dict:
     """summary.json: names as in vLLM's and SGLang's serving benchmarks, then ours. Collective."""
     moved = [sum(column) for column in zip(*server.cluster.share(
         list(server.lake.pool.bytes.values())))]
@@ -384,115 +386,120 @@ def summarise(server: Server, verdict) -> dict:
     counters = vars(server.scheduler.counters).copy()
     cached, puts, local, decodes, decodes_local = (counters.pop(key) for key in (
         "cached_tokens", "puts", "puts_local", "decode_puts", "decode_puts_local"))
-    verified, gap = verdict or (None, None)
     return s | counters | dict(
         hit_rate=sum(cached[id] for id in server.records) / inputs if inputs else None,
         cache_load_cv=variation(server.engine.reads), query_bytes=moved[0], put_bytes=moved[1],
         replica_bytes=0, pull_bytes=0, puts_local=local / puts if puts else None,
         decode_puts_local=decodes_local / decodes if decodes else None,
+        cache_reads=sum(server.engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
+        asked_tokens=sum(line.request.peak for line in server.lines if line.request),
         evictions=balancer.evictions, replicas_max=int(bool(balancer.tree.segments)),
-        iterations=server.engine.iterations, idle_fraction=None, verified=verified,
-        max_logit_gap=gap,
-        config={k: str(v) if isinstance(v, Path) else v for k, v in vars(server.options).items()}
-        | vars(server.lake.config) | dict(
+        iterations=server.engine.iterations, idle_fraction=None, error=error,
+        verified=None if gaps is None else sum(map(server.right, gaps.values())),
+        max_logit_gap=max(gaps.values()) if gaps else None,
+        config={k: v if v is None or isinstance(v, int) else str(v)
+                for k, v in vars(server.options).items()} | vars(server.lake.config) | dict(
             ranks=server.cluster.size, torch=torch.__version__, device=str(server.model.device),
             dtype=str(server.model.dtype).removeprefix("torch.")))
 
 
-def table(s: dict, reads: list[np.ndarray]) -> str:
+def table(s: dict) -> str:
     """The report that ends a run, from its summary."""
 
     def show(value, form):
         return "–" if value is None else format(value, form)
 
     def times(name):
-        return "  ".join(f"{kind} {show(s[f'{kind}_{name}_ms'], ',.0f')}"
-                         for kind in KINDS)
+        return "  ".join(f"{kind} {show(s[f'{kind}_{name}_ms'], ',.0f')}" for kind in KINDS)
 
-    load = sum(reads) if reads else np.zeros(1)
-    asked = s["total_input_tokens"] + s["total_output_tokens"] - s["completed"]
+    reads = s["cache_reads"]
     lines = {
         "requests": f"{s['completed']} in {s['duration']:.1f} s, "
                     f"{show(s['output_throughput'], ',.0f')} output tokens/s",
         "hit rate": f"{show(s['hit_rate'], '.1%')} of {s['total_input_tokens']:,} prompt tokens",
-        "computed": f"{s['computed_tokens']:,} of {asked:,} tokens asked for "
+        "computed": f"{s['computed_tokens']:,} of {s['asked_tokens']:,} tokens asked for "
                     f"({s['recomputed_tokens']:,} again, after preemption)",
-        "cache load": "  ".join(f"{share:.1%}" for share in load / max(1, load.sum()))
-                      + f"  of reads per instance, CV {show(s['cache_load_cv'], '.2f')}",
+        "cache load": "  ".join(f"{read / max(1, sum(reads)):.1%}" for read in reads)
+                      + " of reads per instance; CV within "
+                      f"{CV_WINDOW} iterations {show(s['cache_load_cv'], '.2f')}",
         "TTFT ms": times("ttft"),
         "TPOT ms": times("tpot"),
-        "moved": f"queries {s['query_bytes'] / 1e6:,.1f} MB, puts {s['put_bytes'] / 1e6:,.1f} MB "
-                 f"({show(s['puts_local'], '.1%')} of new KV was computed where it lives)",
+        "moved": f"queries and partial results {s['query_bytes'] / 1e6:,.1f} MB, "
+                 f"new KV {s['put_bytes'] / 1e6:,.1f} MB "
+                 f"({show(s['puts_local'], '.1%')} was computed where it lives)",
         "pressure": f"{s['evictions']:,} evictions, {s['preemptions']:,} preemptions",
     }
     if s["verified"] is not None:
-        lines["verified"] = (f"{s['verified']}/{s['completed']} equal recomputation without a "
-                             f"cache (largest score gap {s['max_logit_gap']:.1e})")
+        lines["verified"] = f"{s['verified']}/{s['completed']} " + (
+            f"within rounding of recomputation without a cache, gap {s['max_logit_gap']:.1e} logits"
+            if s["max_logit_gap"] else "equal recomputation without a cache, token for token")
     return "\n".join(f"{name:>12}  {text}" for name, text in lines.items())
 
 
 # ── the program ───────────────────────────────────────────────────────────────────────────────
 
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
-    """The whole program on one rank; returns its exit status. Rank 0 says what went wrong."""
+    """The whole program on one rank; returns its exit status. One rank says what went wrong."""
     timeout = 60.0
     with contextlib.suppress(InputError):  # said below, when the ranks have met
         timeout = parse_options(arguments).timeout
     cluster = Cluster(timeout)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
+    if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
     status, error = 1, None
     try:
         options = cluster.together(parse_options, arguments)
-        device, memory = cluster.together(choose_device, options, cluster)
+        device, memory = cluster.together(cluster.find_device, options.device)
         memory = min(cluster.share(memory))
         ready = cluster.together(prepare, options, cluster, device, memory)
-        server = Server(options, cluster, *ready)
-        error = serve(server, on_iteration)
+        error = serve(Server(options, cluster, *ready), on_iteration)
         status = int(error is not None)
     except (SetupError, LakeError) as problem:
         status, error = 2 if isinstance(problem, SetupError) else 1, problem
     finally:
+        if error and cluster.speaks():
+            print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
         cluster.close()
-    if error and cluster.rank == 0:
-        print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
     return status
 
 
 def serve(server: Server, on_iteration) -> str | None:
-    """Serves, verifies and reports; returns what is wrong with the result."""
-    options, first = server.options, server.cluster.rank == 0
+    """Serves, verifies and reports; returns what is wrong with the result. `on_iteration(server,
+    finished records)` is called after each iteration."""
+    output, first = server.options.output, server.cluster.rank == 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server.engine, "stop", True))
-    error = verdict = None
+    error = gaps = None
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(server.lines), unit="request", leave=False,
                                        disable=not first))
-        if first and options.output:
-            output = stack.enter_context(open(options.output / "requests.jsonl", "x"))
-
-        def progress(finished):
-            for record in finished:
-                bar.update()
-                if first and options.output:
-                    print(json.dumps(record), file=output, flush=True)
-            on_iteration(server, finished)
-
+        file = first and output and stack.enter_context(open(output / "requests.jsonl", "x"))
         try:
             server.engine.start()
             while server.arrivals or server.scheduler.waiting or server.scheduler.running:
-                progress(server.step())
+                finished = server.step()
+                for record in finished:
+                    bar.update()
+                    if file:
+                        print(json.dumps(record), file=file, flush=True)
+                on_iteration(server, finished)
         except Stopped as stopped:
-            error = (f"{stopped}; {len(server.records)} of {len(server.lines)} requests "
-                     "are finished")
-    if options.verify and not error:
-        *verdict, wrong = server.verify()
-        if wrong is not None:
-            error = f"request {wrong} differs from recomputation without a cache"
-    summary = summarise(server, verdict)
+            error = (f"{stopped}; {len(server.records)} of {len(server.lines)} requests are "
+                     "finished")
+        if server.options.verify and not error:
+            bar.set_description("verifying")
+            gaps = server.verify()
+            wrong = [index for index, gap in sorted(gaps.items()) if not server.right(gap)]
+            if wrong:
+                error = f"request {wrong[0]} differs from recomputation without a cache"
+            elif len(gaps) < len(server.records):
+                error = f"stopped by a signal; {len(gaps)} of {len(server.records)} are verified"
+    summary = summarise(server, gaps, error)
     if first:
-        print(table(summary, server.engine.reads), flush=True)
-        if options.output:
-            (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(table(summary), flush=True)
+        if output:
+            text = json.dumps(summary, indent=1, default=str)
+            (output / "summary.json").write_text(text + "\n")
     return error
 
 

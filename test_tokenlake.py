@@ -83,8 +83,9 @@ class Job:
             self.processes.append(process)
             self.pipes.append(ours)
 
-    def finish(self, timeout=240):
-        """[(status, text, seen)] by rank; fails the test if a rank hung or raised."""
+    def finish(self, timeout=240, raised=None):
+        """[(status, text, seen)] by rank; fails the test if a rank hung, or if one raised that
+        should not (`raised` should)."""
         deadline, results = time.monotonic() + timeout, []
         for rank, (process, pipe) in enumerate(zip(self.processes, self.pipes)):
             try:
@@ -100,8 +101,9 @@ class Job:
             results.append(result)
         for process in self.processes:
             process.join(10)
-        failures = [failure for *_, failure in results if failure]
-        assert not failures, "\n".join(failures) + "".join(text for _, text, *_ in results)
+        failures = [failure for rank, (*_, failure) in enumerate(results)
+                    if bool(failure) != (rank == raised)]
+        assert not failures, "\n".join(map(str, failures)) + "".join(text for _, text, *_ in results)
         return [result[:3] for result in results]
 
 
@@ -113,7 +115,7 @@ class Served:
         self.seen = [seen for *_, seen in results]
         lines = (folder / "requests.jsonl").read_text().splitlines()
         self.records = {r["request_id"]: r for r in map(json.loads, lines)}
-        self.summary = json.loads((folder / "summary.json").read_text())
+        self.summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
         self.tokens = {id: r["output_ids"] for id, r in sorted(self.records.items())}
 
 
@@ -476,7 +478,7 @@ def test_config_defaults(tmp_path):
     ("unknown", "model.layers.0.self_attn.q_proj.bias is not a tensor"),
     ("truncated", "damaged"), ("empty", "damaged"), ("outside", "outside the folder"),
     ("no file", "model.safetensors: no such file"), ("bad index", "not a safetensors index"),
-    ("no config", "config.json: no such file"), ("bad config", "not readable as JSON")])
+    ("no config", "config.json: No such file"), ("bad config", "not readable as JSON")])
 def test_damaged_model_folder_is_one_line(tmp_path, case, said):
     """Through the program: one line, status 2."""
     folder = tmp_path / "model"
@@ -547,7 +549,7 @@ IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
     ({**IDS, "input_ids": []}, "input_ids is []"), ({**IDS, "input_ids": [1, 2.0]}, "input_ids is"),
     ({**IDS, "input_ids": [1, 512]}, "token 512"), ({**IDS, "hash_ids": [1]}, "in place of"),
     ({**IDS, "salt": 3}, "salt is 3"), ({**IDS, "session_id": [1]}, "session_id is [1]"),
-    ({**IDS, "think_ms": -1}, "think_ms is -1"),
+    ({**IDS, "think_ms": -1}, "think_ms is -1"), ("\n\n{", "not JSON"),
     ({**IDS, "output_length": 8191}, "8193 tokens, the model has 8192 positions"),
     ({**GOOD, "output_length": 1000}, "needs 100 segments, the pool has 60")])
 def test_bad_line_is_named(tmp_path, line, said):
@@ -558,7 +560,8 @@ def test_bad_line_is_named(tmp_path, line, said):
                      + text.encode("latin-1") + b"\n")
     said_text = refused(tmp_path, "--trace", path, "--slots", 60,
                         *(["--segment-tokens", 200] if "8193" in said else []))
-    assert f"{path}:17: " in said_text and said in said_text
+    number = 17 + text.count("\n") if isinstance(line, str) else 17
+    assert f"{path}:{number}: " in said_text and said in said_text
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -568,14 +571,18 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--slots", "999999999999"], "are there"), (["--segment-tokens", "-1"], "--segment-tokens"),
     (["--chunk-tokens", "0"], "--chunk-tokens"), (["--max-batch", "0"], "--max-batch"),
     (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
+    (["--trace-scale", "3", "--trace", "x"], "'3': a divisor of 512 is expected"),
     (["--speed", "0"], "--speed"), (["--speed", "nan"], "--speed"), (["--seed", "-1"], "--seed"),
-    (["--timeout", "0"], "--timeout"), (["--trace-scale", "3", "--trace", "x"], "--trace-scale"),
+    (["--timeout", "0"], "--timeout"),
     (["--trace-scale", "2"], "needs --trace"), (["--random-weights"], "needs --model"),
-    (["--model", "{tmp}/missing"], "no such file"), (["--dtype", "int8"], "--dtype"),
+    (["--model", "{tmp}/missing"], "No such file"), (["--dtype", "int8"], "--dtype"),
     (["--placement", "here"], "--placement"), (["--bogus"], "--bogus"), (["extra"], "extra"),
-    (["--output", "{tmp}/empty"], "File exists"), (["--output", "{tmp}/held"], "holds requests.jsonl"),
+    (["--output", "{tmp}/empty"], "File exists"), (["--model", "{tmp}/empty"], "Not a directory"),
+    (["--output", "{tmp}/held"], "holds requests.jsonl"),
     (["--output", "{tmp}/empty/x"], "Not a directory"),
-    (["--num-requests", "0"], "--num-requests"),
+    (["--num-requests", "0"], "--num-requests"), (["--trace", ""], "a path is expected"),
+    (["--segment-tokens", "9999999"], "8192 positions"), (["--seed", "9" * 30], "--seed"),
+    (["--chunk-tokens", "1e9"], "--chunk-tokens"),
     (["--stop-at-eos", "--model", "{tmp}/model", "--random-weights"], "no eos_token_id"),
     (["--trace", "{tmp}/ids", "--trace-scale", "2"], "cannot be scaled")])
 def test_bad_option_is_named(tmp_path, arguments, said):
@@ -594,6 +601,7 @@ def test_bad_option_is_named(tmp_path, arguments, said):
 def test_bad_input_with_several_ranks_is_said_once(tmp_path):
     refused(tmp_path, "--slots", 0, ranks=3)
     refused(tmp_path, "--trace", tmp_path / "missing", ranks=3)
+    assert "staging" in refused(tmp_path, "--max-batch", 99999999999, ranks=2)
 
 
 def test_torchrun_serves_and_refuses(tmp_path):
@@ -709,9 +717,14 @@ def test_salts_share_nothing(tmp_path):
     assert len(set(map(tuple, run.tokens.values()))) == 1
 
 
+def test_any_salt(tmp_path):
+    serve(tmp_path, [dict(input_ids=tokens(40, 1), output_length=2, salt=s) for s in ("", "\ud800")])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_other_types_verify(tmp_path, dtype):
-    run = serve(tmp_path, CHAT, "--verify", ranks=2, dtype=dtype)
+@pytest.mark.parametrize("temperature", [0, 0.1, 1e-300])
+def test_other_types_verify(tmp_path, dtype, temperature):
+    run = serve(tmp_path, CHAT, "--verify", "--temperature", temperature, ranks=2, dtype=dtype)
     assert run.summary["verified"] == len(CHAT)
     assert 0 <= run.summary["max_logit_gap"] <= run_cluster.TOLERANCE[getattr(torch, dtype)]
 
@@ -730,7 +743,7 @@ def test_verify_notices_a_wrong_result(tmp_path):
     trace = write_trace(tmp_path, CHAT)
     results = Job(["--trace", trace, "--verify", "--speed", "inf"], 2, "corrupt").finish()
     assert [status for status, *_ in results] == [1, 1]
-    assert "differs from recomputation" in results[0][1]
+    assert "differs from recomputation" in results[0][1] + results[1][1]
 
 
 # ── what moves, and what hits ─────────────────────────────────────────────────────────────────
@@ -738,8 +751,8 @@ def test_verify_notices_a_wrong_result(tmp_path):
 
 def count_bytes(rank, seen):
     """Counts rows that cross instances from the plans, one run and one holder at a time."""
-    original, model, S = TokenLake.gen_plans, Config(), None
-    seen.update(query=0, put=0, puts=0, local=0, iterations=0)
+    original, model = TokenLake.gen_plans, Config()
+    seen.update(query=0, put=0, puts=0, local=0, iterations=0, reads=[])
 
     def gen_plans(lake, batches, dops, tree):
         query_plan, transfer_plan, groups = original(lake, batches, dops, tree)
@@ -755,8 +768,18 @@ def count_bytes(rank, seen):
                     seen["puts"] += run.rows
                     seen["local"] += (home == instance) * run.rows
         seen["iterations"] += bool(query_plan.runs)
+        if query_plan.runs:  # tokens of KV from before, once per request, wherever they are
+            reads = [0] * len(lake.instances)
+            for request in {run.request.id: run.request for run in query_plan.runs}.values():
+                for token in range(request.done):
+                    reads[int(request.table[token // lake.config.segment_tokens]) // S] += 1
+            seen["reads"].append(reads)
         return query_plan, transfer_plan, groups
     TokenLake.gen_plans = gen_plans
+
+    def observe(server, finished):
+        assert [list(reads) for reads in server.engine.reads] == seen["reads"]
+    return observe
 
 
 @pytest.mark.parametrize("ranks, slots", [(1, 200), (2, 200), (4, 200), (3, 7)])
@@ -766,6 +789,10 @@ def test_bytes_equal_the_plans(tmp_path, ranks, slots):
     assert (s["query_bytes"], s["put_bytes"]) == (seen["query"], seen["put"])
     assert s["iterations"] == seen["iterations"]
     assert s["puts_local"] == seen["local"] / seen["puts"]
+    windows = [np.sum(seen["reads"][i:i + 32], axis=0) for i in range(0, len(seen["reads"]), 32)]
+    windows = windows[:-1] if len(seen["reads"]) % 32 and len(windows) > 1 else windows
+    variation = np.mean([w.std() / w.mean() for w in windows if w.sum()])
+    assert s["cache_load_cv"] == pytest.approx(variation)
     assert (s["query_bytes"] > 0) == (ranks > 1)
     if ranks == 1:
         assert s["put_bytes"] == 0
@@ -1066,16 +1093,20 @@ def fail_planning(rank, seen):
     def schedule(self):
         calls.append(0)
         if rank == 1 and len(calls) == 5:
-            raise run_cluster.LakeError("injected")
+            raise KeyError("injected")
         return original(self)
     Scheduler.schedule = schedule
 
 
-def die(rank, seen):
+def die(rank, seen, who=1):
     def observe(server, finished):
-        if rank == 1 and server.engine.iterations == 5:
+        if rank == who and server.engine.iterations == 5:
             os._exit(9)
     return observe
+
+
+def first_dies(rank, seen):
+    return die(rank, seen, who=0)
 
 
 @pytest.mark.parametrize("prelude, said", [
@@ -1083,19 +1114,24 @@ def die(rank, seen):
     ("differ_in_rows", "iteration 5: the plan of rank 1 differs from that of rank 0"),
     ("fail_planning", "iteration 5: planning failed on rank 1")])
 def test_ranks_that_disagree_stop_with_a_message(tmp_path, prelude, said):
-    """No hang, no crash in C++: rank 0 says which iteration and which rank, all leave."""
+    """No hang, no crash in C++: one rank says which iteration and which rank, all leave. A rank
+    whose own code failed shows its traceback instead."""
     trace = write_trace(tmp_path, CHAT)
-    began = time.monotonic()
-    results = Job(["--trace", trace, "--speed", "inf"], 3, prelude).finish()
-    assert [status for status, *_ in results] == [1, 1, 1]
-    assert said in results[0][1] and time.monotonic() - began < 60
+    began, broken = time.monotonic(), prelude == "fail_planning"
+    results = Job(["--trace", trace, "--speed", "inf"], 3, prelude).finish(
+        raised=1 if broken else None)
+    assert [status for status, *_ in results] == [1, None if broken else 1, 1]
+    text = "".join(text for _, text, _ in results)
+    assert said in text and text.count("run_cluster.py: ") == 1 and time.monotonic() - began < 60
 
 
-def test_a_lost_rank_is_an_error_not_a_hang(tmp_path):
+@pytest.mark.parametrize("prelude, survivor", [("die", 0), ("first_dies", 1)])
+def test_a_lost_rank_is_an_error_not_a_hang(tmp_path, prelude, survivor):
+    """Whoever is lost, a rank that is left says so."""
     trace = write_trace(tmp_path, CHAT)
-    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 20], 2, "die")
-    assert job.pipes[0].poll(60)
-    status, text, _, failure = job.pipes[0].recv()
+    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 20], 2, prelude)
+    assert job.pipes[survivor].poll(60)
+    status, text, _, failure = job.pipes[survivor].recv()
     assert failure is None and status == 1 and "a rank was lost" in text
 
 
@@ -1110,8 +1146,10 @@ def test_a_signal_stops_all_ranks_and_keeps_what_is_finished(tmp_path):
     os.kill(job.processes[1].pid, signal.SIGTERM)
     results = job.finish()
     assert [status for status, *_ in results] == [1, 1]
-    assert "stopped by a signal; 1 of 2 requests are finished" in results[0][1]
-    assert json.loads((output / "summary.json").read_text())["completed"] == 1
+    said = "stopped by a signal; 1 of 2 requests are finished"
+    assert said in results[0][1] + results[1][1]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["completed"] == 1 and said in summary["error"]
 
 
 # ── the run as a whole ────────────────────────────────────────────────────────────────────────

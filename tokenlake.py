@@ -44,10 +44,11 @@ class LakeConfig:
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances: int) -> int:
-        """Slab rows for KV that lives elsewhere: no instance computes more rows than an even split
-        and one segment (Balancer.reserve); a lake of one has no elsewhere."""
-        even = self.chunk_tokens - (-self.max_batch // num_instances)
-        return (even + self.segment_tokens) * (num_instances > 1)
+        """Slab rows for KV that lives elsewhere: at most what an instance computes, which is its
+        share of prompt rows, its share of decode rows, and one segment (Balancer.reserve). A lake
+        of one has no elsewhere."""
+        decodes = -(-self.max_batch // num_instances)
+        return (self.chunk_tokens + decodes + self.segment_tokens) * (num_instances > 1)
 
 
 class TokenLake:
@@ -104,8 +105,9 @@ class TokenLake:
     def gen_plans(self, batches: list[list[Run]], dops: list[int], tree: PrefixTree):
         """Plans of an iteration: batches of runs with their degrees of parallelism → query plan,
         transfer plan, groups (for each batch, the instance of each of its runs). §5: sub-batches
-        are matched with instances so that the fewest bytes cross. Raises LakeError if the DoPs ask
-        for more instances than there are, or the tree is another lake's."""
+        are matched with instances so that the fewest bytes cross. `tree` is as in Fig. 5; what the
+        runs read is in their requests' tables already. Raises LakeError if the DoPs ask for more
+        instances than there are, or the tree is another lake's."""
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
         if sum(dops) > len(self.instances):
