@@ -45,7 +45,6 @@ class Segment:
     replicas: dict[int, int]  # instance → global slot
     children: dict[bytes, "Segment"] = field(default_factory=dict)
     pins: int = 0  # running requests that read it
-    extended: bool = False  # a first child has been placed: the next ones go where a hash says
 
     @property
     def slot(self) -> int:
@@ -90,7 +89,6 @@ class PrefixTree:
         del self.segments[segment.id]
         if segment.parent:
             del segment.parent.children[segment.id]
-            segment.parent.extended = bool(segment.parent.children)
         return segment
 
 
@@ -110,7 +108,7 @@ class Request:
     segments: list[Segment] = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
-    tail: int | None = None  # the instance where an open tail of ours is counted
+    order: int | None = None  # of arrival
 
     def __post_init__(self):
         self.num_prompt = len(self.tokens)
@@ -213,7 +211,6 @@ class Balancer:
         N, S = geometry.num_instances, geometry.slots
         self.tree = PrefixTree()
         self.free = [list(range((i + 1) * S - 1, i * S - 1, -1)) for i in range(N)]
-        self.open_tails = [0] * N
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
         self.evictions = self.duplicates = 0
 
@@ -224,8 +221,9 @@ class Balancer:
         C, ids = self.geometry.segment_tokens, request.ids
         while (len(ids) + 1) * C <= len(request.tokens):
             tokens = array("q", request.tokens[len(ids) * C:(len(ids) + 1) * C])
-            parent = ids[-1] if ids else hashlib.blake2b(
-                request.salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"root").digest()
+            salt = request.salt.encode("utf-8", "surrogatepass")
+            parent = ids[-1] if ids else hashlib.blake2b(salt, digest_size=16,
+                                                         person=b"root").digest()
             ids.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
 
     def match(self, request: Request) -> int:
@@ -279,8 +277,6 @@ class Balancer:
             self.tree.pin(segment)
             request.segments.append(segment)
             self._forget(request, id)
-            if index == request.num_slots - 1:
-                self._close_tail(request)
 
     def release(self, request: Request):
         """Gives back everything: a finished request, or one that is preempted and starts over."""
@@ -290,30 +286,35 @@ class Balancer:
             self.tree.unpin(segment)
         for id in request.ids[len(request.segments):]:
             self._forget(request, id)
-        self._close_tail(request)
         request.segments, request.num_slots, request.done = [], 0, 0
 
     def _forget(self, request, id):
         if self.in_progress.get(id) is request:
             del self.in_progress[id]
 
-    def _close_tail(self, request):
-        if request.tail is not None:
-            self.open_tails[request.tail] -= 1
-            request.tail = None
-
     def _free(self, slot: int):
         self.free[slot // self.geometry.slots].append(slot)
 
     # ── homes (§4.3): compute where it will live ──────────────────────────────────────────────
 
-    def reserve(self, request: Request, rows: int, planned: list[int], most: int):
+    def open_tails(self, running: list[Request]) -> list[int]:
+        """[N] open tails that live at each instance."""
+        N, S, C = self.geometry.sizes
+        tails = [0] * N
+        for request in running:
+            if request.num_slots * C > len(request.tokens):
+                tails[int(request.table[request.num_slots - 1]) // S] += 1
+        return tails
+
+    def reserve(self, request: Request, rows: int, planned: list[int], tails: list[int],
+                most: int):
         """Runs for the next `rows` tokens, each with a slot for its segment; None when every slot
         is pinned (what was reserved stays with the request).
 
-        planned [N]: rows that each instance has so far in this iteration; updated on success. An
-        instance gets at most `most`. With `most` ≥ the even share + C the least planned one always
-        has room, so that is also the bound of what an instance computes."""
+        planned [N]: rows that each instance has so far in this iteration; updated on success.
+        tails [N]: open tails at each instance; updated where one is opened. An instance gets at
+        most `most` rows. With `most` ≥ the even share + C the least planned one always has room, so
+        that is also the bound of what an instance computes."""
         C, S, load = self.geometry.segment_tokens, self.geometry.slots, list(planned)
         decode = request.remaining == 1 and len(request.tokens) > request.num_prompt
         runs, position, stop = [], request.done, request.done + rows
@@ -321,14 +322,12 @@ class Balancer:
             index = position // C
             count = min(stop, (index + 1) * C) - position
             if index == request.num_slots:
-                slot = self._allocate(self._home(request, index, count, load, most))
+                slot = self._allocate(self._home(request, index, count, load, tails, most))
                 if slot is None:
                     return None
                 request.table[index] = slot
                 request.num_slots += 1
-                if (index + 1) * C > len(request.tokens):
-                    request.tail = slot // S
-                    self.open_tails[request.tail] += 1
+                tails[slot // S] += index >= len(request.ids)
             slot = int(request.table[index])
             instance = slot // S
             if load[instance] + count > most:
@@ -340,7 +339,7 @@ class Balancer:
         planned[:] = load
         return runs
 
-    def _home(self, request, index, rows, load, most) -> int:
+    def _home(self, request, index, rows, load, tails, most) -> int:
         """The instance where a new segment should live.
 
         `hash` is the paper's. `stripe` puts a first child one instance after its parent, so that a
@@ -349,16 +348,11 @@ class Balancer:
         N, S = self.geometry.num_instances, self.geometry.slots
         after = (int(request.table[index - 1]) // S + 1) % N if index else 0
         if index >= len(request.ids):
-            return min(range(N), key=lambda i: (load[i] + rows > most, self.open_tails[i],
-                                                (i - after) % N))
+            return min(range(N), key=lambda i: (load[i] + rows > most, tails[i], (i - after) % N))
         home = int.from_bytes(request.ids[index][:8], "little") % N
         if self.placement == "stripe" and index:
-            published = index == len(request.segments)
-            parent = request.segments[-1] if published else None
-            if not (parent and parent.extended):
-                home = after
-            if parent:
-                parent.extended = True
+            parent = request.segments[-1] if index == len(request.segments) else None
+            home = home if parent and parent.children else after
         return home if load[home] + rows <= most else load.index(min(load))
 
     def _allocate(self, home: int) -> int | None:

@@ -125,9 +125,11 @@ class Work:
 
 
 def use_triton(x, backend: str) -> bool:
-    """`auto` takes Triton on a GPU, but PyTorch for float64, which the kernels do not do."""
+    """`auto` takes Triton on a GPU, but PyTorch for what the kernels do not do: float64, and heads
+    wider than shared memory has room for."""
     return backend == "triton" or (
-        backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64)
+        backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64
+        and x.shape[-1] * x.element_size() <= 512)
 
 
 def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
@@ -270,13 +272,14 @@ if triton is not None:
         tl.store(OutLSE + row * H + h, lse, mask=heads)
 
 
-def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int) -> dict:
+def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> dict:
     """Compile-time arguments and launch options of `_partial_attention_kernel`: 16 lanes are
-    decode (many small blocks: a deep pipeline), more are prefill."""
-    many = lanes > 16
-    return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, UPCAST=INTERPRETED,
-                DPAD=max(16, triton.next_power_of_2(head_dim)),
-                num_warps=8 if many else 4, num_stages=3 if many else 5)
+    decode (many small blocks: a deep pipeline), more are prefill. A stage holds a tile of K and V
+    in shared memory, of which an A100 has 163 KB."""
+    many, width = lanes > 16, max(16, triton.next_power_of_2(head_dim))
+    stages = min(3 if many else 5, max(1, 168_000 // (2 * TILE * width * itemsize)))
+    return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width,
+                UPCAST=INTERPRETED, num_warps=8 if many else 4, num_stages=stages)
 
 
 def _partial_attention_triton(q, k, v, work, scale):
@@ -286,7 +289,7 @@ def _partial_attention_triton(q, k, v, work, scale):
     if work.num_partials:
         _partial_attention_kernel[len(work.blocks), Hkv](
             q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
-            **attention_config(work.lanes, H, Hkv, D))
+            **attention_config(work.lanes, H, Hkv, D, k.element_size()))
     return o, lse
 
 

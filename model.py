@@ -171,12 +171,12 @@ def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.
 
 
 def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch.Tensor]:
-    """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Raises
-    ModelError for a missing, misshapen or unknown tensor, a damaged file, or an index that leaves
-    the folder."""
+    """Reads `model.safetensors`, or where there is none the shards of
+    `model.safetensors.index.json`. Raises ModelError for a missing, misshapen or unknown tensor, a
+    damaged file, or an index that leaves the folder."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    if index.exists():
+    if index.exists() and not (folder / files[0]).exists():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -276,6 +276,17 @@ class Llama:
         positions = torch.arange(len(tokens), device=self.device)
         return self.forward(ids, positions, causal_attend, rows)
 
+    def score_gap(self, sampler, tokens: list[int], num_prompt: int, request: int) -> float:
+        """The oracle in one forward: how far, at worst, a served token is below the best one, in
+        logits, when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says
+        that every token is what `generate` would have given. The hotter the sampling, the less a
+        token depends on the logits, and the less this can notice."""
+        at = range(num_prompt, len(tokens))
+        logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
+        scores = sampler.scores(logits, [(request, p) for p in at])
+        served = torch.tensor(tokens[num_prompt:], device=scores.device)
+        return float((scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]).max())
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -307,14 +318,3 @@ def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler()
         logits = model.forward_alone(tokens, rows=[-1])
         tokens += sampler.sample(logits, [(request, len(tokens))])
     return tokens[len(prompt):]
-
-
-def score_gap(model: Llama, sampler: Sampler, tokens: list[int], num_prompt: int, request: int):
-    """The oracle in one forward: how far, at worst, a served token is below the best one, in
-    logits, when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says that
-    every token is what `generate` would have given."""
-    at = range(num_prompt, len(tokens))
-    logits = model.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
-    scores = sampler.scores(logits, [(request, p) for p in at])
-    served = torch.tensor(tokens[num_prompt:], device=scores.device)
-    return float((scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]).max())

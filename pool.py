@@ -31,6 +31,7 @@ Left out: pulls (KV to the query), replicas, RDMA; a lost rank ends the run.
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · C tokens per segment.
 """
 
+import hashlib
 import math
 import os
 import struct
@@ -68,9 +69,10 @@ class Cluster:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.store = None
         self.iteration = 0
+        self.timeout = timedelta(seconds=timeout)
         self._announced = None
         if self.size > 1:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            dist.init_process_group("gloo", timeout=self.timeout)
             self.store = dist.distributed_c10d._get_default_store()
 
     def find_device(self, wanted: str) -> tuple[torch.device, int]:
@@ -97,7 +99,7 @@ class Cluster:
         things = [thing]
         if self.size > 1:
             things = [None] * self.size
-            dist.all_gather_object(things, thing)
+            self.guard(dist.all_gather_object, things, thing)
         return things
 
     def together(self, step, *arguments):
@@ -112,6 +114,13 @@ class Cluster:
             raise SetupError(error)
         return result
 
+    def same(self, text: str, what: str):
+        """Raises ValueError unless every rank has the same text: ranks may run on machines with
+        other files and defaults."""
+        found = self.share(hashlib.blake2b(text.encode("utf-8", "replace")).digest())
+        if odd := [rank for rank in range(self.size) if found[rank] != found[0]]:
+            raise ValueError(f"rank {odd[0]} has other {what} than rank 0; the same are expected")
+
     def gather(self, values: list[int], asynchronous=False):
         """Integers of every rank, as many from each → [size][len(values)], or with `asynchronous`
         a function that waits for them."""
@@ -119,10 +128,10 @@ class Cluster:
         if self.size == 1:
             return (lambda: [values]) if asynchronous else [values]
         out = [torch.empty_like(mine) for _ in range(self.size)]
-        work = dist.all_gather(out, mine, async_op=True)
+        work = self.guard(dist.all_gather, out, mine, async_op=True)
 
         def finish():
-            self.wait(work)
+            self.guard(work.wait)
             return torch.stack(out).tolist()
         return finish if asynchronous else finish()
 
@@ -151,11 +160,12 @@ class Cluster:
         if any(stop for *_, stop, _ in said):
             raise Stopped(f"iteration {self.iteration}: stopped by a signal")
 
-    def wait(self, work):
-        """Waits for a collective. One that fails means a lost rank: the error says which is behind,
-        by the counters that ranks keep in the store."""
+    def guard(self, collective, *arguments, **options):
+        """Calls a collective, or waits for one. If it fails, a rank was lost: the error says which
+        is behind, by the counters that ranks keep in the store. (NCCL does not fail here: its
+        watchdog ends the process.)"""
         try:
-            work.wait()
+            return collective(*arguments, **options)
         except RuntimeError as error:
             said = str(error).splitlines()[0]
             try:
@@ -167,6 +177,13 @@ class Cluster:
             who = f"behind: rank {', '.join(map(str, behind))}" if behind else "all had begun it"
             raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}"
                             ) from None
+
+    def new_groups(self, instances: list[int], device: torch.device, count: int) -> list:
+        """Process groups over the ranks of a lake; every rank of the cluster takes part. NCCL when
+        each rank has a GPU of its own, else gloo."""
+        alone = device.type == "cuda" and self.ranks_per_device(device) == 1
+        backend = "nccl" if all(self.share(alone)) else "gloo"
+        return [dist.new_group(instances, self.timeout, backend) for _ in range(count)]
 
     def speaks(self) -> bool:
         """True on the first rank that asks: it says what went wrong, whoever is lost."""
@@ -182,13 +199,17 @@ class Cluster:
 
 class KVBuffer:
     """Where the engine leaves K and V of this instance's new rows, and where they go from there.
-    Row indices of the slab; made once per iteration, used by every layer."""
+    Row indices of the slab; made once per iteration, used by every layer. `staging`: slab rows for
+    what lives elsewhere."""
 
-    def __init__(self, plan, index: int, staging: int, device):
+    def __init__(self, plan, index: int, staging: range, device):
         mine, home = plan.source == index, plan.home
         away = home[mine] != index
+        if away.sum() > len(staging):
+            raise LakeError(f"{away.sum()} rows of instance {index} live elsewhere, staging has "
+                            f"{len(staging)}")
         written = plan.slab_row[mine]
-        written[away] = staging + np.arange(away.sum())
+        written[away] = staging.start + np.arange(away.sum())
         leaving = written[away][np.argsort(home[mine][away], kind="stable")]
         arriving = plan.slab_row[(home == index) & ~mine]  # in order of their sources
         moved = plan.moved()
@@ -254,14 +275,11 @@ class QueryBuffer:
 
 
 class Pool:
-    """One instance's slab, and its part in the exchanges of a lake.
+    """One instance's slab, and its part in the exchanges of a lake over `groups` (one for queries,
+    one for moves; none for a lake of one, where nothing is ever sent)."""
 
-    `instances`: the ranks of the lake; over one nothing is ever sent. Every rank of the cluster
-    must make the pools of all lakes in the same order (groups are made by everyone)."""
-
-    def __init__(self, cluster: Cluster, instances: list[int], config, slots: int,
-                 segment_tokens: int, staging: int, dtype, device):
-        self.index = instances.index(cluster.rank)
+    def __init__(self, cluster: Cluster, groups: list, config, slots: int, segment_tokens: int,
+                 staging: int, dtype, device):
         self.slots, self.segment_tokens, self.staging = slots, segment_tokens, staging
         self.device, self.group = torch.device(device), config.num_heads // config.num_kv_heads
         self.scale = 1.0 / math.sqrt(config.head_dim)
@@ -270,16 +288,12 @@ class Pool:
                  config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=self.device)
         self.v = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.cluster, self.query_group, self.move_group = cluster, None, None
-        self.pinned = False
+        self.cluster = cluster
+        self.query_group, self.move_group = groups or (None, None)
+        self.pinned = bool(groups) and self.device.type == "cuda" and (
+            dist.get_backend(groups[0]) == "gloo")
         self.bytes = {"query": 0, "put": 0}
         self._put = None
-        if len(instances) > 1:
-            alone = self.device.type == "cuda" and cluster.ranks_per_device(self.device) == 1
-            backend = "nccl" if all(cluster.share(alone)) else "gloo"
-            self.pinned = backend == "gloo" and self.device.type == "cuda"
-            self.query_group, self.move_group = (
-                dist.new_group(instances, backend=backend) for _ in range(2))
 
     @staticmethod
     def bytes_needed(config, segment_tokens: int, staging: int, dtype, slots: int) -> int:
@@ -294,11 +308,11 @@ class Pool:
         if self.pinned:  # gloo moves host memory
             rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
         out = rows.new_empty(sum(receives), *rows.shape[1:])
-        work = dist.all_to_all_single(out, rows.contiguous(), receives, sends, group=group,
-                                      async_op=True)
+        work = self.cluster.guard(dist.all_to_all_single, out, rows.contiguous(), receives, sends,
+                                  group=group, async_op=True)
 
         def finish():
-            self.cluster.wait(work)
+            self.cluster.guard(work.wait)
             return out.to(self.device)
         return finish
 

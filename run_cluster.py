@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import heapq
 import json
+import math
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import Request
-from model import (Config, Llama, Sampler, load_config, load_weights, random_weights, score_gap)
+from model import Config, Llama, Sampler, load_config, load_weights, random_weights
 from pool import Cluster, LakeError, Pool, SetupError, Stopped
 from tokenlake import Engine, LakeConfig, Scheduler, TokenLake
 
@@ -64,7 +65,7 @@ class Line:
     hash_ids: list[int] | None
     salt: str
     think: float  # ms
-    previous: "Line | None"  # of the session
+    previous: "Line | None" = field(repr=False)  # of the session
     request: Request | None = None
     arrival: int = 0
     token_times: list[int] = field(default_factory=list)
@@ -338,18 +339,6 @@ class Server:
                          + int(following.think * 1e6 / self.options.speed))
         return record
 
-    def verify(self) -> dict[int, float]:
-        """Recomputes every finished request without a cache, dealt over the ranks: the gap of each
-        in logits (model.score_gap). After a signal, of those done by then."""
-        gaps = {}
-        for index in sorted(self.records)[self.cluster.rank::self.cluster.size]:
-            if self.engine.stop:
-                break
-            request = self.lines[index].request
-            gaps[index] = score_gap(self.model, self.engine.sampler, request.tokens,
-                                    request.num_prompt, index)
-        return {index: gap for part in self.cluster.share(gaps) for index, gap in part.items()}
-
     def right(self, gap: float) -> bool:
         """Whether a served token is the best one, but for rounding. NaN is not."""
         return gap <= TOLERANCE[self.model.dtype]
@@ -396,7 +385,8 @@ def summarise(server: Server, gaps: dict | None, error: str | None) -> dict:
         evictions=balancer.evictions, replicas_max=int(bool(balancer.tree.segments)),
         iterations=server.engine.iterations, idle_fraction=None, error=error,
         verified=None if gaps is None else sum(map(server.right, gaps.values())),
-        max_logit_gap=max(gaps.values()) if gaps else None,
+        max_logit_gap=None if not gaps or any(map(math.isnan, gaps.values())) else max(
+            gaps.values()),
         config={k: v if v is None or isinstance(v, int) else str(v)
                 for k, v in vars(server.options).items()} | vars(server.lake.config) | dict(
             ranks=server.cluster.size, torch=torch.__version__, device=str(server.model.device),
@@ -450,9 +440,11 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     try:
         options = cluster.together(parse_options, arguments)
         device, memory = cluster.together(cluster.find_device, options.device)
-        memory = min(cluster.share(memory))
-        ready = cluster.together(prepare, options, cluster, device, memory)
-        error = serve(Server(options, cluster, *ready), on_iteration)
+        ready = cluster.together(prepare, options, cluster, device, min(cluster.share(memory)))
+        server = Server(options, cluster, *ready)
+        cluster.together(cluster.same, repr((vars(options), server.lake.config, server.model.config,
+                                             server.lines)), "options, model or trace")
+        error = serve(server, on_iteration)
         status = int(error is not None)
     except (SetupError, LakeError) as problem:
         status, error = 2 if isinstance(problem, SetupError) else 1, problem
@@ -467,8 +459,8 @@ def serve(server: Server, on_iteration) -> str | None:
     """Serves, verifies and reports; returns what is wrong with the result. `on_iteration(server,
     finished records)` is called after each iteration."""
     output, first = server.options.output, server.cluster.rank == 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(server.engine, "stop", True))
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
     error = gaps = None
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(server.lines), unit="request", leave=False,
@@ -484,11 +476,12 @@ def serve(server: Server, on_iteration) -> str | None:
                         print(json.dumps(record), file=file, flush=True)
                 on_iteration(server, finished)
         except Stopped as stopped:
-            error = (f"{stopped}; {len(server.records)} of {len(server.lines)} requests are "
-                     "finished")
+            error = f"{stopped}; {len(server.records)} of {len(server.lines)} are finished"
         if server.options.verify and not error:
             bar.set_description("verifying")
-            gaps = server.verify()
+            bar.reset(len(server.records))
+            gaps = server.engine.verify(
+                [server.lines[index].request for index in sorted(server.records)], bar.update)
             wrong = [index for index, gap in sorted(gaps.items()) if not server.right(gap)]
             if wrong:
                 error = f"request {wrong[0]} differs from recomputation without a cache"

@@ -103,7 +103,8 @@ class Job:
             process.join(10)
         failures = [failure for rank, (*_, failure) in enumerate(results)
                     if bool(failure) != (rank == raised)]
-        assert not failures, "\n".join(map(str, failures)) + "".join(text for _, text, *_ in results)
+        texts = "".join(text for _, text, *_ in results)
+        assert not failures, "\n".join(map(str, failures)) + texts
         return [result[:3] for result in results]
 
 
@@ -169,10 +170,9 @@ def check_invariants(server):
     for id in tree.lru:
         parent = tree.segments[id].parent
         assert parent is None or parent.pins or place[id] < place[parent.id]
-    assert bal.open_tails == [sum(r.tail == i for r in running) for i in range(N)]
     assert all(owner in running for owner in bal.in_progress.values())
     state = repr((sorted(tree.segments), list(tree.lru), bal.free, [r.tokens for r in running],
-                  [r.table.tolist() for r in running], bal.open_tails, server.engine.clock))
+                  [r.table.tolist() for r in running], server.engine.clock))
     digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest())
     assert len(set(map(tuple, server.cluster.gather([digest])))) == 1, "ranks disagree"
 
@@ -335,8 +335,8 @@ def test_error_does_not_grow_with_the_number_of_parts():
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton on this platform")
 def test_kernels_compile_ahead_of_time(tmp_path):
-    """Decode and prefill configurations, without a GPU: they compile for sm_90 within its shared
-    memory, and keep no registers on the stack."""
+    """Decode and prefill configurations, without a GPU: they compile for sm_80 and sm_90 within
+    their shared memory, and in 16 bits keep no registers on the stack of sm_90."""
     script = tmp_path / "compile.py"
     script.write_text("""
 import re, subprocess, sys, tempfile
@@ -345,34 +345,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import kernels
-def compile(kernel, signature, constants, **options):
+def compile(arch, kernel, signature, constants, **options):
     source = ASTSource(kernel, {**signature, **{n: "constexpr" for n in constants}}, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    found = list(Path(triton.__file__).parent.rglob("cuobjdump*"))
-    stack = 0
-    if found:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            Path(cubin.name).write_bytes(built.asm["cubin"])
-            text = subprocess.run([found[0], "-res-usage", cubin.name], capture_output=True,
-                                  text=True).stdout
-        stack = int(re.search(r"STACK:(\\d+)", text)[1])
-    assert built.metadata.shared <= 232448 and stack == 0, (built.metadata.shared, stack)
-    print(built.metadata.shared, stack)
-for lanes in (16, 128):
-    config = kernels.attention_config(lanes, 32, 8, 128)
-    options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-    compile(kernels._partial_attention_kernel,
-            dict(Q="*bf16", K="*bf16", V="*bf16", Blocks="*i64", Tiles="*i64", O="*fp32",
-                 LSE="*fp32", scale="fp32"), config, **options)
-compile(kernels._merge_kernel, dict(O="*fp32", LSE="*fp32", Parts="*i32", Out="*fp32",
-                                    OutLSE="*fp32", max_parts="i32"),
-        dict(H=32, D=128, HPAD=32, DPAD=128))
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = next(Path(triton.__file__).parent.rglob("bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(built.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True,
+                              text=True).stdout
+    stack = int(re.search(r"STACK:(\\d+)", text)[1])
+    limit = {80: 166912, 90: 232448}[arch]
+    spills = stack and arch == 90 and "*fp32" != signature.get("Q")
+    assert built.metadata.shared <= limit and not spills, (arch, built.metadata.shared, stack)
+    print(arch, built.metadata.shared, stack)
+for arch in (80, 90):
+    for dtype, size, lanes in (("bf16", 2, 16), ("fp16", 2, 128), ("fp32", 4, 32)):
+        config = kernels.attention_config(lanes, 32, 8, 128, size)
+        options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
+        names = {n: "*" + dtype for n in "QKV"} | dict(Blocks="*i64", Tiles="*i64", O="*fp32",
+                                                       LSE="*fp32", scale="fp32")
+        compile(arch, kernels._partial_attention_kernel, names, config, **options)
+    compile(arch, kernels._merge_kernel,
+            dict(O="*fp32", LSE="*fp32", Parts="*i32", Out="*fp32", OutLSE="*fp32",
+                 max_parts="i32"), dict(H=32, D=128, HPAD=32, DPAD=128))
 """)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True,
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 8
 
 
 # ── model ─────────────────────────────────────────────────────────────────────────────────────
@@ -487,6 +488,8 @@ def test_damaged_model_folder_is_one_line(tmp_path, case, said):
                        "unknown": {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}}
                .get(case))
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if case in ("outside", "bad index"):
+        file.unlink()
     if case == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif case == "empty":
@@ -533,7 +536,8 @@ IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
 
 
 @pytest.mark.parametrize("line, said", [
-    ("{", "not JSON"), ("[]", "a JSON object"), ("17", "a JSON object"), ("\x00\x01\xff", "not JSON"),
+    ("{", "not JSON"), ("[]", "a JSON object"), ("17", "a JSON object"),
+    ("\x00\x01\xff", "not JSON"),
     ({**GOOD, "timestamp": None}, "timestamp is null"), ({**GOOD, "timestamp": 0}, "before"),
     ({**GOOD, "timestamp": -1}, "timestamp is -1"), ({**GOOD, "timestamp": math.nan}, "NaN"),
     ({**GOOD, "timestamp": True}, "timestamp is true"),
@@ -542,7 +546,8 @@ IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
     ({**GOOD, "output_length": "3"}, 'output_length is "3"'),
     ({**GOOD, "output_length": 0}, "output_length is 0"),
     ({**GOOD, "hash_ids": [1]}, "hash_ids lists 1 blocks"),
-    ({**GOOD, "hash_ids": [1, -2]}, "hash_ids is"), ({**GOOD, "hash_ids": [1, True]}, "hash_ids is"),
+    ({**GOOD, "hash_ids": [1, -2]}, "hash_ids is"),
+    ({**GOOD, "hash_ids": [1, True]}, "hash_ids is"),
     ({k: v for k, v in GOOD.items() if k != "input_length"}, "input_length is missing"),
     ({k: v for k, v in GOOD.items() if k != "hash_ids"}, "hash_ids is missing"),
     ({k: v for k, v in GOOD.items() if k != "timestamp"}, "timestamp is missing"),
@@ -678,8 +683,8 @@ def test_smallest_pool_evicts_and_preempts(tmp_path, ranks, placement):
     s = run.summary
     assert s["evictions"] > 0 and s["preemptions"] > 0 and s["computed_tokens"] > 0
     fewest = sum(len(x["input_ids"]) + x["output_length"] - 1 for x in lines)
-    assert s["computed_tokens"] == fewest - s["hit_rate"] * s["total_input_tokens"] \
-        + s["recomputed_tokens"] or s["hit_rate"] > 0
+    assert s["hit_rate"] == 0 and s["recomputed_tokens"] > 0
+    assert s["computed_tokens"] == fewest + s["recomputed_tokens"]
     if ranks == 1:
         text = refused(tmp_path, "--trace", write_trace(tmp_path, lines), "--segment-tokens", 4,
                        "--slots", slots - 1)
@@ -718,7 +723,8 @@ def test_salts_share_nothing(tmp_path):
 
 
 def test_any_salt(tmp_path):
-    serve(tmp_path, [dict(input_ids=tokens(40, 1), output_length=2, salt=s) for s in ("", "\ud800")])
+    lines = [dict(input_ids=tokens(40, 1), output_length=2, salt=salt) for salt in ("", "\ud800")]
+    assert serve(tmp_path, lines).summary["completed"] == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -726,7 +732,25 @@ def test_any_salt(tmp_path):
 def test_other_types_verify(tmp_path, dtype, temperature):
     run = serve(tmp_path, CHAT, "--verify", "--temperature", temperature, ranks=2, dtype=dtype)
     assert run.summary["verified"] == len(CHAT)
+    if dtype == "bfloat16" and not temperature:  # some tokens differ by rounding: the gap says so
+        model = Llama(Config(), random_weights(Config(), 0, torch.bfloat16, "cpu"))
+        prompts, gaps = {}, []
+        for id, line in enumerate(CHAT):
+            prompt = prompts.get(line["session_id"], []) + line["input_ids"]
+            prompts[line["session_id"]] = prompt + run.tokens[id]
+            logits = model.forward_alone(prompts[line["session_id"]]).float()
+            gaps += [float(logits[p - 1].max() - logits[p - 1, token])
+                     for p, token in enumerate(run.tokens[id], len(prompt))]
+        assert run.summary["max_logit_gap"] == pytest.approx(max(gaps), abs=0.02)
     assert 0 <= run.summary["max_logit_gap"] <= run_cluster.TOLERANCE[getattr(torch, dtype)]
+
+
+def test_what_counts_as_rounding():
+    assert run_cluster.TOLERANCE[torch.float64] <= 1e-9
+    assert run_cluster.TOLERANCE[torch.float32] <= 1e-3
+    server = object.__new__(run_cluster.Server)
+    server.model = small_model()
+    assert server.right(0.0) and not server.right(1e-8) and not server.right(math.nan)
 
 
 def corrupt(rank, seen):
@@ -752,7 +776,7 @@ def test_verify_notices_a_wrong_result(tmp_path):
 def count_bytes(rank, seen):
     """Counts rows that cross instances from the plans, one run and one holder at a time."""
     original, model = TokenLake.gen_plans, Config()
-    seen.update(query=0, put=0, puts=0, local=0, iterations=0, reads=[])
+    seen.update(query=0, put=0, puts=0, local=0, iterations=0, reads=[], decode=0, home=0)
 
     def gen_plans(lake, batches, dops, tree):
         query_plan, transfer_plan, groups = original(lake, batches, dops, tree)
@@ -764,9 +788,13 @@ def count_bytes(rank, seen):
                 seen["query"] += len(holders - {instance}) * run.rows * L * H * (8 * D + 8 * D + 8)
                 if run.position // lake.config.segment_tokens >= len(run.request.segments):
                     home = int(run.request.table[last]) // S
-                    seen["put"] += (home != instance) * run.rows * L * 2 * model.num_kv_heads * D * 8
+                    row = L * 2 * model.num_kv_heads * D * 8
+                    seen["put"] += (home != instance) * run.rows * row
                     seen["puts"] += run.rows
                     seen["local"] += (home == instance) * run.rows
+                    if run.position >= run.request.num_prompt:
+                        seen["decode"] += 1
+                        seen["home"] += home == instance
         seen["iterations"] += bool(query_plan.runs)
         if query_plan.runs:  # tokens of KV from before, once per request, wherever they are
             reads = [0] * len(lake.instances)
@@ -789,6 +817,7 @@ def test_bytes_equal_the_plans(tmp_path, ranks, slots):
     assert (s["query_bytes"], s["put_bytes"]) == (seen["query"], seen["put"])
     assert s["iterations"] == seen["iterations"]
     assert s["puts_local"] == seen["local"] / seen["puts"]
+    assert s["decode_puts_local"] == seen["home"] / seen["decode"]
     windows = [np.sum(seen["reads"][i:i + 32], axis=0) for i in range(0, len(seen["reads"]), 32)]
     windows = windows[:-1] if len(seen["reads"]) % 32 and len(windows) > 1 else windows
     variation = np.mean([w.std() / w.mean() for w in windows if w.sum()])
@@ -800,22 +829,28 @@ def test_bytes_equal_the_plans(tmp_path, ranks, slots):
         assert s["puts_local"] >= 0.9 and s["decode_puts_local"] >= 0.95
 
 
-def test_remote_puts_happen_and_are_right(tmp_path):
-    """A pool with one free instance: what is computed elsewhere is put there, token for token."""
+@pytest.mark.parametrize("ranks, slots", [(2, 16), (3, 11), (4, 100)])
+def test_remote_puts_happen_and_are_right(tmp_path, ranks, slots):
+    """A pool with one free instance: what is computed elsewhere is put there, token for token, and
+    the counters know."""
     lines = [dict(input_ids=tokens(60 + 7 * i, i), output_length=6) for i in range(6)]
-    run = serve(tmp_path, lines, "--segment-tokens", 4, "--slots", 16, "--chunk-tokens", 8,
-                ranks=2, prelude="one_full_instance")
+    run = serve(tmp_path, lines, "--segment-tokens", 4, "--slots", slots, "--chunk-tokens", 8,
+                ranks=ranks, prelude="one_full_instance")
     assert run.tokens == oracle(lines)
-    assert run.summary["put_bytes"] > 0 and run.summary["puts_local"] < 1
+    s, seen = run.summary, run.seen[0]
+    assert s["put_bytes"] == seen["put"] > 0 and s["query_bytes"] == seen["query"]
+    assert s["puts_local"] == seen["local"] / seen["puts"] < 1
+    assert s["decode_puts_local"] == seen["home"] / seen["decode"]
 
 
 def one_full_instance(rank, seen):
-    """Instance 0 offers its slots last."""
+    """Instance 1 offers its slots first, wherever the home should be."""
     def allocate(self, home):
         if self.free[1]:
             return self.free[1].pop()
         return original(self, home)
     original, Balancer._allocate = Balancer._allocate, allocate
+    return count_bytes(rank, seen)
 
 
 def keep_tree(rank, seen):
@@ -922,16 +957,175 @@ def test_stripe_spreads_a_long_prefix():
         bal = Balancer(Geometry(4, 100, 4), placement)
         request = Request(0, tokens(160, 0), 170)
         bal.admit(request, bal.match(request))
-        bal.reserve(request, 160, [0] * 4, 1000)
+        bal.reserve(request, 160, [0] * 4, [0] * 4, 1000)
         homes = [int(slot) // 100 for slot in request.table[:40]]
         steps = {(b - a) % 4 for a, b in zip(homes, homes[1:])}
         assert (steps == {1}) == even
 
 
 def test_free_slots_anywhere_come_before_eviction():
+    """At home first, then where the most are free."""
     bal = Balancer(Geometry(3, 4, 2))
-    assert [bal._allocate(1) // 4 for _ in range(12)].count(1) == 4
+    del bal.free[0][:2]
+    assert [bal._allocate(1) // 4 for _ in range(10)] == [1] * 4 + [2, 2, 0, 2, 0, 2]
     assert bal._allocate(1) is None and bal.evictions == 0
+
+
+def prepared(bal, id, prompt, output=10, publish=True):
+    """A request admitted, its prompt reserved and, if wanted, computed."""
+    request = Request(id, prompt, len(prompt) + output)
+    bal.admit(request, bal.match(request))
+    if rows := len(prompt) - request.done:
+        N = bal.geometry.num_instances
+        assert bal.reserve(request, rows, [0] * N, bal.open_tails([]), 1000)
+        if publish:
+            bal.commit(request, rows)
+    return request
+
+
+def test_other_children_go_where_their_hash_says():
+    """A first child lives after its parent; the second where its id says; and when the children
+    are evicted, the next is a first child again."""
+    bal = Balancer(Geometry(5, 40, 4))
+    stem = tokens(4, 0)
+    prepared(bal, 0, stem)
+    parent = next(iter(bal.tree.segments.values()))
+    homes = []
+    for id in range(1, 9):
+        request = prepared(bal, id, stem + tokens(4, id))
+        homes.append(((int(request.table[1]) // 40 - parent.slot // 40) % 5,
+                      (int.from_bytes(request.ids[1][:8], "little") - parent.slot // 40) % 5))
+        bal.release(request)
+    assert homes[0][0] == 1 and all(home == hashed for home, hashed in homes[1:])
+    assert any(hashed != 1 for _, hashed in homes[1:])
+    while parent.children:
+        bal._free(bal.tree.evict().slot)
+    request = prepared(bal, 9, stem + tokens(4, 9))
+    assert (int(request.table[1]) // 40 - parent.slot // 40) % 5 == 1
+
+
+def test_open_tails_spread():
+    """With nothing else to tell instances apart, every one gets as many open tails."""
+    lake = TokenLake([0, 1, 2], Config(), LakeConfig(segment_tokens=16, slots=20))
+    scheduler = Scheduler(lake)
+    for id in range(9):
+        scheduler.add(Request(id, tokens(3, id), 20))
+    scheduler.schedule()
+    assert lake.balancer.open_tails(scheduler.running) == [3, 3, 3]
+
+
+def test_admission_counts_what_is_promised_and_what_would_be_pinned():
+    """Two prompts that fit alone but not together: the second waits. A matched prefix that nobody
+    reads is not there to be evicted for the rest of the same request."""
+    lake = TokenLake([0], Config(), LakeConfig(segment_tokens=4, slots=10, chunk_tokens=4))
+    scheduler = Scheduler(lake)
+    for id in range(2):
+        scheduler.add(Request(id, tokens(24, id), 25))
+    batches, _ = scheduler.schedule()
+    assert [r.id for r in scheduler.running] == [0] and sum(run.rows for run in batches[0]) == 4
+    bal = Balancer(Geometry(1, 10, 4))
+    stem = tokens(24, 0)
+    bal.release(prepared(bal, 0, stem))
+    prepared(bal, 1, tokens(8, 7))  # pins two more: two are free
+    longer = Request(2, stem + tokens(9, 1), 40)
+    assert not bal.fits(longer, bal.match(longer), 0)
+    longer = Request(3, stem + tokens(8, 1), 40)
+    assert bal.fits(longer, bal.match(longer), 0) and not bal.fits(longer, bal.match(longer), 1)
+
+
+def test_prompt_rows_share_a_budget():
+    """N·chunk prompt rows per iteration, first come first served; decodes are not counted."""
+    lake = TokenLake([0, 1], Config(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=10))
+    scheduler = Scheduler(lake)
+    for id, length in enumerate((1, 13, 30)):
+        scheduler.add(Request(id, tokens(length, id), 60))
+    batches, dops = scheduler.schedule()
+    rows = Counter()
+    for batch in batches:
+        for run in batch:
+            rows[run.request.id] += run.rows
+    assert rows == {0: 1, 1: 13, 2: 7} and dops == [1, 1]
+    assert max(sum(run.rows for run in batch) for batch in batches) <= 11 + 4
+
+
+def test_queue_is_by_arrival_and_lets_others_pass_who_waits_for_a_prefix():
+    """A later turn has a small id but comes last; an unrelated request passes one that waits for
+    a prefix in progress; a preempted one goes before all that wait."""
+    lake = TokenLake([0], Config(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=4))
+    scheduler = Scheduler(lake)
+    same = tokens(16, 0)
+    for id, prompt in ((5, same), (4, same), (3, tokens(16, 1)), (1, tokens(16, 2))):
+        scheduler.add(Request(id, prompt, 30))
+    scheduler.schedule()
+    assert [r.id for r in scheduler.running] == [5, 3, 1] and [
+        r.id for r in scheduler.waiting] == [4]
+    scheduler.add(Request(0, tokens(5, 3), 30))
+    scheduler._preempt()
+    assert [r.id for r in scheduler.waiting] == [4, 1, 0]
+
+
+def test_equal_costs_leave_sub_batches_in_place():
+    bal = Balancer(Geometry(3, 10, 4))
+    batches = []
+    for id in range(3):
+        request = Request(id, tokens(9, id), 20)
+        request.table = np.arange(0, 30, 10)  # a segment on every instance
+        batches.append([balancer.Run(request, 8, 1, 0, 20, False, False)])
+    assert bal.gen_plans(batches, [1, 1, 1])[2] == [[0], [1], [2]]
+
+
+def test_lakes_need_not_span_the_cluster(tmp_path):
+    """A lake over ranks 0 and 2 of three, and one of rank 1 alone, served side by side: every rank
+    runs both control planes, and nothing hangs. Unordered instances are refused."""
+    trace = write_trace(tmp_path, CHAT[:2])
+    results = Job(["--trace", trace, "--speed", "inf"], 3, "two_lakes").finish()
+    prompts = [tokens(50, 1), tokens(40, 2)]
+    expected = [generate(small_model(), prompt, 5) for prompt in prompts]
+    for *_, seen in results:
+        assert seen["tokens"] == expected
+    assert [seen["bytes"] > 0 for *_, seen in results] == [True, False, True]
+    with pytest.raises(pool.LakeError, match="ascending"):
+        TokenLake([1, 0], Config(), LakeConfig())
+
+
+def two_lakes(rank, seen):
+    def observe(server, finished):
+        if seen:
+            return
+        config = LakeConfig(segment_tokens=4, slots=50)
+        lakes = [TokenLake(ranks, Config(), config, server.cluster, torch.float64)
+                 for ranks in ([0, 2], [1])]
+        seen.update(tokens=[], bytes=0)
+        for lake, prompt in zip(lakes, (tokens(50, 1), tokens(40, 2))):
+            scheduler = Scheduler(lake)
+            request = Request(0, list(prompt), len(prompt) + 5)
+            scheduler.add(request)
+            engine = tokenlake.Engine(server.cluster, lake, scheduler, small_model(), Sampler())
+            engine.start()
+            while scheduler.waiting or scheduler.running:
+                engine.step()
+            seen["tokens"].append(request.tokens[request.num_prompt:])
+            seen["bytes"] += sum(lake.pool.bytes.values()) if lake.pool else 0
+    return observe
+
+
+def test_plans_that_cannot_be_are_refused():
+    lake = TokenLake([0, 1], Config(), LakeConfig(segment_tokens=4))
+    tree = lake.get_prefix_tree()
+    request = prepared(lake.balancer, 0, tokens(8, 0), publish=False)
+    run = balancer.Run(request, 0, 4, 0, int(request.table[0]), True, False)
+    for dops in ([3], [0]):
+        with pytest.raises(pool.LakeError, match="DoPs"):
+            lake.gen_plans([[run]], dops, tree)
+    with pytest.raises(pool.LakeError, match="own prefix tree"):
+        lake.gen_plans([[run]], [1], PrefixTree())
+    _, transfer_plan, _ = lake.gen_plans([[run]], [1], tree)
+    away = balancer.TransferPlan(1 - transfer_plan.home, transfer_plan.row, transfer_plan.home,
+                                 transfer_plan.slab_row, 2)
+    index = int(1 - transfer_plan.home[0])
+    with pytest.raises(pool.LakeError, match="4 rows of instance .* staging has 3"):
+        pool.KVBuffer(away, index, range(100, 103), "cpu")
+    assert pool.KVBuffer(away, index, range(100, 104), "cpu").leave.tolist() == [100, 101, 102, 103]
 
 
 def test_get_cache_load():
@@ -943,7 +1137,7 @@ def test_get_cache_load():
     assert lake.get_cache_load([], tree) == 0
     fresh = lake.get_cache_load([request], tree, flops=1e9, bandwidth=1e9)
     lake.balancer.admit(request, lake.balancer.match(request))
-    lake.balancer.reserve(request, 64, [0, 0], 1000)
+    lake.balancer.reserve(request, 64, [0, 0], [0, 0], 1000)
     lake.balancer.commit(request, 64)
     memory = 3 * (2 * 4 * 16 * 4) * 100
     compute = 3 * 4 * 8 * 16 * 64 * 36
@@ -1007,7 +1201,7 @@ def test_no_parent_is_evicted_before_its_child():
         request = Request(id, stem + tokens(rng.randint(1, 9), id), 60)
         bal.admit(request, bal.match(request))
         rows = len(request.tokens) - request.done
-        assert bal.reserve(request, rows, [0, 0], 1000) is not None
+        assert bal.reserve(request, rows, [0, 0], [0, 0], 1000) is not None
         bal.commit(request, rows)
         bal.release(request)
         if rng.random() < 0.3 and (segment := bal.tree.evict()):
@@ -1025,13 +1219,13 @@ def test_what_a_plan_reads_is_never_evicted():
     first, second, third = (Request(i, tokens(16, i), 40) for i in range(3))
     for request in (first, second):
         bal.admit(request, bal.match(request))
-        bal.reserve(request, 16, [0, 0], 100)
+        bal.reserve(request, 16, [0, 0], [0, 0], 100)
         bal.commit(request, 16)
     bal.admit(third, bal.match(third))
-    assert bal.reserve(third, 4, planned := [0, 0], 100) is None and planned == [0, 0]
+    assert bal.reserve(third, 4, planned := [0, 0], [0, 0], 100) is None and planned == [0, 0]
     assert not bal.fits(third, 0, 0) and bal.evictions == 0
     bal.release(first)
-    assert bal.fits(third, 0, 0) and bal.reserve(third, 4, [0, 0], 100)
+    assert bal.fits(third, 0, 0) and bal.reserve(third, 4, [0, 0], [0, 0], 100)
     assert bal.evictions == 1 and first.ids[3] not in bal.tree.segments
 
 
@@ -1087,6 +1281,18 @@ def differ_in_rows(rank, seen):
     Balancer.gen_plans = gen_plans
 
 
+def differ_in_a_slot(rank, seen):
+    """Rank 1 takes another slot of the same instance: the exchange would go, the KV be wrong."""
+    original, calls = Balancer._allocate, []
+
+    def allocate(self, home):
+        calls.append(0)
+        if rank == 1 and len(calls) == 3:
+            self.free[home].reverse()
+        return original(self, home)
+    Balancer._allocate = allocate
+
+
 def fail_planning(rank, seen):
     original, calls = Scheduler.schedule, []
 
@@ -1112,6 +1318,7 @@ def first_dies(rank, seen):
 @pytest.mark.parametrize("prelude, said", [
     ("differ", "iteration 5: the plan of rank 1 differs from that of rank 0"),
     ("differ_in_rows", "iteration 5: the plan of rank 1 differs from that of rank 0"),
+    ("differ_in_a_slot", "the plan of rank 1 differs from that of rank 0"),
     ("fail_planning", "iteration 5: planning failed on rank 1")])
 def test_ranks_that_disagree_stop_with_a_message(tmp_path, prelude, said):
     """No hang, no crash in C++: one rank says which iteration and which rank, all leave. A rank
@@ -1135,6 +1342,82 @@ def test_a_lost_rank_is_an_error_not_a_hang(tmp_path, prelude, survivor):
     assert failure is None and status == 1 and "a rank was lost" in text
 
 
+def stuck(rank, seen):
+    """Rank 1 does not come to the sixth iteration, or (in layer 1) to its exchange of data."""
+    def observe(server, finished):
+        if rank == 1 and server.engine.iterations == 5:
+            time.sleep(12)
+    return observe
+
+
+def stuck_in_attention(rank, seen):
+    original, calls = pool.partial_attention, []
+
+    def slow(*arguments):
+        calls.append(0)
+        if rank == 1 and len(calls) == 20:
+            time.sleep(12)
+        return original(*arguments)
+    pool.partial_attention = slow
+
+
+@pytest.mark.parametrize("prelude, said", [("stuck", "behind: rank 1"),
+                                           ("stuck_in_attention", "all had begun it")])
+def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude, said):
+    """In the control plane and in the data plane; the message says who is behind."""
+    trace, began = write_trace(tmp_path, CHAT), time.monotonic()
+    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 3], 2, prelude)
+    assert job.pipes[0].poll(60)
+    status, text, _, failure = job.pipes[0].recv()
+    assert failure is None and status == 1 and f"a rank was lost ({said})" in text
+    assert time.monotonic() - began < 11
+
+
+def die_in_verify(rank, seen):
+    if rank == 1:
+        Llama.score_gap = lambda *_: os._exit(9)
+
+
+def test_a_rank_lost_while_verifying_is_said(tmp_path):
+    trace = write_trace(tmp_path, CHAT)
+    job = Job(["--trace", trace, "--speed", "inf", "--verify"], 2, "die_in_verify")
+    assert job.pipes[0].poll(60)
+    status, text, _, failure = job.pipes[0].recv()
+    assert failure is None and status == 1 and "a rank was lost" in text
+
+
+def stop_in_verify(rank, seen):
+    original = Llama.score_gap
+
+    def score_gap(*arguments):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+    Llama.score_gap = score_gap
+
+
+def test_a_signal_stops_verification(tmp_path):
+    run = serve(tmp_path, CHAT, "--verify", ranks=2, prelude="stop_in_verify", status=1)
+    assert run.summary["verified"] == 2 and run.summary["completed"] == len(CHAT)
+    assert "stopped by a signal; 2 of 8 are verified" in run.text
+
+
+def other_seed(rank, seen):
+    original = run_cluster.parse_options
+
+    def parse_options(arguments):
+        options = original(arguments)
+        options.seed = rank
+        return options
+    run_cluster.parse_options = parse_options
+
+
+def test_ranks_started_with_other_options_are_refused(tmp_path):
+    results = Job(["--num-requests", 3], 3, "other_seed").finish()
+    assert [status for status, *_ in results] == [2, 2, 2]
+    assert "rank 1 has other options" in "".join(text for _, text, _ in results)
+
+
 def test_a_signal_stops_all_ranks_and_keeps_what_is_finished(tmp_path):
     """SIGTERM to one rank: every rank leaves at the same iteration, the results so far stay."""
     lines = [dict(input_ids=[1, 2, 3], output_length=2), dict(input_ids=[5], output_length=4000)]
@@ -1146,7 +1429,7 @@ def test_a_signal_stops_all_ranks_and_keeps_what_is_finished(tmp_path):
     os.kill(job.processes[1].pid, signal.SIGTERM)
     results = job.finish()
     assert [status for status, *_ in results] == [1, 1]
-    said = "stopped by a signal; 1 of 2 requests are finished"
+    said = "stopped by a signal; 1 of 2 are finished"
     assert said in results[0][1] + results[1][1]
     summary = json.loads((output / "summary.json").read_text())
     assert summary["completed"] == 1 and said in summary["error"]
@@ -1174,6 +1457,65 @@ def test_demo_and_its_report(tmp_path):
                           "output_ids", "ttft_ms", "tpot_ms", "itl_ms", "finished_s"}
         assert len(r["itl_ms"]) == len(r["output_ids"]) - 1 and r["ttft_ms"] > 0
     assert "18/18 equal recomputation" in run.text
+
+
+def watch_times(rank, seen):
+    """What happened when, by the clock: when the length of each request's answer grew."""
+    seen.update(times={}, lengths={})
+
+    def observe(server, finished):
+        for line in server.lines:
+            if line.request:
+                length = len(line.request.tokens) - line.request.num_prompt
+                new = length - seen["lengths"].get(line.index, 0)
+                seen["lengths"][line.index] = length
+                seen["times"].setdefault(line.index, []).extend([server.engine.clock] * new)
+    return observe
+
+
+def test_times_and_their_summary(tmp_path):
+    """TTFT from arrival, TPOT over the tokens after the first, percentiles over requests; a first
+    arrival after the start does not count as duration."""
+    lines = [dict(timestamp=200 + 20 * i, input_ids=tokens(9 + i, i), output_length=1 + i % 4)
+             for i in range(12)]
+    trace, output = write_trace(tmp_path, lines), tmp_path / "out"
+    job = Job(["--trace", trace, "--output", output], 2, "watch_times")
+    job.finish()
+    run = Served(output, [(0, "", {})])
+    job = run.records
+    assert len(job) == 12
+    s = run.summary
+    first = min(r["arrival_s"] for r in job.values())
+    last = max(r["finished_s"] for r in job.values())
+    assert first == 0.2 and s["duration"] == pytest.approx(last - first)
+    assert s["output_throughput"] == pytest.approx(30 / s["duration"])
+    assert s["total_token_throughput"] == pytest.approx(
+        (30 + sum(9 + i for i in range(12))) / s["duration"])
+    for r in job.values():
+        assert r["finished_s"] == pytest.approx(
+            r["arrival_s"] + (r["ttft_ms"] + sum(r["itl_ms"])) / 1e3, abs=1e-4)
+        if r["itl_ms"]:
+            assert r["tpot_ms"] == pytest.approx(np.mean(r["itl_ms"]), abs=1e-3)
+        else:
+            assert r["tpot_ms"] is None
+    values = dict(ttft_ms=[r["ttft_ms"] for r in job.values()],
+                  tpot_ms=[r["tpot_ms"] for r in job.values() if r["itl_ms"]],
+                  itl_ms=[gap for r in job.values() for gap in r["itl_ms"]])
+    for name, found in values.items():
+        assert s[f"mean_{name}"] == pytest.approx(np.mean(found))
+        for kind, q in (("median", 50), ("p90", 90), ("p99", 99)):
+            assert s[f"{kind}_{name}"] == pytest.approx(np.percentile(found, q))
+
+
+def test_times_are_rank_0s_clock(tmp_path):
+    run = serve(tmp_path, CHAT, ranks=2, prelude="watch_times")
+    assert run.seen[0] == run.seen[1]
+    for id, times in run.seen[0]["times"].items():
+        r = run.records[id]
+        assert r["finished_s"] == times[-1] / 1e9
+        assert r["ttft_ms"] == pytest.approx(times[0] / 1e6 - r["arrival_s"] * 1e3, abs=1e-3)
+        assert r["itl_ms"] == pytest.approx([(b - a) / 1e6 for a, b in zip(times, times[1:])],
+                                            abs=1e-3)
 
 
 def test_arrivals_and_think_time(tmp_path):

@@ -54,8 +54,8 @@ class LakeConfig:
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster).
 
-    model: shape of the Llama (model.Config). Without a cluster, or on a rank that is not an
-    instance, it is control plane only."""
+    model: shape of the Llama (model.Config). Every rank of the cluster makes all lakes, in the same
+    order. Without a cluster, or on a rank that is not an instance, it is control plane only."""
 
     def __init__(self, instances: list[int], model, config: LakeConfig,
                  cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
@@ -66,10 +66,13 @@ class TokenLake:
         kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
         self.balancer = Balancer(Geometry(N, config.slots, config.segment_tokens, query_bytes,
                                           kv_bytes), config.placement)
+        if instances != sorted(set(instances)):
+            raise LakeError(f"instances {instances}: distinct, ascending ranks are expected")
         self.pool = self.index = None
+        groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
         if cluster and cluster.rank in instances:
             self.index = instances.index(cluster.rank)
-            self.pool = Pool(cluster, instances, model, config.slots, config.segment_tokens,
+            self.pool = Pool(cluster, groups, model, config.slots, config.segment_tokens,
                              config.staging(N), dtype, device)
 
     # ── control plane ─────────────────────────────────────────────────────────────────────────
@@ -110,8 +113,9 @@ class TokenLake:
         instances than there are, or the tree is another lake's."""
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
-        if sum(dops) > len(self.instances):
-            raise LakeError(f"DoPs {dops} on {len(self.instances)} instances")
+        if sum(dops) > len(self.instances) or any(b and k < 1 for b, k in zip(batches, dops)):
+            raise LakeError(f"DoPs {dops} for {len(batches)} batches on {len(self.instances)} "
+                            "instances; one at least for each batch, and no more than there are")
         return self.balancer.gen_plans(batches, dops)
 
     # ── data plane ────────────────────────────────────────────────────────────────────────────
@@ -138,7 +142,8 @@ class TokenLake:
         only want logits of published tokens are not put. `kv_buf.write(layer, k, v)`, each
         [T, Hkv, D]."""
         pool = self.pool
-        kv_buf = KVBuffer(transfer_plan, self.index, pool.slots * pool.segment_tokens, pool.device)
+        end = pool.slots * pool.segment_tokens
+        kv_buf = KVBuffer(transfer_plan, self.index, range(end, end + pool.staging), pool.device)
         if len(kv_buf.fresh) > sum(run.rows for run in batch if run.puts):
             raise LakeError(f"instance {self.index} is to put rows of another batch")
         return kv_buf
@@ -168,18 +173,24 @@ class Scheduler:
 
     def __init__(self, lake: TokenLake, eos: tuple = ()):
         self.lake, self.balancer, self.eos = lake, lake.balancer, eos
-        self.waiting: list[Request] = []  # by id: a preempted request is older than who waits
+        self.waiting: list[Request] = []  # by arrival: a preempted one is older than who waits
         self.running: list[Request] = []  # by admission, the youngest last
         self.counters = Counters()
+        self._arrived = 0
 
     def add(self, request: Request):
-        insort(self.waiting, request, key=lambda r: r.id)
+        if request.order is None:
+            request.order = self._arrived = self._arrived + 1
+        insort(self.waiting, request, key=lambda r: r.order)
 
     def _admit(self):
         """First come, first served, with a look-ahead of one batch past requests that wait for a
         prefix in progress."""
         config, balancer = self.lake.config, self.balancer
-        promised = sum(balancer.num_segments(len(r.tokens)) - r.num_slots for r in self.running)
+        # Besides the rest of running prompts, a segment for each answer to grow into.
+        promised = sum(balancer.num_segments(min(len(r.tokens) + config.segment_tokens,
+                                                 r.max_tokens - 1)) - r.num_slots
+                       for r in self.running)
         for request in list(islice(self.waiting, config.max_batch)):
             if len(self.running) == config.max_batch:
                 break
@@ -210,12 +221,13 @@ class Scheduler:
         for request in self.running:
             rows[request.id] = 1 if request.remaining == 1 else min(request.remaining, budget)
             budget -= rows[request.id] if request.remaining > 1 else 0
-        planned, most = [0] * N, -(-sum(rows.values()) // N) + config.segment_tokens
+        planned, tails = [0] * N, self.balancer.open_tails(self.running)
+        most = -(-sum(rows.values()) // N) + config.segment_tokens
         batches = [[] for _ in range(N)]
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            runs = self.balancer.reserve(request, rows[request.id], planned, most)
+            runs = self.balancer.reserve(request, rows[request.id], planned, tails, most)
             if runs is None:
                 self._preempt()  # never one that is in the batches already: those are older
                 continue
@@ -260,9 +272,10 @@ class Scheduler:
 
 
 class Engine:
-    """One rank of the compute engine (Fig. 5): the loop body that every rank runs alike.
+    """One rank of the compute engine (Fig. 5): the loop body that every rank of the cluster runs
+    alike, also one that is not in the lake.
 
-    model: forward(tokens, positions, attend, rows) → logits; sampler: sample(logits, keys)."""
+    model and sampler: a Llama and a Sampler of model.py, or what has their methods."""
 
     def __init__(self, cluster: Cluster, lake: TokenLake, scheduler: Scheduler, model, sampler):
         self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
@@ -293,10 +306,10 @@ class Engine:
             raise
         cluster.announce(plan_digest(self.iterations, query_plan, transfer_plan), self.stop)
         samples, tokens = self.scheduler.samples(query_plan), []
-        if query_plan.runs:
-            tokens = self._compute(batches, groups, query_plan, transfer_plan, samples[lake.index])
-        else:  # signals are looked at in between
+        if not query_plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
+        elif lake.pool:
+            tokens = self._compute(batches, groups, query_plan, transfer_plan, samples[lake.index])
         cluster.confirm()
         padding = [0] * (max(map(len, samples)) - len(tokens))
         said = cluster.gather([time.monotonic_ns() - self.started, *tokens, *padding])
@@ -334,3 +347,15 @@ class Engine:
         logits = self.model.forward(tokens, positions, attend, rows)
         return self.sampler.sample(logits, [(run.request.id, len(run.request.tokens))
                                             for run in samples])
+
+    def verify(self, requests: list[Request], progress) -> dict[int, float]:
+        """Recomputes finished requests without a cache, one per rank and round: the gap of each in
+        logits (Llama.score_gap). After a signal, of those done by then."""
+        gaps, size = {}, self.cluster.size
+        for start in range(0, len(requests), size):
+            for r in requests[start:start + size][self.cluster.rank:][:1]:
+                gaps[r.id] = self.model.score_gap(self.sampler, r.tokens, r.num_prompt, r.id)
+            progress(min(size, len(requests) - start))
+            if any(stop for (stop,) in self.cluster.gather([self.stop])):
+                break
+        return {id: gap for part in self.cluster.share(gaps) for id, gap in part.items()}
