@@ -399,9 +399,7 @@ class Balancer:
         part = self._cut(batches, dops, rows)
         parts = np.zeros((sum(dops), N), np.int64)
         np.add.at(parts, part, cost)
-        # Ties prefer sub-batch i on instance i: at most N odd ones weigh less than a byte.
-        tie = np.arange(len(parts))[:, None] != np.arange(N)
-        instance = linear_sum_assignment(parts * (N + 1) + tie)[1][part]
+        instance = linear_sum_assignment(parts)[1][part]
 
         ends = np.cumsum([len(batch) for batch in batches])
         groups = [group.tolist() for group in np.split(instance, ends)[:len(batches)]]

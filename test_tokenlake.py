@@ -732,17 +732,21 @@ def test_any_salt(tmp_path):
 def test_other_types_verify(tmp_path, dtype, temperature):
     run = serve(tmp_path, CHAT, "--verify", "--temperature", temperature, ranks=2, dtype=dtype)
     assert run.summary["verified"] == len(CHAT)
-    if dtype == "bfloat16" and not temperature:  # some tokens differ by rounding: the gap says so
-        model = Llama(Config(), random_weights(Config(), 0, torch.bfloat16, "cpu"))
-        prompts, gaps = {}, []
-        for id, line in enumerate(CHAT):
-            prompt = prompts.get(line["session_id"], []) + line["input_ids"]
-            prompts[line["session_id"]] = prompt + run.tokens[id]
-            logits = model.forward_alone(prompts[line["session_id"]]).float()
-            gaps += [float(logits[p - 1].max() - logits[p - 1, token])
-                     for p, token in enumerate(run.tokens[id], len(prompt))]
-        assert run.summary["max_logit_gap"] == pytest.approx(max(gaps), abs=0.02)
     assert 0 <= run.summary["max_logit_gap"] <= run_cluster.TOLERANCE[getattr(torch, dtype)]
+
+
+def test_the_largest_gap_is_reported(tmp_path):
+    """In 16 bits some tokens differ from the oracle's by rounding: by how much, the summary says."""
+    lines = [dict(input_ids=tokens(30 + i, i), output_length=40) for i in range(8)]
+    run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, ranks=2, dtype="bfloat16")
+    model = Llama(Config(), random_weights(Config(), 0, torch.bfloat16, "cpu"))
+    gaps = []
+    for id, line in enumerate(lines):
+        whole = line["input_ids"] + run.tokens[id]
+        logits = model.forward_alone(whole[:-1]).float()
+        gaps += [float(logits[p - 1].max() - logits[p - 1, whole[p]])
+                 for p in range(len(line["input_ids"]), len(whole))]
+    assert run.summary["max_logit_gap"] == pytest.approx(max(gaps), abs=0.05) and max(gaps) > 0.05
 
 
 def test_what_counts_as_rounding():
@@ -829,11 +833,12 @@ def test_bytes_equal_the_plans(tmp_path, ranks, slots):
         assert s["puts_local"] >= 0.9 and s["decode_puts_local"] >= 0.95
 
 
-@pytest.mark.parametrize("ranks, slots", [(2, 16), (3, 11), (4, 100)])
+@pytest.mark.parametrize("ranks, slots", [(2, 16), (3, 11), (4, 200)])
 def test_remote_puts_happen_and_are_right(tmp_path, ranks, slots):
     """A pool with one free instance: what is computed elsewhere is put there, token for token, and
-    the counters know."""
+    the counters know; decodes too, when there are many."""
     lines = [dict(input_ids=tokens(60 + 7 * i, i), output_length=6) for i in range(6)]
+    lines += [dict(input_ids=tokens(3, i), output_length=7) for i in range(20 if ranks == 4 else 0)]
     run = serve(tmp_path, lines, "--segment-tokens", 4, "--slots", slots, "--chunk-tokens", 8,
                 ranks=ranks, prelude="one_full_instance")
     assert run.tokens == oracle(lines)
@@ -841,6 +846,7 @@ def test_remote_puts_happen_and_are_right(tmp_path, ranks, slots):
     assert s["put_bytes"] == seen["put"] > 0 and s["query_bytes"] == seen["query"]
     assert s["puts_local"] == seen["local"] / seen["puts"] < 1
     assert s["decode_puts_local"] == seen["home"] / seen["decode"]
+    assert ranks < 4 or s["decode_puts_local"] < 1
 
 
 def one_full_instance(rank, seen):
@@ -1062,16 +1068,6 @@ def test_queue_is_by_arrival_and_lets_others_pass_who_waits_for_a_prefix():
     scheduler.add(Request(0, tokens(5, 3), 30))
     scheduler._preempt()
     assert [r.id for r in scheduler.waiting] == [4, 1, 0]
-
-
-def test_equal_costs_leave_sub_batches_in_place():
-    bal = Balancer(Geometry(3, 10, 4))
-    batches = []
-    for id in range(3):
-        request = Request(id, tokens(9, id), 20)
-        request.table = np.arange(0, 30, 10)  # a segment on every instance
-        batches.append([balancer.Run(request, 8, 1, 0, 20, False, False)])
-    assert bal.gen_plans(batches, [1, 1, 1])[2] == [[0], [1], [2]]
 
 
 def test_lakes_need_not_span_the_cluster(tmp_path):
