@@ -36,6 +36,7 @@ import math
 import os
 import struct
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ class Cluster:
             torch.cuda.set_device(device)
             return device, torch.cuda.mem_get_info(device)[0]
         try:
-            fields = dict(line.split(":") for line in open("/proc/meminfo"))
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            fields = dict(line.split(":") for line in lines)
             return torch.device("cpu"), int(fields["MemAvailable"].split()[0]) * 1024
         except (OSError, KeyError, ValueError):  # not Linux
             return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -281,7 +283,8 @@ class Pool:
     def __init__(self, cluster: Cluster, groups: list, config, slots: int, segment_tokens: int,
                  staging: int, dtype, device):
         self.slots, self.segment_tokens, self.staging = slots, segment_tokens, staging
-        self.device, self.group = torch.device(device), config.num_heads // config.num_kv_heads
+        self.device = torch.device(device)
+        self.heads_per_kv = config.num_heads // config.num_kv_heads
         self.scale = 1.0 / math.sqrt(config.head_dim)
         # Never read before written: spans end where the tokens do.
         shape = (config.num_layers, slots * segment_tokens + staging, config.num_kv_heads,

@@ -736,7 +736,7 @@ def test_other_types_verify(tmp_path, dtype, temperature):
 
 
 def test_the_largest_gap_is_reported(tmp_path):
-    """In 16 bits some tokens differ from the oracle's by rounding: by how much, the summary says."""
+    """In 16 bits some tokens differ from the oracle's by rounding; the summary says by how much."""
     lines = [dict(input_ids=tokens(30 + i, i), output_length=40) for i in range(8)]
     run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, ranks=2, dtype="bfloat16")
     model = Llama(Config(), random_weights(Config(), 0, torch.bfloat16, "cpu"))

@@ -59,6 +59,8 @@ class TokenLake:
 
     def __init__(self, instances: list[int], model, config: LakeConfig,
                  cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
+        if instances != sorted(set(instances)):
+            raise LakeError(f"instances {instances}: distinct, ascending ranks are expected")
         self.instances, self.model, self.config = instances, model, config
         N, wide = len(instances), torch.promote_types(dtype, torch.float32)
         heads = model.num_heads
@@ -66,8 +68,6 @@ class TokenLake:
         kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
         self.balancer = Balancer(Geometry(N, config.slots, config.segment_tokens, query_bytes,
                                           kv_bytes), config.placement)
-        if instances != sorted(set(instances)):
-            raise LakeError(f"instances {instances}: distinct, ascending ranks are expected")
         self.pool = self.index = None
         groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
         if cluster and cluster.rank in instances:
@@ -124,8 +124,8 @@ class TokenLake:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
         in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
         pool = self.pool
-        q_buf = QueryBuffer(query_plan, self.index, pool.slots, pool.segment_tokens, pool.group,
-                            pool.device)
+        q_buf = QueryBuffer(query_plan, self.index, pool.slots, pool.segment_tokens,
+                            pool.heads_per_kv, pool.device)
         share = sum(run.rows for run, v in zip(batch, group) if v == self.index)
         if share != q_buf.num_rows:
             raise LakeError(f"instance {self.index} was handed a batch with {share} rows for it, "
