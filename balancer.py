@@ -203,6 +203,11 @@ class TransferPlan:
         return out
 
 
+def least(load: list[int], start: int) -> int:
+    """The instance with the least load, the first of them from `start` on."""
+    return min(range(len(load)), key=lambda i: (load[i], (i - start) % len(load)))
+
+
 class Balancer:
     """The pool's bookkeeping over N instances, and the plans of an iteration."""
 
@@ -331,7 +336,7 @@ class Balancer:
             slot = int(request.table[index])
             instance = slot // S
             if load[instance] + count > most:
-                instance = load.index(min(load))
+                instance = least(load, instance)
             load[instance] += count
             runs.append(Run(request, position, count, instance, slot,
                             index >= len(request.segments), decode))
@@ -353,7 +358,7 @@ class Balancer:
         if self.placement == "stripe" and index:
             parent = request.segments[-1] if index == len(request.segments) else None
             home = home if parent and parent.children else after
-        return home if load[home] + rows <= most else load.index(min(load))
+        return home if load[home] + rows <= most else least(load, home)
 
     def _allocate(self, home: int) -> int | None:
         """A slot: at home, else at the instance with the most free ones, else the one of the
