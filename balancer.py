@@ -12,6 +12,9 @@ For a request with `done` of its tokens in the pool, about to compute `rows` mor
              │ (maybe by others) │  iterations │  iteration   │              │
                                                                      table[index] = global slot
 
+(If all of a prompt is published, its last token is computed again for its logits, but not written:
+then `done` is one less than what is published.)
+
 All of it is deterministic: the same calls in the same order give the same state on every rank, so
 every rank runs it and nobody asks anybody. Hence no sets, no `hash()`, no floats that one rank
 measured.
@@ -245,7 +248,7 @@ class Balancer:
 
     def fits(self, request: Request, matched: int, promised: int) -> bool:
         """Whether slots for the rest of the prompt are free or evictable, besides those
-        `promised` to prompts already running."""
+        `promised` to requests already running."""
         taken = sum(not self.tree.segments[id].pins for id in request.ids[:matched])
         available = sum(map(len, self.free)) + len(self.tree.lru) - taken
         return available - promised >= self.num_segments(len(request.tokens)) - matched
@@ -441,7 +444,8 @@ class Balancer:
         # A request's first run reads the segments up to the one that `done` is in, and no other.
         first = [b for b, run in enumerate(plan.runs) if run.position == run.request.done]
         home = np.array([plan.runs[b].slot // S for b in first], np.int64)
-        missing = np.bincount(home, C - plan.position[first] % C, N)  # of that last segment
+        here = np.array([not plan.runs[b].puts for b in first], np.int64)  # its own KV is old
+        missing = np.bincount(home, C - plan.position[first] % C - here, N)  # of the last segment
         return C * plan.segments[first].sum(0) - missing.astype(np.int64)
 
 

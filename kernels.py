@@ -106,8 +106,10 @@ class Work:
             length = kv_before[blocks[:, 5]] - kv_before[blocks[:, 4]]
             size = [(int(m - 1).bit_length(), int(n - 1).bit_length() if n else -1)
                     for m, n in zip(blocks[:, 1], length)]
-            for key in sorted(set(size)):
-                chosen = np.array([i for i, s in enumerate(size) if s == key])
+            alike = [np.array([i for i, s in enumerate(size) if s == key])
+                     for key in sorted(set(size))]
+            for chosen in (part for blocks_alike in alike for part in np.array_split(
+                    blocks_alike, range(64, len(blocks_alike), 64))):  # bounds what a batch copies
                 block, n = blocks[chosen], length[chosen]
                 row = np.arange(block[:, 1].max())
                 inside = row < block[:, 1:2]

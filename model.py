@@ -81,7 +81,7 @@ def load_config(folder: Path) -> Config:
         value = default if value is None else value
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is not bool and kind is not str and not value > 0):
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
             wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}
             raise ModelError(f"{file}: {key} is {value!r}; {wanted.get(kind, 'a string')} expected")
         return value
@@ -95,6 +95,7 @@ def load_config(folder: Path) -> Config:
     require("attention_bias", raw.get("attention_bias", False), False)
     require("mlp_bias", raw.get("mlp_bias", False), False)
     require("quantization_config", raw.get("quantization_config"), None)
+    require("sliding_window", raw.get("sliding_window"), None)
 
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -121,8 +122,8 @@ def load_config(folder: Path) -> Config:
         raise ModelError(f"{file}: head_dim {head_dim} is odd; RoPE rotates pairs")
     eos = raw.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if any(type(token) is not int for token in eos):
-        raise ModelError(f"{file}: eos_token_id is {eos!r}; null, an integer or a list expected")
+    if any(type(token) is not int or token < 0 for token in eos):
+        raise ModelError(f"{file}: eos_token_id is {eos!r}; null, token ids or one are expected")
     return Config(
         vocab_size=get("vocab_size", int), hidden_size=hidden,
         intermediate_size=get("intermediate_size", int), num_layers=get("num_hidden_layers", int),
@@ -236,6 +237,10 @@ class Llama:
             frequency = keep * frequency + (1 - keep) * frequency / factor
         self.frequency = frequency.to(self.device)
 
+    def fingerprint(self) -> tuple:
+        """What tells it from other models: its shape, its type, a number of each tensor."""
+        return self.config, self.dtype, [float(w.flatten()[0]) for w in self.weights.values()]
+
     def norm(self, x, name):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
@@ -279,8 +284,8 @@ class Llama:
     def score_gap(self, sampler, tokens: list[int], num_prompt: int, request: int) -> float:
         """The oracle in one forward: how far, at worst, a served token is below the best one, in
         logits, when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says
-        that every token is what `generate` would have given. The hotter the sampling, the less a
-        token depends on the logits, and the less this can notice."""
+        that every token is a best one, and so, but for ties, what `generate` gives. The hotter the
+        sampling, the less a token depends on the logits, and the less this can notice."""
         at = range(num_prompt, len(tokens))
         logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
         scores = sampler.scores(logits, [(request, p) for p in at])

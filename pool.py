@@ -1,10 +1,10 @@
 """Data plane: how do queries and keys meet across ranks? (§3.3, §3.4)
 
 Every rank holds one *slab*: the segments that live with it, as rows of K and V per layer. Two
-primitives over `torch.distributed` connect the slabs, both one `all_to_all_single` per layer:
+primitives over `torch.distributed` connect the slabs, per layer:
 
-    query   rows of Q go to the KV, partial results (O, LSE) come back, merged once
-    move    rows of KV go elsewhere: a put of rows just computed to their home
+    query   rows of Q go to the KV, partial results (O, LSE) come back: two `all_to_all_single`
+    move    rows of KV go elsewhere, as a put of rows just computed to their home: one
 
 and a layer runs in this order, so that exchanges hide behind the attention that needs none:
 
@@ -75,6 +75,7 @@ class Cluster:
         if self.size > 1:
             dist.init_process_group("gloo", timeout=self.timeout)
             self.store = dist.distributed_c10d._get_default_store()
+            self.store.set(f"iteration/{self.rank}", "0")
 
     def find_device(self, wanted: str) -> tuple[torch.device, int]:
         """This rank's device for `auto`, `cpu` or `cuda`, and the bytes available on it. Ranks take
@@ -105,15 +106,19 @@ class Cluster:
         return things
 
     def together(self, step, *arguments):
-        """`step(*arguments)` on every rank. What one rank cannot do (a ValueError), none goes on
-        with: raises SetupError with the words of the lowest rank that failed, on all."""
-        result = error = None
+        """`step(*arguments)` on every rank. What one rank cannot do, none goes on with: raises
+        SetupError with the words of the lowest rank that failed, on all; but a rank's own error
+        that is no ValueError, and so no user's mistake, as it is."""
+        result = error = problem = None
         try:
             result = step(*arguments)
-        except ValueError as problem:
-            error = str(problem)
-        if error := next(filter(None, self.share(error)), None):
-            raise SetupError(error)
+        except Exception as caught:
+            problem, error = caught, str(caught) or repr(caught)
+        said = [e for e in self.share(error) if e is not None]
+        if problem and not isinstance(problem, ValueError):
+            raise problem
+        if said:
+            raise SetupError(said[0])
         return result
 
     def same(self, text: str, what: str):
@@ -121,7 +126,7 @@ class Cluster:
         other files and defaults."""
         found = self.share(hashlib.blake2b(text.encode("utf-8", "replace")).digest())
         if odd := [rank for rank in range(self.size) if found[rank] != found[0]]:
-            raise ValueError(f"rank {odd[0]} has other {what} than rank 0; the same are expected")
+            raise ValueError(f"rank {odd[0]} has other {what} than rank 0; the same is expected")
 
     def gather(self, values: list[int], asynchronous=False):
         """Integers of every rank, as many from each → [size][len(values)], or with `asynchronous`
@@ -173,10 +178,11 @@ class Cluster:
             try:
                 self.store.set_timeout(timedelta(seconds=5))
                 at = [int(self.store.get(f"iteration/{rank}")) for rank in range(self.size)]
+                behind = [rank for rank, iteration in enumerate(at) if iteration < max(at)]
+                who = f"behind: rank {', '.join(map(str, behind))}" if behind else (
+                    "all had begun it")
             except RuntimeError:
-                at = [self.iteration]
-            behind = [rank for rank, iteration in enumerate(at) if iteration < max(at)]
-            who = f"behind: rank {', '.join(map(str, behind))}" if behind else "all had begun it"
+                who = "nobody knows which"
             raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}"
                             ) from None
 

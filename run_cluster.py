@@ -19,6 +19,7 @@ import signal
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,8 @@ class Line:
     """A request of a trace, lengths scaled, and what became of it. Times in ns of rank 0's clock
     since the start."""
 
-    index: int
-    where: str
+    index: int  # request id: which request of the trace, from 0
+    where: str  # file:line
     timestamp: float  # ms
     input_length: int  # with everything before it in the session; an upper bound until it is sent
     output_length: int
@@ -93,12 +94,9 @@ class Line:
 def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> list[Line]:
     """The first `limit` requests of a trace, checked. `source` yields its lines, bytes or text."""
     lines, sessions = [], {}
-    for index, text in enumerate(source):
-        if len(lines) == limit:
-            break
-        if not text.strip():
-            continue
-        where = f"{name}:{index + 1}"
+    numbered = ((number, text) for number, text in enumerate(source, 1) if text.strip())
+    for number, text in islice(numbered, limit):
+        where = f"{name}:{number}"
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError):
@@ -133,7 +131,7 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
                 raise InputError(f"{where}: hash_ids lists {len(hash_ids)} blocks; input_length "
                                  f"{total} makes {-(-total // BLOCK)} of {BLOCK} tokens")
             total = -(-total // scale)
-        line = Line(index, where, check("timestamp", *TIME), total,
+        line = Line(len(lines), where, check("timestamp", *TIME), total,
                     -(-check("output_length", *LENGTH) // scale), input_ids, hash_ids,
                     check("salt", lambda x: isinstance(x, str), "a string", ""),
                     check("think_ms", *TIME, 0), previous)
@@ -171,45 +169,45 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
             with contextlib.suppress(ValueError):
                 if ok(value := kind(text)):
                     return value
-            raise argparse.ArgumentTypeError(f"{text!r}: a {expected} is expected")
+            raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
         return parse
 
     def fail(message):
         raise InputError(message.removeprefix("argument "))
 
-    count = checked(int, lambda x: 0 < x < 2**48, "positive integer")
-    path = checked(Path, lambda x: x != Path(), "path")
+    count = checked(int, lambda x: 0 < x < 2**48, "a positive integer")
+    path = checked(Path, lambda x: x != Path(), "a path")
     parser = argparse.ArgumentParser(
         prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
     parser.error = fail
     add = parser.add_argument
     add("--trace", type=path, metavar="FILE", help="JSON lines; default: a multi-turn demo")
     add("--num-requests", type=count, metavar="K", help="serve the first K lines (demo: 48)")
-    add("--seed", type=checked(int, lambda x: 0 <= x < 2**63, "seed from 0"), default=0,
+    add("--seed", type=checked(int, lambda x: 0 <= x < 2**63, "a seed from 0"), default=0,
         metavar="N", help="of the weights, the demo, a trace's tokens, and sampling")
-    add("--trace-scale", type=checked(int, lambda x: x > 0 and BLOCK % x == 0, "divisor of 512"),
+    add("--trace-scale", type=checked(int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"),
         metavar="F", help="divide the trace's lengths and its 512-token block by F")
     add("--model", type=path, metavar="DIR", help="Hugging Face folder of a Llama")
     add("--random-weights", action="store_true", help="with --model: read config.json alone")
     add("--dtype", choices=DTYPES, help="default: float32; on a GPU what --model says")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     add("--temperature", default=0.0, metavar="T", help="0 (the default) is greedy",
-        type=checked(float, lambda x: 0 <= x < float("inf"), "number from 0"))
+        type=checked(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"))
     add("--stop-at-eos", action="store_true", help="the model's end token ends a request early")
     add("--segment-tokens", type=count, metavar="C", help="default: 16; --model on a GPU: 512")
     add("--slots", type=count, metavar="S",
         help="segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
     add("--placement", choices=("stripe", "hash"), default="stripe",
         help="homes of segments: one after another along a prefix (default), or by hash")
-    add("--replicate-factor", type=int, choices=(0,), default=0)
+    add("--replicate-factor", type=int, choices=(0,), default=0, help="0: no replicas")
     add("--chunk-tokens", type=count, metavar="T",
         help="prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", type=count, default=32, metavar="R",
         help="running requests in the whole lake (default 32)")
-    add("--scheduler", choices=("auto", "even"), default="auto")
-    add("--speed", type=checked(float, lambda x: x >= 1e-6, "positive number"), metavar="X",
+    add("--scheduler", choices=("auto", "even"), default="auto", help="auto is even, the only one")
+    add("--speed", type=checked(float, lambda x: x >= 1e-6, "a positive number"), metavar="X",
         default=1.0, help="arrivals and think times X times faster; inf: all at once")
-    add("--timeout", type=checked(float, lambda x: 0 < x < 1e9, "positive number"), default=300.0,
+    add("--timeout", type=checked(float, lambda x: 0 < x < 1e9, "a positive number"), default=300.0,
         metavar="SECONDS", help="after which a silent rank is given up (default 300)")
     add("--verify", action=argparse.BooleanOptionalAction,
         help="recompute every answer without a cache; default: for the demo on its own model")
@@ -227,10 +225,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 def prepare(options, cluster: Cluster, device, memory: int):
     """Reads and checks all that the user gave → (lines, LakeConfig, Llama). memory: bytes available
     on a device, the least over the ranks. Raises InputError or ModelError."""
-    output = options.output
-    for name in ("requests.jsonl", "summary.json") if output else ():
-        if (output / name).exists():
-            raise InputError(f"--output {output}: already holds {name}; a new folder is expected")
+    for name in ("requests.jsonl", "summary.json") if options.output else ():
+        if os.path.exists(options.output / name):
+            raise InputError(f"--output {options.output}: already holds {name}; a new folder is "
+                             "expected")
     config = load_config(options.model) if options.model else Config()
     if options.trace:
         try:
@@ -244,13 +242,11 @@ def prepare(options, cluster: Cluster, device, memory: int):
         lines = read_trace(demo, "demo")
     if options.stop_at_eos and not config.eos_token_ids:
         raise InputError("--stop-at-eos: the model's config.json has no eos_token_id")
-
     real = options.model and device.type == "cuda"
     name = options.dtype or (config.dtype if real else "float32")
     if name not in DTYPES:
         raise InputError(f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
     dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
-
     sharing = cluster.ranks_per_device(device)
     lake = LakeConfig(C, 0, options.placement, options.chunk_tokens or 4 * C, options.max_batch)
     bytes_of = partial(Pool.bytes_needed, config, C, lake.staging(cluster.size), dtype)
@@ -274,19 +270,25 @@ def prepare(options, cluster: Cluster, device, memory: int):
     total = line.input_length + line.output_length
     if total > config.max_positions:
         raise InputError(f"{line.where}: prompt and answer are {total} tokens, the model has "
-                         f"{config.max_positions} positions")
+                         f"{config.max_positions} positions (--trace-scale makes a trace smaller)")
     if (needed := -(-(total - 1) // C)) > slots * cluster.size:
         raise InputError(f"{line.where}: the request needs {needed} segments, the pool has "
                          f"{slots * cluster.size}; more --slots are expected")
-    if output:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output {output}: {error.strerror}") from None
     made = options.random_weights or not options.model
     weights = (random_weights(config, options.seed, dtype, device) if made
                else load_weights(options.model, config, dtype, device))
     return lines, replace(lake, slots=slots), Llama(config, weights)
+
+
+def open_output(folder: Path | None, cluster: Cluster):
+    """requests.jsonl, new, on rank 0; None elsewhere or without a folder."""
+    if folder is None or cluster.rank:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / "requests.jsonl", "x")
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from None
 
 
 # ── serving ───────────────────────────────────────────────────────────────────────────────────
@@ -335,13 +337,9 @@ class Server:
         record = line.record(self.scheduler.counters.cached_tokens[request.id])
         self.records[request.id] = record
         if following := self.next_turn.get(request.id):
-            self._expect(following, self.engine.clock
-                         + int(following.think * 1e6 / self.options.speed))
+            think = int(following.think * 1e6 / self.options.speed)
+            self._expect(following, self.engine.clock + think)
         return record
-
-    def right(self, gap: float) -> bool:
-        """Whether a served token is the best one, but for rounding. NaN is not."""
-        return gap <= TOLERANCE[self.model.dtype]
 
 
 # ── the report ────────────────────────────────────────────────────────────────────────────────
@@ -355,7 +353,7 @@ def variation(reads: list[np.ndarray]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def summarise(server: Server, gaps: dict | None, error: str | None) -> dict:
+def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None) -> dict:
     """summary.json: names as in vLLM's and SGLang's serving benchmarks, then ours. Collective."""
     moved = [sum(column) for column in zip(*server.cluster.share(
         list(server.lake.pool.bytes.values())))]
@@ -384,7 +382,7 @@ def summarise(server: Server, gaps: dict | None, error: str | None) -> dict:
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
         evictions=balancer.evictions, replicas_max=int(bool(balancer.tree.segments)),
         iterations=server.engine.iterations, idle_fraction=None, error=error,
-        verified=None if gaps is None else sum(map(server.right, gaps.values())),
+        verified=None if gaps is None else len(gaps) - len(wrong),
         max_logit_gap=None if not gaps or any(map(math.isnan, gaps.values())) else max(
             gaps.values()),
         config={k: v if v is None or isinstance(v, int) else str(v)
@@ -420,9 +418,10 @@ def table(s: dict) -> str:
         "pressure": f"{s['evictions']:,} evictions, {s['preemptions']:,} preemptions",
     }
     if s["verified"] is not None:
-        lines["verified"] = f"{s['verified']}/{s['completed']} " + (
-            f"within rounding of recomputation without a cache, gap {s['max_logit_gap']:.1e} logits"
-            if s["max_logit_gap"] else "equal recomputation without a cache, token for token")
+        how = ("equal recomputation without a cache, token for token" if s["max_logit_gap"] == 0
+               else "within rounding of recomputation without a cache; largest gap "
+                    f"{show(s['max_logit_gap'], '.1e')} logits")
+        lines["verified"] = f"{s['verified']}/{s['completed']} {how}"
     return "\n".join(f"{name:>12}  {text}" for name, text in lines.items())
 
 
@@ -431,7 +430,8 @@ def table(s: dict) -> str:
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
     """The whole program on one rank; returns its exit status. One rank says what went wrong."""
     timeout = 60.0
-    with contextlib.suppress(InputError):  # said below, when the ranks have met
+    quiet = open(os.devnull, "w") if os.environ.get("RANK", "0") != "0" else sys.stdout  # --help
+    with contextlib.suppress(InputError), contextlib.redirect_stdout(quiet):  # errors: said below
         timeout = parse_options(arguments).timeout
     cluster = Cluster(timeout)
     if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
@@ -440,11 +440,12 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     try:
         options = cluster.together(parse_options, arguments)
         device, memory = cluster.together(cluster.find_device, options.device)
-        ready = cluster.together(prepare, options, cluster, device, min(cluster.share(memory)))
-        server = Server(options, cluster, *ready)
-        cluster.together(cluster.same, repr((vars(options), server.lake.config, server.model.config,
-                                             server.lines)), "options, model or trace")
-        error = serve(server, on_iteration)
+        lines, lake, model = cluster.together(prepare, options, cluster, device,
+                                              min(cluster.share(memory)))
+        text = repr((vars(options), lines, lake, model.fingerprint()))
+        cluster.together(cluster.same, text, "options, another trace or another model")
+        server = Server(options, cluster, lines, lake, model)
+        error = serve(server, cluster.together(open_output, options.output, cluster), on_iteration)
         status = int(error is not None)
     except (SetupError, LakeError) as problem:
         status, error = 2 if isinstance(problem, SetupError) else 1, problem
@@ -455,17 +456,15 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     return status
 
 
-def serve(server: Server, on_iteration) -> str | None:
-    """Serves, verifies and reports; returns what is wrong with the result. `on_iteration(server,
-    finished records)` is called after each iteration."""
-    output, first = server.options.output, server.cluster.rank == 0
+def serve(server: Server, file, on_iteration) -> str | None:
+    """Serves, verifies and reports; returns what is wrong with the result. Finished records go to
+    `file`, where there is one; `on_iteration(server, finished records)` follows each iteration."""
+    first = server.cluster.rank == 0
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
-    error = gaps = None
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(server.lines), unit="request", leave=False,
-                                       disable=not first))
-        file = first and output and stack.enter_context(open(output / "requests.jsonl", "x"))
+    error, gaps, wrong = None, None, []
+    with file or contextlib.nullcontext(), tqdm(
+            total=len(server.lines), unit="request", leave=False, disable=not first) as bar:
         try:
             server.engine.start()
             while server.arrivals or server.scheduler.waiting or server.scheduler.running:
@@ -482,17 +481,18 @@ def serve(server: Server, on_iteration) -> str | None:
             bar.reset(len(server.records))
             gaps = server.engine.verify(
                 [server.lines[index].request for index in sorted(server.records)], bar.update)
-            wrong = [index for index, gap in sorted(gaps.items()) if not server.right(gap)]
+            limit = TOLERANCE[server.model.dtype]
+            wrong = [index for index, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is
             if wrong:
                 error = f"request {wrong[0]} differs from recomputation without a cache"
             elif len(gaps) < len(server.records):
                 error = f"stopped by a signal; {len(gaps)} of {len(server.records)} are verified"
-    summary = summarise(server, gaps, error)
+    summary = summarise(server, gaps, wrong, error)
     if first:
         print(table(summary), flush=True)
-        if output:
+        if file:
             text = json.dumps(summary, indent=1, default=str)
-            (output / "summary.json").write_text(text + "\n")
+            (server.options.output / "summary.json").write_text(text + "\n")
     return error
 
 

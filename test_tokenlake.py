@@ -83,6 +83,15 @@ class Job:
             self.processes.append(process)
             self.pipes.append(ours)
 
+    def survivor(self, rank, timeout=60):
+        """(status, text, failure) of a rank that ends while another is dead or stuck."""
+        assert self.pipes[rank].poll(timeout), f"rank {rank} hangs"
+        status, text, _, failure = self.pipes[rank].recv()
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+        return status, text, failure
+
     def finish(self, timeout=240, raised=None):
         """[(status, text, seen)] by rank; fails the test if a rank hung, or if one raised that
         should not (`raised` should)."""
@@ -459,7 +468,8 @@ def save_model(folder, config=None, drop=(), change=None):
     (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
     (dict(num_key_value_heads=3), "not a multiple"),
     (dict(head_dim=7), "head_dim 7"),
-    (dict(eos_token_id="</s>"), "eos_token_id")])
+    (dict(sliding_window=16), "sliding_window 16"), (dict(eos_token_id=-5), "eos_token_id"),
+    (dict(rms_norm_eps=math.inf), "rms_norm_eps"), (dict(eos_token_id="</s>"), "eos_token_id")])
 def test_config_is_refused_by_name(tmp_path, change, said):
     with pytest.raises(ModelError) as caught:
         load_config(save_model(tmp_path / "m", change))
@@ -584,7 +594,8 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--placement", "here"], "--placement"), (["--bogus"], "--bogus"), (["extra"], "extra"),
     (["--output", "{tmp}/empty"], "File exists"), (["--model", "{tmp}/empty"], "Not a directory"),
     (["--output", "{tmp}/held"], "holds requests.jsonl"),
-    (["--output", "{tmp}/empty/x"], "Not a directory"),
+    (["--output", "{tmp}/empty/x"], "Not a directory"), (["--output", "/proc/self"], "--output"),
+    (["--output", "x" * 300], "--output"), (["--temperature", "1e39"], "--temperature"),
     (["--num-requests", "0"], "--num-requests"), (["--trace", ""], "a path is expected"),
     (["--segment-tokens", "9999999"], "8192 positions"), (["--seed", "9" * 30], "--seed"),
     (["--chunk-tokens", "1e9"], "--chunk-tokens"),
@@ -749,12 +760,27 @@ def test_the_largest_gap_is_reported(tmp_path):
     assert run.summary["max_logit_gap"] == pytest.approx(max(gaps), abs=0.05) and max(gaps) > 0.05
 
 
-def test_what_counts_as_rounding():
-    assert run_cluster.TOLERANCE[torch.float64] <= 1e-9
-    assert run_cluster.TOLERANCE[torch.float32] <= 1e-3
-    server = object.__new__(run_cluster.Server)
-    server.model = small_model()
-    assert server.right(0.0) and not server.right(1e-8) and not server.right(math.nan)
+def test_what_counts_as_rounding(tmp_path):
+    """A gap just above the limit is an error, one below is not; a NaN is an error."""
+    limits = run_cluster.TOLERANCE
+    assert limits[torch.float64] <= 1e-9 and limits[torch.float32] <= 1e-3
+    for prelude, status in (("gap_below", 0), ("gap_above", 1), ("gap_nan", 1)):
+        run = serve(tmp_path, CHAT[:2], "--verify", prelude=prelude, status=status)
+        assert run.summary["verified"] == 2 - 2 * status
+        assert ("differs from recomputation" in run.text) == bool(status)
+        assert "equal recomputation" not in run.text
+
+
+def gap_below(rank, seen, gap=0.99e-9):
+    Llama.score_gap = lambda *_: gap
+
+
+def gap_above(rank, seen):
+    gap_below(rank, seen, 1.01e-9)
+
+
+def gap_nan(rank, seen):
+    gap_below(rank, seen, math.nan)
 
 
 def corrupt(rank, seen):
@@ -803,7 +829,8 @@ def count_bytes(rank, seen):
         if query_plan.runs:  # tokens of KV from before, once per request, wherever they are
             reads = [0] * len(lake.instances)
             for request in {run.request.id: run.request for run in query_plan.runs}.values():
-                for token in range(request.done):
+                whole = request.done == len(request.segments) * lake.config.segment_tokens - 1
+                for token in range(request.done + whole):
                     reads[int(request.table[token // lake.config.segment_tokens]) // S] += 1
             seen["reads"].append(reads)
         return query_plan, transfer_plan, groups
@@ -887,6 +914,13 @@ def test_hit_rate_equals_an_independent_count(tmp_path, ranks):
         stored |= {tuple(whole[:end]) for end in range(C, len(whole), C)}
     assert run.summary["hit_rate"] == cached / total > 0.3
     assert run.seen[0]["segments"] == len(stored)
+
+
+def test_blank_lines_of_a_trace_do_not_count(tmp_path):
+    lines = [dict(input_ids=tokens(9, i), output_length=3) for i in range(2)]
+    path = write_trace(tmp_path, lines)
+    path.write_text("\n" + path.read_text().replace("\n", "\n\n"))
+    assert serve(tmp_path, path).tokens == oracle(lines)
 
 
 def test_trace_blocks_hit(tmp_path):
@@ -1333,8 +1367,7 @@ def test_a_lost_rank_is_an_error_not_a_hang(tmp_path, prelude, survivor):
     """Whoever is lost, a rank that is left says so."""
     trace = write_trace(tmp_path, CHAT)
     job = Job(["--trace", trace, "--speed", "inf", "--timeout", 20], 2, prelude)
-    assert job.pipes[survivor].poll(60)
-    status, text, _, failure = job.pipes[survivor].recv()
+    status, text, failure = job.survivor(survivor)
     assert failure is None and status == 1 and "a rank was lost" in text
 
 
@@ -1363,8 +1396,7 @@ def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude, said):
     """In the control plane and in the data plane; the message says who is behind."""
     trace, began = write_trace(tmp_path, CHAT), time.monotonic()
     job = Job(["--trace", trace, "--speed", "inf", "--timeout", 3], 2, prelude)
-    assert job.pipes[0].poll(60)
-    status, text, _, failure = job.pipes[0].recv()
+    status, text, failure = job.survivor(0)
     assert failure is None and status == 1 and f"a rank was lost ({said})" in text
     assert time.monotonic() - began < 11
 
@@ -1377,8 +1409,7 @@ def die_in_verify(rank, seen):
 def test_a_rank_lost_while_verifying_is_said(tmp_path):
     trace = write_trace(tmp_path, CHAT)
     job = Job(["--trace", trace, "--speed", "inf", "--verify"], 2, "die_in_verify")
-    assert job.pipes[0].poll(60)
-    status, text, _, failure = job.pipes[0].recv()
+    status, text, failure = job.survivor(0)
     assert failure is None and status == 1 and "a rank was lost" in text
 
 
@@ -1398,6 +1429,25 @@ def test_a_signal_stops_verification(tmp_path):
     assert "stopped by a signal; 2 of 8 are verified" in run.text
 
 
+def other_weights(rank, seen):
+    original = run_cluster.random_weights
+    run_cluster.random_weights = lambda config, seed, *rest: original(config, seed + rank, *rest)
+
+
+def broken_setup(rank, seen):
+    def random_weights(*_):
+        raise MemoryError("injected")
+    if rank == 1:
+        run_cluster.random_weights = random_weights
+
+
+def test_an_error_in_one_ranks_setup_stops_all(tmp_path):
+    """Not a user's mistake: its rank shows the traceback, the others stop with its words."""
+    results = Job(["--num-requests", 3], 3, "broken_setup").finish(raised=1)
+    assert [status for status, *_ in results] == [2, None, 2]
+    assert "injected" in results[0][1] + results[2][1]
+
+
 def other_seed(rank, seen):
     original = run_cluster.parse_options
 
@@ -1408,8 +1458,9 @@ def other_seed(rank, seen):
     run_cluster.parse_options = parse_options
 
 
-def test_ranks_started_with_other_options_are_refused(tmp_path):
-    results = Job(["--num-requests", 3], 3, "other_seed").finish()
+@pytest.mark.parametrize("prelude", ["other_seed", "other_weights"])
+def test_ranks_started_otherwise_are_refused(tmp_path, prelude):
+    results = Job(["--num-requests", 3], 3, prelude).finish()
     assert [status for status, *_ in results] == [2, 2, 2]
     assert "rank 1 has other options" in "".join(text for _, text, _ in results)
 

@@ -187,10 +187,12 @@ class Scheduler:
         """First come, first served, with a look-ahead of one batch past requests that wait for a
         prefix in progress."""
         config, balancer = self.lake.config, self.balancer
-        # Besides the rest of running prompts, a segment for each answer to grow into.
-        promised = sum(balancer.num_segments(min(len(r.tokens) + config.segment_tokens,
-                                                 r.max_tokens - 1)) - r.num_slots
-                       for r in self.running)
+
+        def grows(request):  # slots for the rest of its prompt, and a segment of its answer
+            end = min(len(request.tokens) + config.segment_tokens, request.max_tokens - 1)
+            return balancer.num_segments(end) - request.num_slots
+
+        promised = sum(map(grows, self.running))
         for request in list(islice(self.waiting, config.max_batch)):
             if len(self.running) == config.max_batch:
                 break
@@ -200,7 +202,7 @@ class Scheduler:
             if not balancer.fits(request, matched, promised):
                 break
             balancer.admit(request, matched)
-            promised += balancer.num_segments(len(request.tokens)) - request.num_slots
+            promised += grows(request)
             self.counters.cached_tokens.setdefault(request.id, request.done)
             self.waiting.remove(request)
             self.running.append(request)
