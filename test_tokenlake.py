@@ -843,7 +843,9 @@ def count_bytes(rank, seen):
 
 @pytest.mark.parametrize("ranks, slots", [(1, 200), (2, 200), (4, 200), (3, 7)])
 def test_bytes_equal_the_plans(tmp_path, ranks, slots):
-    run = serve(tmp_path, CHAT, "--slots", slots, prelude="count_bytes", ranks=ranks)
+    """Bytes, rows put and cache tokens read, counted independently; one prompt is cached whole."""
+    lines = CHAT + [dict(input_ids=tokens(32, 0), output_length=2)] * 2
+    run = serve(tmp_path, lines, "--slots", slots, prelude="count_bytes", ranks=ranks)
     s, seen = run.summary, run.seen[0]
     assert (s["query_bytes"], s["put_bytes"]) == (seen["query"], seen["put"])
     assert s["iterations"] == seen["iterations"]
