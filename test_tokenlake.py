@@ -182,7 +182,8 @@ def check_invariants(server):
     assert all(owner in running for owner in bal.in_progress.values())
     state = repr((sorted(tree.segments), list(tree.lru), bal.free, [r.tokens for r in running],
                   [r.table.tolist() for r in running], server.engine.clock))
-    digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest())
+    digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest(),
+                            "little")
     assert len(set(map(tuple, server.cluster.gather([digest])))) == 1, "ranks disagree"
 
 
@@ -1377,7 +1378,7 @@ def stuck(rank, seen):
     """Rank 1 does not come to the sixth iteration, or (in layer 1) to its exchange of data."""
     def observe(server, finished):
         if rank == 1 and server.engine.iterations == 5:
-            time.sleep(12)
+            time.sleep(60)
     return observe
 
 
@@ -1387,7 +1388,7 @@ def stuck_in_attention(rank, seen):
     def slow(*arguments):
         calls.append(0)
         if rank == 1 and len(calls) == 20:
-            time.sleep(12)
+            time.sleep(60)
         return original(*arguments)
     pool.partial_attention = slow
 
@@ -1397,10 +1398,10 @@ def stuck_in_attention(rank, seen):
 def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude, said):
     """In the control plane and in the data plane; the message says who is behind."""
     trace, began = write_trace(tmp_path, CHAT), time.monotonic()
-    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 3], 2, prelude)
+    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 8], 2, prelude)
     status, text, failure = job.survivor(0)
     assert failure is None and status == 1 and f"a rank was lost ({said})" in text
-    assert time.monotonic() - began < 11
+    assert time.monotonic() - began < 50
 
 
 def die_in_verify(rank, seen):
