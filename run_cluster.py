@@ -207,7 +207,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--scheduler", choices=("auto", "even"), default="auto", help="auto is even, the only one")
     add("--speed", type=checked(float, lambda x: x >= 1e-6, "a positive number"), metavar="X",
         default=1.0, help="arrivals and think times X times faster; inf: all at once")
-    add("--timeout", type=checked(float, lambda x: 0 < x < 1e9, "a positive number"), default=300.0,
+    add("--timeout", type=checked(float, lambda x: 1 <= x < 1e9, "a number from 1"), default=300.0,
         metavar="SECONDS", help="after which a silent rank is given up (default 300)")
     add("--verify", action=argparse.BooleanOptionalAction,
         help="recompute every answer without a cache; default: for the demo on its own model")
