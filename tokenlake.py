@@ -11,7 +11,7 @@ new KV into buffers, and neither knows where the cache is. A `TokenLake` is made
 instances. Over one it never communicates: a conventional instance is a lake of one.
 
 The scheduler is stateless in the paper's sense: it keeps queues, not places. Any row can run
-anywhere, so the *even split* simply gives every instance the same number of rows per iteration,
+anywhere, so the *even split* simply gives every instance the same rows per iteration, to a segment,
 decode and prefill mixed; rows of one prompt on k instances are sequence parallelism, with no path
 of its own.
 
