@@ -135,6 +135,11 @@ class Run:
     puts: bool  # False: the segment is published already, the row only wants its logits
     decode: bool
 
+    @property
+    def samples(self) -> bool:
+        """Whether its last row is the request's last, whose logits give the next token."""
+        return self.position + self.rows == len(self.request.tokens)
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -37,6 +37,7 @@ except ImportError:  # no wheel for this platform: PyTorch serves
     triton = None
 
 TILE = 64  # KV rows a tile
+NEVER = np.iinfo(np.int64).max  # position of padding: after every row
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -94,9 +95,9 @@ class Work:
 
     def padded(self):
         """The same work as gathers for PyTorch: blocks of like size padded to one shape, so that
-        a batch of them is one matmul. Per batch: query rows [b, m], partial rows [b, m] (P for
-        padding), row positions [b, m], slab rows [b, n], their positions [b, n] (padding: after
-        every row)."""
+        a batch of them is one matmul; blocks without keys are in none. Per batch: query rows
+        [b, m], partial rows [b, m] (P for padding), row positions [b, m], slab rows [b, n], their
+        positions [b, n] (NEVER for padding)."""
         if self._padded is None:
             self._padded = []
             blocks, tiles = self._host
@@ -104,24 +105,23 @@ class Work:
             kv_rows = ranges(tiles[:, 0], tiles[:, 1])
             kv_positions = ranges(tiles[:, 2], tiles[:, 1])
             length = kv_before[blocks[:, 5]] - kv_before[blocks[:, 4]]
-            size = [(int(m - 1).bit_length(), int(n - 1).bit_length() if n else -1)
-                    for m, n in zip(blocks[:, 1], length)]
-            alike = [np.array([i for i, s in enumerate(size) if s == key])
-                     for key in sorted(set(size))]
-            for chosen in (part for blocks_alike in alike for part in np.array_split(
-                    blocks_alike, range(64, len(blocks_alike), 64))):  # bounds what a batch copies
+            alike = {}
+            for i, (m, n) in enumerate(zip(blocks[:, 1].tolist(), length.tolist())):
+                if n:
+                    alike.setdefault(((m - 1).bit_length(), (n - 1).bit_length()), []).append(i)
+            for chosen in (group[i:i + 64] for _, group in sorted(alike.items())
+                           for i in range(0, len(group), 64)):  # bounds what a batch copies
                 block, n = blocks[chosen], length[chosen]
                 row = np.arange(block[:, 1].max())
                 inside = row < block[:, 1:2]
                 column = np.arange(n.max())
                 valid = column < n[:, None]
                 source = np.where(valid, kv_before[block[:, 4]][:, None] + column, 0)
-                never = np.iinfo(np.int64).max
                 batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
                          np.where(inside, block[:, 2:3] + row, self.num_partials),
                          block[:, 3:4] + row,
-                         np.where(valid, kv_rows[source], 0) if n.max() else source,
-                         np.where(valid, kv_positions[source], never) if n.max() else source)
+                         np.where(valid, kv_rows[source], 0),
+                         np.where(valid, kv_positions[source], NEVER))
                 self._padded.append([torch.from_numpy(x).to(self.device) for x in batch])
         return self._padded
 
@@ -148,13 +148,11 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
     o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
     lse = torch.full((work.num_partials + 1, H), -math.inf, dtype=wide, device=q.device)
     for rows, partials, positions, kv_rows, kv_positions in work.padded():
-        if not kv_rows.shape[1]:
-            continue
         b, m = rows.shape
         query = q[rows].view(b, m, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).to(wide)
         query = query.reshape(b, Hkv, -1, D)  # [b, Hkv, G·m, D]
         key = k[kv_rows].to(wide).permute(0, 2, 3, 1)  # [b, Hkv, D, n]
-        unused = (kv_positions == np.iinfo(np.int64).max)[:, None, :, None]
+        unused = (kv_positions == NEVER)[:, None, :, None]
         value = v[kv_rows].to(wide).transpose(1, 2).masked_fill(unused, 0)  # [b, Hkv, n, D]
         hidden = kv_positions[:, None, None, None, :] > positions[:, None, None, :, None]
         s = (query @ key * scale).view(b, Hkv, -1, m, kv_rows.shape[1])

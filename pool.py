@@ -18,8 +18,8 @@ and a layer runs in this order, so that exchanges hide behind the attention that
 
 Moves have a process group of their own, so that none delays a query, and are issued after it on
 every rank. An exchange that carries nothing for any rank is skipped by all: every rank knows the
-whole plan.
-What ranks tell each other besides (a digest of the plan, flags, tokens, the clock) is `Cluster`.
+whole plan. What ranks tell each other besides (a digest of the plan, flags, tokens, the clock) is
+`Cluster`.
 
 The plans come from balancer.py: a *run* is consecutive rows of one request, a *slot* holds a
 segment, `references` are the segments that runs read at a holder. E.g. a run of 2 rows on instance
@@ -237,34 +237,35 @@ class QueryBuffer:
     """Where the engine leaves Q of this instance's rows, and what becomes of them: which rows
     leave, what is attended here, and what is merged. Made once per iteration."""
 
-    def __init__(self, plan, index: int, slots: int, segment_tokens: int, group: int, device):
+    def __init__(self, plan, index: int, heads_per_kv: int, device):
+        N, S, C = plan.geometry.sizes
         run, segment, slot = plan.references(index)
         own, late = plan.instance[run] == index, np.isin(slot, plan.late)
-        length = np.where(segment == plan.position[run] // segment_tokens,
-                          plan.position[run] % segment_tokens + plan.rows[run], segment_tokens)
+        length = np.where(segment == plan.position[run] // C,
+                          plan.position[run] % C + plan.rows[run], C)
 
-        def work(chosen, first):
-            """Work over the chosen references, and its rows as the plan's runs."""
+        def work(chosen, arriving=False):
+            """Work over the chosen references, and the runs it is for. Their query rows are this
+            instance's own, or those arriving, which come run after run."""
             spans = np.flatnonzero(chosen)
             runs, span_run = np.unique(run[spans], return_inverse=True)
             rows = plan.rows[runs]
-            at = plan.first[runs] if first is None else np.cumsum(rows) - rows
-            return Work(at, rows, plan.position[runs], span_run,
-                        slot[spans] % slots * segment_tokens, length[spans],
-                        segment[spans] * segment_tokens, group, device), runs
+            first = np.cumsum(rows) - rows if arriving else plan.first[runs]
+            return Work(first, rows, plan.position[runs], span_run, slot[spans] % S * C,
+                        length[spans], segment[spans] * C, heads_per_kv, device), runs
 
-        self.ready, ready = work(own & ~late, None)
-        self.waiting, waiting = work(own & late, None)
-        self.arrived, _ = work(~own, "in order of arrival")
+        self.ready, ready = work(own & ~late)
+        self.waiting, waiting = work(own & late)
+        self.arrived, _ = work(~own, arriving=True)
 
         mine = plan.instance == index
         shipped = plan.shipped()
         self.active = bool(shipped.any())
         self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()
         leaving = [np.flatnonzero(mine & (plan.segments[:, w] > 0)) if w != index else ready[:0]
-                   for w in range(len(self.sends))]
+                   for w in range(N)]
         self.num_rows = int(plan.rows[mine].sum())
-        parts = np.full((self.num_rows, 2 + len(leaving)), -1, np.int32)
+        parts = np.full((self.num_rows, 2 + N), -1, np.int32)
         base, sources = 0, []
         for column, runs in enumerate([ready, waiting, *leaving]):
             rows = ranges(plan.first[runs], plan.rows[runs])
@@ -288,13 +289,12 @@ class Pool:
 
     def __init__(self, cluster: Cluster, groups: list, config, slots: int, segment_tokens: int,
                  staging: int, dtype, device):
-        self.slots, self.segment_tokens, self.staging = slots, segment_tokens, staging
         self.device = torch.device(device)
         self.heads_per_kv = config.num_heads // config.num_kv_heads
         self.scale = 1.0 / math.sqrt(config.head_dim)
         # Never read before written: spans end where the tokens do.
-        shape = (config.num_layers, slots * segment_tokens + staging, config.num_kv_heads,
-                 config.head_dim)
+        self.staging = range(slots * segment_tokens, slots * segment_tokens + staging)
+        shape = (config.num_layers, self.staging.stop, config.num_kv_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=self.device)
         self.v = torch.zeros(shape, dtype=dtype, device=self.device)
         self.cluster = cluster

@@ -33,8 +33,7 @@ import run_cluster
 import tokenlake
 from balancer import Balancer, Geometry, PrefixTree, Request
 from kernels import Work, merge, partial_attention, ranges
-from model import (Config, Llama, ModelError, Sampler, generate, load_config, load_weights,
-                   random_weights, tensor_shapes)
+from model import Config, Llama, ModelError, Sampler, generate, load_config, random_weights
 from tokenlake import LakeConfig, Scheduler, TokenLake
 
 HERE = Path(__file__).parent

@@ -123,9 +123,7 @@ class TokenLake:
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
         in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
-        pool = self.pool
-        q_buf = QueryBuffer(query_plan, self.index, pool.slots, pool.segment_tokens,
-                            pool.heads_per_kv, pool.device)
+        q_buf = QueryBuffer(query_plan, self.index, self.pool.heads_per_kv, self.pool.device)
         share = sum(run.rows for run, v in zip(batch, group) if v == self.index)
         if share != q_buf.num_rows:
             raise LakeError(f"instance {self.index} was handed a batch with {share} rows for it, "
@@ -141,9 +139,7 @@ class TokenLake:
         """The buffer for new K and V of the rows that this instance computes; rows of `batch` that
         only want logits of published tokens are not put. `kv_buf.write(layer, k, v)`, each
         [T, Hkv, D]."""
-        pool = self.pool
-        end = pool.slots * pool.segment_tokens
-        kv_buf = KVBuffer(transfer_plan, self.index, range(end, end + pool.staging), pool.device)
+        kv_buf = KVBuffer(transfer_plan, self.index, self.pool.staging, self.pool.device)
         if len(kv_buf.fresh) > sum(run.rows for run in batch if run.puts):
             raise LakeError(f"instance {self.index} is to put rows of another batch")
         return kv_buf
@@ -242,7 +238,7 @@ class Scheduler:
         """For each instance its runs whose last row gives a token, in the plan's order."""
         out = [[] for _ in self.lake.instances]
         for run, instance in zip(query_plan.runs, query_plan.instance.tolist()):
-            if run.position + run.rows == len(run.request.tokens):
+            if run.samples:
                 out[instance].append(run)
         return out
 
@@ -311,7 +307,7 @@ class Engine:
         if not query_plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif lake.pool:
-            tokens = self._compute(batches, groups, query_plan, transfer_plan, samples[lake.index])
+            tokens = self._compute(batches, groups, query_plan, transfer_plan)
         cluster.confirm()
         padding = [0] * (max(map(len, samples)) - len(tokens))
         said = cluster.gather([time.monotonic_ns() - self.started, *tokens, *padding])
@@ -323,8 +319,8 @@ class Engine:
                    for run, token in zip(runs, said[rank][1:])}
         return sampled, self.scheduler.update(query_plan, sampled)
 
-    def _compute(self, batches, groups, query_plan, transfer_plan, samples) -> list[int]:
-        """This rank's rows through the model → the tokens of its runs in `samples`."""
+    def _compute(self, batches, groups, query_plan, transfer_plan) -> list[int]:
+        """This rank's rows through the model → the tokens that its runs give, in their order."""
         lake = self.lake
         batch, group = next(((batch, group) for batch, group in zip(batches, groups)
                              if lake.index in group), ([], []))
@@ -332,8 +328,8 @@ class Engine:
         tokens = [token for run in runs
                   for token in run.request.tokens[run.position:run.position + run.rows]]
         positions = [p for run in runs for p in range(run.position, run.position + run.rows)]
-        ends = np.cumsum([run.rows for run in runs])
-        rows = [int(end) - 1 for run, end in zip(runs, ends) if run in samples]
+        ends = np.cumsum([run.rows for run in runs]).tolist()
+        rows = [end - 1 for run, end in zip(runs, ends) if run.samples]
         q_buf = lake.init_query(batch, group, query_plan)
         kv_buf = lake.init_transfer(batch, transfer_plan)
 
@@ -348,7 +344,7 @@ class Engine:
                                    for x in (tokens, positions, rows))
         logits = self.model.forward(tokens, positions, attend, rows)
         return self.sampler.sample(logits, [(run.request.id, len(run.request.tokens))
-                                            for run in samples])
+                                            for run in runs if run.samples])
 
     def verify(self, requests: list[Request], progress) -> dict[int, float]:
         """Recomputes finished requests without a cache, one per rank and round: the gap of each in
