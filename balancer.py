@@ -1,4 +1,4 @@
-"""Control plane: who holds what, and who computes what (§4, §5). Plain Python and NumPy, no torch.
+"""Control plane: who holds what? (§4.) Plain Python and NumPy, no torch.
 
 A request's tokens are cut into *segments* of C. A full segment has an id, the chained hash of its
 tokens and everything before them, and lives in the *prefix tree*, from where any request may read
@@ -15,28 +15,31 @@ For a request with `done` of its tokens in the pool, about to compute `rows` mor
 (If all of a prompt is published, its last token is computed again for its logits, but not written:
 then `done` is one less than what is published.)
 
+Three things keep N instances evenly loaded. *Placement*: a segment's home is one instance after its
+parent's, or where its hash says. *Replication*: the few segments that many requests share, the
+heavy hitters, are copied to others when their instance is overloaded. *Choice*: of two replicas
+drawn at random the less loaded is read. `python balancer.py --trace FILE` shows what each is worth.
+
 All of it is deterministic: the same calls in the same order give the same state on every rank, so
 every rank runs it and nobody asks anybody. Hence no sets, no `hash()`, no floats that one rank
-measured.
+measured: loads are integers, and heat only ever adds and doubles.
 
-    reserve   rows of a request → runs, each with a home slot          (compute where it will live)
-    gen_plans runs → who computes them, which holders they read, where their KV goes
-    commit    after the iteration: full segments are published
-    release   a finished or preempted request unpins what it used
-
-Left out so far: replicas (every segment has one), so a replica choice and heavy hitters.
-
-Notation: N instances · S slots per instance · C tokens per segment · B runs. A *global slot* is
+Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
 """
 
+import argparse
 import hashlib
-from array import array
+import heapq
+import json
+import math
+import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 
 @dataclass(eq=False, slots=True)
@@ -45,54 +48,98 @@ class Segment:
 
     id: bytes
     parent: "Segment | None"
-    replicas: dict[int, int]  # instance → global slot
+    replicas: dict[int, int]  # instance → global slot; the first one lives as long as the segment
     children: dict[bytes, "Segment"] = field(default_factory=dict)
     pins: int = 0  # running requests that read it
+    touched: int = 0  # when it was last accessed, by PrefixTree.clock
+    heat: float = 0.0  # requests that hit it, recent ones weigh more; never less than a child's
 
     @property
     def slot(self) -> int:
-        """Global slot of the replica to read."""
+        """Global slot of the first replica."""
         return next(iter(self.replicas.values()))
 
 
 class PrefixTree:
-    """All published segments (§4.1), and the global LRU of those that no running request reads."""
+    """All published segments (§4.1), the global LRU of what may leave, and what is read most.
 
-    def __init__(self):
+    half_life: admissions after which one weighs half as much as a new one."""
+
+    def __init__(self, half_life: int = 512):
+        self.root = Segment(b"", None, {})
         self.segments: dict[bytes, Segment] = {}
         # Oldest first. A path enters leaf before parent, and whoever reads a segment reads its
         # ancestors too; so the oldest is always a leaf, and no child outlives its parent.
-        self.lru: OrderedDict[bytes, Segment] = OrderedDict()
+        self.lru: OrderedDict[bytes, Segment] = OrderedDict()  # no running request reads them
+        self.extras: OrderedDict[int, Segment] = OrderedDict()  # slots of all replicas but first
+        self.half_life, self.clock, self.admissions = half_life, 0, 0
+        self.weight, self.total = 1.0, 0.0  # of an admission, and of all hits
 
     def match(self, ids: list[bytes]) -> int:
         """How many of a request's segments, from its first on, are published."""
         return next((i for i, id in enumerate(ids) if id not in self.segments), len(ids))
 
     def insert(self, id: bytes, parent: Segment | None, instance: int, slot: int) -> Segment:
-        segment = self.segments[id] = Segment(id, parent, {instance: slot})
-        if parent:
-            parent.children[id] = segment
+        segment = self.segments[id] = Segment(id, parent or self.root, {instance: slot})
+        segment.parent.children[id] = segment
         return segment
 
+    def hit(self, segments: list[Segment]):
+        """Counts the read of a path from the root on, at its admission. Instead of decaying every
+        count, the weight of new ones doubles per half-life; both are exact."""
+        self.admissions += 1
+        if self.admissions % self.half_life == 0:
+            self.weight *= 2.0
+            if self.weight > 2.0**500:
+                for segment in self.segments.values():
+                    segment.heat *= 2.0**-500
+                self.weight, self.total = self.weight * 2.0**-500, self.total * 2.0**-500
+        for segment in segments:
+            segment.heat += self.weight
+        self.total += self.weight * len(segments)
+
+    def heaviest(self, count: int) -> list[Segment]:
+        """The `count` most read segments, exactly: a child is never read more than its parent, so a
+        best-first search from the root finds them in that many steps (§4.3)."""
+        found, heap = [self.root][:count], []
+        while len(found) <= count and found:
+            for child in found[-1].children.values():
+                heapq.heappush(heap, (-child.heat, child.id, child))
+            if not heap:
+                break
+            found.append(heapq.heappop(heap)[2])
+        return found[1:]
+
     def pin(self, segment: Segment):
-        if not segment.pins:
-            self.lru.pop(segment.id, None)
+        self.lru.pop(segment.id, None)
         segment.pins += 1
+        self._touch(segment)
 
     def unpin(self, segment: Segment):
         segment.pins -= 1
         if not segment.pins:
             self.lru[segment.id] = segment
+        self._touch(segment)
 
-    def evict(self) -> Segment | None:
-        """Removes the least recently used segment; None when all are pinned."""
-        if not self.lru:
-            return None
-        segment = self.lru.popitem(last=False)[1]
-        del self.segments[segment.id]
-        if segment.parent:
-            del segment.parent.children[segment.id]
-        return segment
+    def _touch(self, segment):
+        segment.touched = self.clock
+        if len(segment.replicas) > 1:
+            for slot in list(segment.replicas.values())[1:]:
+                self.extras.move_to_end(slot)
+
+    def evict(self) -> int | None:
+        """Takes the globally least recently used replica out (§4.4) and returns its global slot;
+        None when all are pinned. A pin holds the first replica; the others may always leave, and
+        at the same age leave first, so a segment that leaves has one."""
+        slot, extra = next(iter(self.extras.items()), (None, None))
+        oldest = next(iter(self.lru.values()), None)
+        if extra and not (oldest and oldest.touched < extra.touched):
+            del self.extras[slot]
+            extra.replicas = {i: s for i, s in extra.replicas.items() if s != slot}
+        elif oldest:
+            slot, oldest.replicas = oldest.slot, {}
+            del self.lru[oldest.id], self.segments[oldest.id], oldest.parent.children[oldest.id]
+        return slot
 
 
 @dataclass(eq=False)
@@ -111,6 +158,7 @@ class Request:
     segments: list[Segment] = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
+    held: np.ndarray | None = None  # [N] segments with tokens written, by instance
     order: int | None = None  # of arrival
 
     def __post_init__(self):
@@ -124,8 +172,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """Rows [position, position + rows) of a request, all in one segment; so they read the same
-    segments, and only the last of these needs the causal rule."""
+    """Rows [position, position + rows) of a request, all in one segment."""
 
     request: Request
     position: int
@@ -141,99 +188,41 @@ class Run:
         return self.position + self.rows == len(self.request.tokens)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes the plans are made with. Bytes are per row and layer."""
-
-    num_instances: int
-    slots: int  # per instance
-    segment_tokens: int
-    query_bytes: int = 1  # a query row on its way and its partial result on the way back
-    kv_bytes: int = 1
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """N, S, C."""
-        return self.num_instances, self.slots, self.segment_tokens
-
-
-@dataclass(frozen=True)
-class QueryPlan:
-    """Who computes which rows, and who holds what they read: the same on every rank. Runs are in
-    the order of the instances that compute them."""
-
-    runs: list[Run]
-    instance: np.ndarray  # [B] computes the run
-    first: np.ndarray  # [B] the run's first row there
-    rows: np.ndarray  # [B]
-    position: np.ndarray  # [B] of the first row
-    segments: np.ndarray  # [B, N] segments that the run reads at that instance
-    late: np.ndarray  # global slots of which rows arrive from elsewhere in this iteration
-    ref_slot: np.ndarray  # [refs] global slots that the runs read, in another order of the runs:
-    ref_run: np.ndarray  # [B] by which the runs are these,
-    ref_end: np.ndarray  # [B] and their references end there
-    geometry: Geometry
-
-    def references(self, instance: int):
-        """What is read at an instance, by run: for each reference the run, the segment's index in
-        its request, and the global slot. Only a holder needs this, and only its own share."""
-        at = np.flatnonzero(self.ref_slot // self.geometry.slots == instance)
-        entry = np.searchsorted(self.ref_end, at, side="right")
-        run = self.ref_run[entry]
-        last = self.position[run] // self.geometry.segment_tokens
-        order = np.argsort(run, kind="stable")
-        index = at - self.ref_end[entry] + last + 1
-        return run[order], index[order], self.ref_slot[at][order]
-
-    def shipped(self) -> np.ndarray:
-        """[N, N] query rows that instance v (line) ships to holder w (column)."""
-        out = np.zeros((self.geometry.num_instances,) * 2, np.int64)
-        np.add.at(out, self.instance, self.rows[:, None] * (self.segments > 0))
-        np.fill_diagonal(out, 0)
-        return out
-
-
-@dataclass(frozen=True)
-class TransferPlan:
-    """Where new KV goes: a line per row, in the query plan's order."""
-
-    source: np.ndarray  # [rows] instance that computes the row
-    row: np.ndarray  # [rows] which row of those it computes
-    home: np.ndarray  # [rows] instance where it will live
-    slab_row: np.ndarray  # [rows] and the row of the slab there
-    num_instances: int
-
-    def moved(self) -> np.ndarray:
-        """[N, N] rows of KV that instance v (line) puts to home w (column)."""
-        out = np.zeros((self.num_instances,) * 2, np.int64)
-        np.add.at(out, (self.source, self.home), 1)
-        np.fill_diagonal(out, 0)
-        return out
-
-
-def least(load: list[int], start: int) -> int:
+def least(load, start: int) -> int:
     """The instance with the least load, the first of them from `start` on."""
     return min(range(len(load)), key=lambda i: (load[i], (i - start) % len(load)))
 
 
 class Balancer:
-    """The pool's bookkeeping over N instances, and the plans of an iteration."""
+    """The pool's bookkeeping over N instances of S slots for segments of C tokens.
 
-    def __init__(self, geometry: Geometry, placement: str = "stripe"):
-        self.geometry, self.placement = geometry, placement
-        N, S = geometry.num_instances, geometry.slots
-        self.tree = PrefixTree()
+    placement: `stripe` or `hash`. factor: c of the ceil(c·N·ln N) heavy hitters that may have
+    replicas; 0 is none."""
+
+    def __init__(self, num_instances: int, slots: int, segment_tokens: int,
+                 placement: str = "stripe", factor: float = 3.0):
+        N, S = num_instances, slots
+        self.sizes = self.num_instances, self.slots, self.segment_tokens = N, S, segment_tokens
+        self.placement = placement
+        # Monte-Carlo over random homes puts the worst max/mean at 1.3 for c = 3, 1.6 for c = 1.
+        self.num_heavy = math.ceil(factor * N * math.log(N))
+        self.tree = PrefixTree(64 * N)
         self.free = [list(range((i + 1) * S - 1, i * S - 1, -1)) for i in range(N)]
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
-        self.evictions = self.duplicates = 0
+        self.evictions = self.duplicates = self.copies = 0
+        self.load = np.zeros(N, np.int64)  # of each instance: work done, recent iterations more
+        self.copying: dict[int, Segment] = {}  # slot → what this iteration copies there
+        self._rng = np.random.Generator(np.random.PCG64(0))
+        self._replicated = np.full(N * S, -1, np.int32)  # first replica's slot → line of
+        self._places = np.zeros((0, N), np.int64)  # [segments with replicas, N] global slot or −1
 
     # ── a request's life ──────────────────────────────────────────────────────────────────────
 
     def extend_ids(self, request: Request):
         """Ids of the segments that `tokens` has filled since (§4.1: a chained hash)."""
-        C, ids = self.geometry.segment_tokens, request.ids
+        C, ids = self.segment_tokens, request.ids
         while (len(ids) + 1) * C <= len(request.tokens):
-            tokens = array("q", request.tokens[len(ids) * C:(len(ids) + 1) * C])
+            tokens = np.asarray(request.tokens[len(ids) * C:(len(ids) + 1) * C], np.int64)
             salt = request.salt.encode("utf-8", "surrogatepass")
             parent = ids[-1] if ids else hashlib.blake2b(salt, digest_size=16,
                                                          person=b"root").digest()
@@ -249,44 +238,51 @@ class Balancer:
         return matched < len(request.ids) and request.ids[matched] in self.in_progress
 
     def num_segments(self, tokens: int) -> int:
-        return -(-tokens // self.geometry.segment_tokens)
+        return -(-tokens // self.segment_tokens)
 
     def fits(self, request: Request, matched: int, promised: int) -> bool:
         """Whether slots for the rest of the prompt are free or evictable, besides those
         `promised` to requests already running."""
         taken = sum(not self.tree.segments[id].pins for id in request.ids[:matched])
-        available = sum(map(len, self.free)) + len(self.tree.lru) - taken
+        available = sum(map(len, self.free)) + len(self.tree.lru) + len(self.tree.extras) - taken
         return available - promised >= self.num_segments(len(request.tokens)) - matched
 
     def admit(self, request: Request, matched: int):
         """Pins what matched. One row at least stays to compute: its logits are wanted."""
-        C = self.geometry.segment_tokens
-        request.table = np.zeros(self.num_segments(request.max_tokens), np.int64)
         request.segments = [self.tree.segments[id] for id in request.ids[:matched]]
-        for index, segment in enumerate(request.segments):
-            self.tree.pin(segment)
-            request.table[index] = segment.slot
+        self.tree.clock += 1
+        self.tree.hit(request.segments)
+        request.table = np.zeros(self.num_segments(request.max_tokens), np.int32)
+        request.table[:matched] = [segment.slot for segment in request.segments]
+        request.held = np.bincount(request.table[:matched] // self.slots,
+                                   minlength=self.num_instances)
         request.num_slots = matched
-        request.done = min(matched * C, len(request.tokens) - 1)
+        request.done = min(matched * self.segment_tokens, len(request.tokens) - 1)
+        for segment in request.segments:
+            self.tree.pin(segment)
         for id in request.ids[matched:]:
             self.in_progress.setdefault(id, request)
 
     def commit(self, request: Request, rows: int):
         """After the iteration: the rows are written, segments that are now full are published. One
         that another request published meanwhile replaces ours; nothing is moved."""
-        C = self.geometry.segment_tokens
+        C, S, table = self.segment_tokens, self.slots, request.table
+        for index in range(self.num_segments(request.done), self.num_segments(request.done + rows)):
+            request.held[table[index] // S] += 1
         request.done += rows
         request.peak = max(request.peak, request.done)
         while (index := len(request.segments)) < request.done // C:
-            id, slot = request.ids[index], int(request.table[index])
+            id, slot = request.ids[index], int(table[index])
             segment = self.tree.segments.get(id)
             if segment is None:
                 segment = self.tree.insert(id, request.segments[-1] if index else None,
-                                           slot // self.geometry.slots, slot)
+                                           slot // S, slot)
             else:
                 self._free(slot)
                 self.duplicates += 1
-                request.table[index] = segment.slot
+                table[index] = segment.slot
+                request.held[slot // S] -= 1
+                request.held[segment.slot // S] += 1
             self.tree.pin(segment)
             request.segments.append(segment)
             self._forget(request, id)
@@ -295,6 +291,7 @@ class Balancer:
         """Gives back everything: a finished request, or one that is preempted and starts over."""
         for slot in request.table[len(request.segments):request.num_slots]:
             self._free(int(slot))
+        self.tree.clock += 1
         for segment in reversed(request.segments):  # leaf first: see PrefixTree.lru
             self.tree.unpin(segment)
         for id in request.ids[len(request.segments):]:
@@ -306,13 +303,13 @@ class Balancer:
             del self.in_progress[id]
 
     def _free(self, slot: int):
-        self.free[slot // self.geometry.slots].append(slot)
+        self.free[slot // self.slots].append(slot)
 
     # ── homes (§4.3): compute where it will live ──────────────────────────────────────────────
 
     def open_tails(self, running: list[Request]) -> list[int]:
         """[N] open tails that live at each instance."""
-        N, S, C = self.geometry.sizes
+        N, S, C = self.sizes
         tails = [0] * N
         for request in running:
             if request.num_slots * C > len(request.tokens):
@@ -328,7 +325,7 @@ class Balancer:
         tails [N]: open tails at each instance; updated where one is opened. An instance gets at
         most `most` rows. With `most` ≥ the even share + C the least planned one always has room, so
         that is also the bound of what an instance computes."""
-        C, S, load = self.geometry.segment_tokens, self.geometry.slots, list(planned)
+        C, S, load = self.segment_tokens, self.slots, list(planned)
         decode = request.remaining == 1 and len(request.tokens) > request.num_prompt
         runs, position, stop = [], request.done, request.done + rows
         while position < stop:
@@ -358,7 +355,7 @@ class Balancer:
         `hash` is the paper's. `stripe` puts a first child one instance after its parent, so that a
         long prefix is read evenly from all, and other children where their hash says. An open tail
         goes where the fewest are: its request decodes there."""
-        N, S = self.geometry.num_instances, self.geometry.slots
+        N, S = self.num_instances, self.slots
         after = (int(request.table[index - 1]) // S + 1) % N if index else 0
         if index >= len(request.ids):
             return min(range(N), key=lambda i: (load[i] + rows > most, tails[i], (i - after) % N))
@@ -370,96 +367,138 @@ class Balancer:
 
     def _allocate(self, home: int) -> int | None:
         """A slot: at home, else at the instance with the most free ones, else the one of the
-        globally least recently used segment. None when all are pinned."""
+        globally least recently used replica. None when all are pinned."""
         if not self.free[home]:
             home = max(range(len(self.free)), key=lambda i: len(self.free[i]))
         if self.free[home]:
             return self.free[home].pop()
-        segment = self.tree.evict()
-        if segment is None:
-            return None
-        self.evictions += 1
-        return segment.slot
+        slot = self.tree.evict()
+        self.evictions += slot is not None
+        return slot
 
-    # ── plans (§5) ────────────────────────────────────────────────────────────────────────────
+    # ── heavy hitters (§4.3) and the choice of a replica (§4.4) ───────────────────────────────
 
-    def gen_plans(self, batches: list[list[Run]], dops: list[int]):
-        """Who computes what, in the fewest bytes. A batch of DoP k is cut into k sub-batches of
-        about equal rows; sub-batches are matched with instances, at most one each.
+    def replicate(self) -> dict[int, int]:
+        """Copies for this iteration, to be read from the next one on: global slot to fill → global
+        slot to read. The heavy hitters of instances whose load is over 1.1 of the mean go to
+        the least loaded instances without a copy, N segments an iteration at most.
 
-        Returns the query plan, the transfer plan, and the groups: for each batch the instance that
-        computes each of its runs."""
-        N, S, C = self.geometry.sizes
-        runs = [run for batch in batches for run in batch]
-        B = len(runs)
-        rows = np.fromiter((run.rows for run in runs), np.int64, B)
-        position = np.fromiter((run.position for run in runs), np.int64, B)
-        slot = np.fromiter((run.slot for run in runs), np.int64, B)
-        puts = np.fromiter((run.puts for run in runs), bool, B)
+        A segment gets as many replicas as its heat asks for: another one while each of those it has
+        is worth more than 1/num_heavy of an instance's even share of all hits. So a steady load
+        stops copying, however much its sum fluctuates, and a segment on every request ends up
+        everywhere."""
+        N, S, _ = self.sizes
+        tree, heavy, self.copying = self.tree, self.num_heavy, {}
+        hot = self.load * (10 * N) > self.load.sum() * 11
+        ranked = np.argsort(self.load, kind="stable").tolist()
+        wanted = ((segment, target) for segment in (tree.heaviest(heavy) if hot.any() else ())
+                  if any(hot[i] for i in segment.replicas)
+                  for target in ranked if target not in segment.replicas
+                  and segment.heat * heavy * N > tree.total * len(segment.replicas))
+        for segment, target in wanted:
+            # An eighth of the pool at most is spent on replicas.
+            if len(self.copying) == N or len(tree.extras) >= N * S // 8:
+                break
+            slot = self._allocate(target)
+            if slot is None:
+                break
+            if not segment.replicas or slot // S in segment.replicas:  # evicted for itself
+                self._free(slot)
+                break
+            segment.replicas[slot // S] = slot
+            tree.extras[slot] = self.copying[slot] = segment
+        self.copying = {slot: segment for slot, segment in self.copying.items()
+                        if segment.replicas.get(slot // S) == slot}
+        self.copies += len(self.copying)
+        self._index()
+        return {slot: segment.slot for slot, segment in self.copying.items()}
 
-        length = position // C + 1  # segments that the run reads
-        ref_slot = np.concatenate([run.request.table[:n] for run, n in zip(runs, length.tolist())]
-                                  or [slot])
-        segments = np.bincount(np.repeat(np.arange(B) * N, length) + ref_slot // S,
-                               minlength=B * N).reshape(B, N)
-        reads = segments > 0
+    def _index(self):
+        """Where the segments with replicas can be read now, as arrays."""
+        segments = list(dict.fromkeys(self.tree.extras.values()))
+        self._replicated[:] = -1
+        self._replicated[[segment.slot for segment in segments]] = np.arange(len(segments))
+        self._places = np.full((len(segments), self.num_instances), -1, np.int64)
+        for line, segment in enumerate(segments):
+            for instance, slot in segment.replicas.items():
+                if slot not in self.copying:
+                    self._places[line, instance] = slot
 
-        # Bytes if run b is computed by v: its rows to every holder but v, its KV to a home but v.
-        home = slot // S
-        cost = rows[:, None] * self.geometry.query_bytes * (reads.sum(1, keepdims=True) - reads)
-        cost = cost + (rows * puts * self.geometry.kv_bytes)[:, None] * (
-            home[:, None] != np.arange(N))
-        part = self._cut(batches, dops, rows)
-        parts = np.zeros((sum(dops), N), np.int64)
-        np.add.at(parts, part, cost)
-        instance = linear_sum_assignment(parts)[1][part]
+    def places(self, slots: np.ndarray):
+        """Which of the global slots [n] hold a segment with replicas → their indices [h], and
+        [h, N] the global slots where it can be read, −1 where not."""
+        hot = np.flatnonzero(self._replicated[slots] >= 0) if len(self._places) else slots[:0]
+        return hot, self._places[self._replicated[slots[hot]]]
 
-        ends = np.cumsum([len(batch) for batch in batches])
-        groups = [group.tolist() for group in np.split(instance, ends)[:len(batches)]]
-        order = np.argsort(instance, kind="stable")
-        instance, rows, position, slot = instance[order], rows[order], position[order], slot[order]
-        before = np.cumsum(rows) - rows
-        first = before - before[np.searchsorted(instance, instance)]
-        kept, home = np.flatnonzero(puts[order]), slot // S
-        run = np.repeat(kept, rows[kept])  # of each row that is put
-        step = np.arange(len(run)) - np.repeat(np.cumsum(rows[kept]) - rows[kept], rows[kept])
-        transfer_plan = TransferPlan(instance[run], first[run] + step, home[run],
-                                     slot[run] % S * C + position[run] % C + step, N)
-        query_plan = QueryPlan(
-            [runs[b] for b in order], instance, first, rows, position, segments[order],
-            slot[kept][instance[kept] != home[kept]], ref_slot, np.argsort(order),
-            np.cumsum(length), self.geometry)
-        return query_plan, transfer_plan, groups
+    def choose(self, places: np.ndarray, cost: np.ndarray, load: np.ndarray) -> np.ndarray:
+        """Power of two choices (§4.4): for each read [h] of a segment at `places` [h, N], the less
+        loaded of two replicas drawn at random → [h] global slot. Costs are added to load [N]
+        batch by batch of N reads, in place."""
+        N, out = len(load), np.zeros(len(places), np.int64)
+        for start in range(0, len(places), N):
+            there = places[start:start + N]
+            line, rank = np.arange(len(there)), (there >= 0).cumsum(1)
+            count = rank[:, -1]
+            first = self._rng.integers(count)
+            second = (first + 1 + self._rng.integers(np.maximum(count - 1, 1))) % count
+            first, second = ((rank > n[:, None]).argmax(1) for n in (first, second))
+            pick = np.where(load[second] < load[first], second, first)
+            out[start:start + N] = there[line, pick]
+            np.add.at(load, pick, cost[start:start + N])
+        return out
 
-    @staticmethod
-    def _cut(batches, dops, rows) -> np.ndarray:
-        """The sub-batch of each run: batches one after another, cut at equal shares of rows."""
-        parts, base, at = [], 0, 0
-        for batch, dop in zip(batches, dops):
-            own = rows[at:at + len(batch)]
-            before = np.cumsum(own) - own
-            parts.append(base + before * dop // max(1, own.sum()))
-            base, at = base + dop, at + len(batch)
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def cache_reads(self, plan: QueryPlan) -> np.ndarray:
-        """[N] tokens of KV written before this iteration that each instance reads, a request's
-        once however many runs it has (§7.2's cache accesses)."""
-        N, S, C = self.geometry.sizes
-        # A request's first run reads the segments up to the one that `done` is in, and no other.
-        first = [b for b, run in enumerate(plan.runs) if run.position == run.request.done]
-        home = np.array([plan.runs[b].slot // S for b in first], np.int64)
-        here = np.array([not plan.runs[b].puts for b in first], np.int64)  # its own KV is old
-        missing = np.bincount(home, C - plan.position[first] % C - here, N)  # of the last segment
-        return C * plan.segments[first].sum(0) - missing.astype(np.int64)
+    def observe(self, cost: np.ndarray):
+        """The work [N] of an iteration that is planned: loads are sums that fade by an eighth each."""
+        self.load += cost - self.load // 8
 
 
-def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
-    """16 bytes that two ranks share only if they planned the same: who computes what, which slots
-    are read, where new rows go."""
-    digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
-    requests = np.array([run.request.id for run in query_plan.runs], np.int64)
-    for part in (requests, query_plan.instance, query_plan.rows, query_plan.position,
-                 query_plan.ref_slot, transfer_plan.home, transfer_plan.slab_row):
-        digest.update(np.ascontiguousarray(part).tobytes() + b"|")
-    return digest.digest()
+# ── the replay: a trace through the control plane alone ───────────────────────────────────────
+
+def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = 131_072, block: int = 512,
+           window: float = 10_000.0) -> dict:
+    """Lines of (timestamp in ms, input_length, hash_ids), in order of time. Requests with one
+    timestamp form one iteration; each reads each of its hit segments once, at admission, and puts
+    the others; no decode. kv_bytes per token. Returns what `--json` prints; the load of an instance
+    is tokens of cache read, its CV the mean over windows (ms) in which something was."""
+    N, S, C = balancer.sizes
+    hits = total = most_replicas = moved = 0
+    windows, milliseconds = {}, []
+    for timestamp, group in groupby(lines, key=lambda line: line[0]):
+        requests = [Request(0, (np.asarray(ids)[:, None] * block + np.arange(block)).ravel()[:n],
+                            n) for _, n, ids in group]
+        for request in requests:
+            balancer.extend_ids(request)  # hashing is not planning
+        started = time.perf_counter()
+        balancer.replicate()
+        reads, planned, admitted = np.zeros(N, np.int64), [0] * N, []
+        share = -(-sum(len(request.tokens) for request in requests) // N)
+        for request in requests:
+            balancer.admit(request, matched := balancer.match(request))
+            slots = request.table[:matched].astype(np.int64)
+            hot, places = balancer.places(slots)
+            cold = np.delete(slots, hot)
+            reads += np.bincount(cold // S, minlength=N) * C
+            balancer.choose(places, np.full(len(hot), C), load := balancer.load + reads)
+            reads = load - balancer.load
+            hits, total = hits + request.done, total + len(request.tokens)
+            rows = request.remaining
+            runs = balancer.reserve(request, rows, planned, [0] * N, share + C)
+            if runs is None:
+                raise ValueError(f"{N * S * C:,} tokens do not hold the requests of one time, "
+                                 f"{timestamp} ms; a larger --capacity-tokens is expected")
+            moved += sum(run.rows for run in runs if run.puts and run.instance != run.slot // S)
+            admitted.append((request, rows))
+        for request, rows in admitted:
+            balancer.commit(request, rows)
+            balancer.release(request)
+        balancer.observe(reads)
+        milliseconds.append((time.perf_counter() - started) * 1e3)
+        at = int(timestamp // window)
+        windows[at] = windows.get(at, 0) + reads
+        most_replicas = max([most_replicas, *(len(s.replicas) for s in balancer.copying.values())])
+    varied = [float(w.std() / w.mean()) for w in windows.values() if w.any()]
+    return dict(hit_rate=hits / total, cache_load_cv=float(np.mean(varied)) if varied else None,
+                replicas_max=max(most_replicas, int(total > 0)),
+                replica_segments=len(balancer.tree.extras), put_bytes=moved * kv_bytes,
+                replica_bytes=balancer.copies * C * kv_bytes,
+                plan_ms_median=float(np.median(milliseconds)), iterations=len(milliseconds))

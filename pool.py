@@ -35,6 +35,7 @@ import hashlib
 import math
 import os
 import struct
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,6 +44,9 @@ import torch
 import torch.distributed as dist
 
 from kernels import Work, merge, partial_attention, ranges
+
+KINDS = "put", "replica", "pull"  # of moves
+HERE, LATE, PULLED, SIBLING = range(4)  # places of KV: see QueryPlan.references
 
 
 class SetupError(ValueError):
@@ -205,27 +209,153 @@ class Cluster:
             dist.destroy_process_group()
 
 
-class KVBuffer:
-    """Where the engine leaves K and V of this instance's new rows, and where they go from there.
-    Row indices of the slab; made once per iteration, used by every layer. `staging`: slab rows for
-    what lives elsewhere."""
+@dataclass(frozen=True)
+class Moves:
+    """Rows of KV that travel: a line per span of slab rows."""
 
-    def __init__(self, plan, index: int, staging: range, device):
-        mine, home = plan.source == index, plan.home
-        away = home[mine] != index
-        if away.sum() > len(staging):
-            raise LakeError(f"{away.sum()} rows of instance {index} live elsewhere, staging has "
-                            f"{len(staging)}")
-        written = plan.slab_row[mine]
-        written[away] = staging.start + np.arange(away.sum())
-        leaving = written[away][np.argsort(home[mine][away], kind="stable")]
-        arriving = plan.slab_row[(home == index) & ~mine]  # in order of their sources
-        moved = plan.moved()
+    kind: np.ndarray  # index into KINDS
+    source: np.ndarray  # instance
+    leave: np.ndarray  # first slab row there
+    target: np.ndarray  # instance
+    arrive: np.ndarray  # first slab row there; −1: the rows stay in the receive buffer
+    length: np.ndarray
+
+    @classmethod
+    def of(cls, *parts) -> "Moves":
+        """From (kind, source, leave, target, arrive, length), each a number or [lines]."""
+        return cls(*np.concatenate([np.stack(np.broadcast_arrays(*map(np.atleast_1d, part)))
+                                    for part in parts], 1).astype(np.int64))
+
+    def order(self) -> np.ndarray:
+        """The lines in the order in which receive buffers have them: by target, then source."""
+        return np.lexsort((self.source, self.target))
+
+    def offsets(self) -> np.ndarray:
+        """[lines] where each begins in its target's receive buffer."""
+        order, out = self.order(), np.zeros_like(self.length)
+        before = np.cumsum(self.length[order]) - self.length[order]
+        target = self.target[order]
+        out[order] = before - before[np.searchsorted(target, target)]
+        return out
+
+    def moved(self, num_instances: int) -> np.ndarray:
+        """[N, N] rows that instance v (line) sends to w (column)."""
+        out = np.zeros((num_instances,) * 2, np.int64)
+        np.add.at(out, (self.source, self.target), self.length)
+        return out
+
+
+@dataclass(frozen=True)
+class QueryPlan:
+    """Who computes which rows, and how these meet the KV they read: the same on every rank.
+
+    Runs stand in the order of the instances that compute them, then of requests, then of positions;
+    what an instance computes of a request is a *share*. KV written before this iteration is *old*:
+    all rows of a share read all that its request has. KV written in this iteration is *fresh*: for
+    each pair of runs of one request the reader reads what the writer, the same run or one before
+    it, writes."""
+
+    runs: list
+    instance: np.ndarray  # [B] computes the run
+    first: np.ndarray  # [B] the run's first row there
+    rows: np.ndarray  # [B]
+    position: np.ndarray  # [B] of the first row
+    home: np.ndarray  # [B] instance where its KV lives
+    kept: np.ndarray  # [B] slab row of its KV there
+    written: np.ndarray  # [B] and where it is computed: the same, or in staging
+    share: np.ndarray  # [B]
+    old: np.ndarray  # [G] tokens of old KV that a share reads
+    ref_slot: np.ndarray  # [refs] global slots of old segments, share by share, replicas chosen
+    pull_ref: np.ndarray  # [p] the references whose KV travels to the share, not its rows there
+    pull_row: np.ndarray  # [p] where it begins in the receive buffer of `pulls`
+    reader: np.ndarray  # [pairs]
+    writer: np.ndarray  # [pairs]
+    sibling_row: np.ndarray  # [pairs] likewise, if fresh KV travels to a reader; else −1
+    ships: np.ndarray  # [B, N] whether the run's rows travel to that instance
+    pulls: Moves  # of old KV
+    reads: np.ndarray  # [N] tokens of old KV read at each holder, once a request (§7.2)
+    pairs: np.ndarray  # [N] rows × tokens of attention done there
+    sizes: tuple[int, int, int]  # N, S, C
+
+    def references(self, index: int):
+        """What rows read at an instance, its own and those that arrive: run, place, first row,
+        length and position of each span. Places: in the slab, HERE before the iteration's moves
+        or only after them (LATE), or in the receive buffer of pulls (PULLED) or moves (SIBLING)."""
+        N, S, C = self.sizes
+        count, runs = -(-self.old // C), np.bincount(self.share, minlength=len(self.old))
+        first = np.zeros(len(runs), np.int64)  # run of the share
+        first[self.share[::-1]] = np.arange(len(self.share))[::-1]
+        share, segment = np.repeat(np.arange(len(count)), count), ranges(0 * count, count)
+        meet, row = np.divmod(self.ref_slot, S)
+        row, place = row * C, np.full(len(row), HERE)
+        row[self.pull_ref], place[self.pull_ref] = self.pull_row, PULLED
+        meet[self.pull_ref] = self.instance[first[share[self.pull_ref]]]
+        at = np.flatnonzero(meet == index)
+        each = runs[share[at]]  # every run of the share reads them
+        run, at = ranges(first[share[at]], each), np.repeat(at, each)
+        length = np.minimum(self.old[share[at]] - segment[at] * C, C)
+        old = run, place[at], row[at], length, segment[at] * C
+
+        b, c = self.reader, self.writer
+        sibling, own = self.sibling_row >= 0, self.instance[c] == self.instance[b]
+        meet = np.where(sibling | own, self.instance[b], self.home[c])
+        here = self.instance[c] == meet
+        place = np.where(sibling, SIBLING, np.where(here, HERE, LATE))
+        row = np.where(sibling, self.sibling_row, np.where(here, self.written[c], self.kept[c]))
+        at = np.flatnonzero(meet == index)
+        fresh = b[at], place[at], row[at], self.rows[c[at]], self.position[c[at]]
+        return [np.concatenate(both) for both in zip(old, fresh)]
+
+    def shipped(self) -> np.ndarray:
+        """[N, N] query rows that instance v (line) ships to w (column)."""
+        out = np.zeros((self.sizes[0],) * 2, np.int64)
+        np.add.at(out, self.instance, self.rows[:, None] * self.ships)
+        return out
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """Where new KV goes: what is written where it is computed, a line per run, and what travels on
+    from there, besides copies of hot segments."""
+
+    instance: np.ndarray  # [lines]
+    first: np.ndarray  # first row of those that the instance computes
+    written: np.ndarray  # first slab row
+    length: np.ndarray
+    moves: Moves
+    num_instances: int
+
+
+class Exchange:
+    """An instance's part in moves: slab rows that leave, and what becomes of those that arrive.
+    Made once per iteration, used by every layer."""
+
+    def __init__(self, moves: Moves, num_instances: int, index: int, device):
+        moved, order, offsets = moves.moved(num_instances), moves.order(), moves.offsets()
         self.active = bool(moved.any())
         self.sends, self.receives = moved[index].tolist(), moved[:, index].tolist()
-        self.fresh, self.written, self.leave, self.arrive = (
-            torch.from_numpy(rows).to(device, non_blocking=True)
-            for rows in (plan.row[mine], written, leaving, arriving))
+        mine = order[moves.source[order] == index]
+        self.rows = np.bincount(moves.kind[mine], moves.length[mine], len(KINDS)).astype(int)
+        lands = np.flatnonzero((moves.target == index) & (moves.arrive >= 0))
+        self.leave, self.land, self.arrive = (
+            torch.from_numpy(ranges(first[lines], moves.length[lines])).to(device)
+            for first, lines in ((moves.leave, mine), (offsets, lands), (moves.arrive, lands)))
+
+
+class KVBuffer:
+    """Where the engine leaves K and V of this instance's new rows, and where they go from there.
+    `slab_rows`: how many the slab has."""
+
+    def __init__(self, plan: TransferPlan, index: int, slab_rows: int, device):
+        mine = plan.instance == index
+        last = (plan.written + plan.length)[mine].max(initial=0)
+        if last > slab_rows:
+            raise LakeError(f"instance {index} is to write slab row {last - 1}, its slab has "
+                            f"{slab_rows}")
+        self.fresh, self.written = (
+            torch.from_numpy(ranges(first[mine], plan.length[mine])).to(device)
+            for first in (plan.first, plan.written))
+        self.moves = Exchange(plan.moves, plan.num_instances, index, device)
         self.layer = self.k = self.v = None
 
     def write(self, layer: int, k, v):
@@ -237,43 +367,40 @@ class QueryBuffer:
     """Where the engine leaves Q of this instance's rows, and what becomes of them: which rows
     leave, what is attended here, and what is merged. Made once per iteration."""
 
-    def __init__(self, plan, index: int, heads_per_kv: int, device):
-        N, S, C = plan.geometry.sizes
-        run, segment, slot = plan.references(index)
-        own, late = plan.instance[run] == index, np.isin(slot, plan.late)
-        length = np.where(segment == plan.position[run] // C,
-                          plan.position[run] % C + plan.rows[run], C)
+    def __init__(self, plan: QueryPlan, index: int, heads_per_kv: int, device):
+        N, S, C = plan.sizes
+        run, place, row, length, position = plan.references(index)
+        own = plan.instance[run] == index
 
         def work(chosen, arriving=False):
             """Work over the chosen references, and the runs it is for. Their query rows are this
             instance's own, or those arriving, which come run after run."""
             spans = np.flatnonzero(chosen)
+            spans = spans[np.argsort(run[spans], kind="stable")]
             runs, span_run = np.unique(run[spans], return_inverse=True)
             rows = plan.rows[runs]
             first = np.cumsum(rows) - rows if arriving else plan.first[runs]
-            return Work(first, rows, plan.position[runs], span_run, slot[spans] % S * C,
-                        length[spans], segment[spans] * C, heads_per_kv, device), runs
+            return Work(first, rows, plan.position[runs], span_run, row[spans], length[spans],
+                        position[spans], heads_per_kv, device), runs
 
-        self.ready, ready = work(own & ~late)
-        self.waiting, waiting = work(own & late)
+        self.works, columns = zip(*(work(own & (place == p)) for p in range(4)))
         self.arrived, _ = work(~own, arriving=True)
+        self.pulls = Exchange(plan.pulls, N, index, device)
 
-        mine = plan.instance == index
-        shipped = plan.shipped()
+        mine, shipped = plan.instance == index, plan.shipped()
         self.active = bool(shipped.any())
         self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()
-        leaving = [np.flatnonzero(mine & (plan.segments[:, w] > 0)) if w != index else ready[:0]
-                   for w in range(N)]
+        leaving = [np.flatnonzero(mine & plan.ships[:, w]) for w in range(N)]
         self.num_rows = int(plan.rows[mine].sum())
-        parts = np.full((self.num_rows, 2 + N), -1, np.int32)
+        parts = np.full((self.num_rows, len(columns) + N), -1, np.int32)
         base, sources = 0, []
-        for column, runs in enumerate([ready, waiting, *leaving]):
+        for column, runs in enumerate([*columns, *leaving]):
             rows = ranges(plan.first[runs], plan.rows[runs])
             parts[rows, column] = base + np.arange(len(rows))
             base += len(rows)
             sources.append(rows)
         parts = parts[:, (parts >= 0).any(0)]
-        leave = np.concatenate(sources[2:])
+        leave = np.concatenate(sources[len(columns):])
         self.leave, self.parts = (torch.from_numpy(x).to(device, non_blocking=True)
                                   for x in (leave, np.ascontiguousarray(parts)))
         self.layer = self.q = None
@@ -292,17 +419,17 @@ class Pool:
         self.device = torch.device(device)
         self.heads_per_kv = config.num_heads // config.num_kv_heads
         self.scale = 1.0 / math.sqrt(config.head_dim)
-        # Never read before written: spans end where the tokens do.
-        self.staging = range(slots * segment_tokens, slots * segment_tokens + staging)
-        shape = (config.num_layers, self.staging.stop, config.num_kv_heads, config.head_dim)
+        # Rows of slots, then staging. Never read before written: spans end where the tokens do.
+        self.rows = slots * segment_tokens + staging
+        shape = (config.num_layers, self.rows, config.num_kv_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=self.device)
         self.v = torch.zeros(shape, dtype=dtype, device=self.device)
         self.cluster = cluster
         self.query_group, self.move_group = groups or (None, None)
         self.pinned = bool(groups) and self.device.type == "cuda" and (
             dist.get_backend(groups[0]) == "gloo")
-        self.bytes = {"query": 0, "put": 0}
-        self._put = None
+        self.bytes = dict.fromkeys(("query", *KINDS), 0)
+        self._transfer = self._pulling = None
 
     @staticmethod
     def bytes_needed(config, segment_tokens: int, staging: int, dtype, slots: int) -> int:
@@ -325,17 +452,23 @@ class Pool:
             return out.to(self.device)
         return finish
 
-    def move(self, layer: int, leave, sends, arrive, receives, kind: str):
-        """Slab rows `leave` of this rank (by destination) to the rows `arrive` of others (by
-        source). Returns a function that waits until what arrives here is in place."""
+    def move(self, layer: int, part: Exchange):
+        """Slab rows of this instance travel. Returns a function that waits until those that arrive
+        here and belong into the slab are there, and returns all as k, v [n, Hkv, D]. Nothing if no
+        instance sends any: then every rank skips it."""
         k, v = self.k[layer], self.v[layer]
-        rows = torch.stack((k[leave], v[leave]), 1)  # [n, 2, Hkv, D]
-        self.bytes[kind] += rows.nbytes
-        finish = self._exchange(rows, sends, receives, self.move_group)
+        if not part.active:
+            return lambda: (k[:0], v[:0])
+        rows = torch.stack((k[part.leave], v[part.leave]), 1)  # [n, 2, Hkv, D]
+        for kind, n in zip(KINDS, part.rows.tolist()):
+            self.bytes[kind] += n * rows[:1].nbytes
+        finish = self._exchange(rows, part.sends, part.receives, self.move_group)
 
         def land():
-            kv = finish()
-            k[arrive], v[arrive] = kv[:, 0], kv[:, 1]
+            arrived = [x.contiguous() for x in finish().unbind(1)]
+            for slab, x in zip((k, v), arrived):
+                slab[part.arrive] = x[part.land]
+            return arrived
         return land
 
     def put(self, buffer: KVBuffer):
@@ -343,25 +476,29 @@ class Pool:
         `query`, which comes next in every layer on every rank, sends them after the queries."""
         self.k[buffer.layer, buffer.written] = buffer.k[buffer.fresh]
         self.v[buffer.layer, buffer.written] = buffer.v[buffer.fresh]
-        self._put = buffer if buffer.active else None
+        self._transfer = buffer.moves
 
     def query(self, buffer: QueryBuffer):
         """Attention of this rank's rows over the whole pool → [T, H, D]."""
         layer, q = buffer.layer, buffer.q
-        k, v = self.k[layer], self.v[layer]
+        slab = self.k[layer], self.v[layer]
         if buffer.active:
             rows = q[buffer.leave]
             self.bytes["query"] += rows.nbytes
             arriving = self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
-        land, self._put = self._put, None
-        if land:
-            land = self.move(layer, land.leave, land.sends, land.arrive, land.receives, "put")
-        partials = [partial_attention(q, k, v, buffer.ready, self.scale)]
-        if land:
-            land()
-            partials.append(partial_attention(q, k, v, buffer.waiting, self.scale))
+        # Old KV is complete in every layer, so its pull has a layer's head start.
+        pull = self._pulling if layer else self.move(0, buffer.pulls)
+        land = self.move(layer, self._transfer)
+        if layer + 1 < len(self.k):
+            self._pulling = self.move(layer + 1, buffer.pulls)
+        here, late, pulled, sibling = buffer.works
+        partials = [partial_attention(q, *slab, here, self.scale)]
+        fresh = land()
+        partials += [partial_attention(q, *slab, late, self.scale),
+                     partial_attention(q, *pull(), pulled, self.scale),
+                     partial_attention(q, *fresh, sibling, self.scale)]
         if buffer.active:
-            o, lse = partial_attention(arriving(), k, v, buffer.arrived, self.scale)
+            o, lse = partial_attention(arriving(), *slab, buffer.arrived, self.scale)
             result = torch.cat((o, lse[..., None]), -1)  # one buffer: [n, H, D + 1]
             self.bytes["query"] += result.nbytes
             back = self._exchange(result, buffer.receives, buffer.sends, self.query_group)()

@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from balancer import Request
 from model import Config, Llama, Sampler, load_config, load_weights, random_weights
 from pool import Cluster, LakeError, Pool, SetupError, Stopped
-from tokenlake import Engine, LakeConfig, Scheduler, TokenLake
+from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
 
 BLOCK = 512  # tokens per hash id of a trace
 CV_WINDOW = 32  # iterations
@@ -199,7 +200,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         help="segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
     add("--placement", choices=("stripe", "hash"), default="stripe",
         help="homes of segments: one after another along a prefix (default), or by hash")
-    add("--replicate-factor", type=int, choices=(0,), default=0, help="0: no replicas")
+    add("--replicate-factor", type=checked(float, lambda x: 0 <= x <= 1e6, "a number from 0"),
+        default=3.0, metavar="c", help="replicate c·N·ln N hot segments (default 3; 0: none)")
+    add("--pull-tokens", type=checked(int, lambda x: 0 <= x < 2**48, "a number from 0"),
+        default=16_384, metavar="T", help="KV an instance may pull per iteration (default 16384)")
     add("--chunk-tokens", type=count, metavar="T",
         help="prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", type=count, default=32, metavar="R",
@@ -248,7 +252,8 @@ def prepare(options, cluster: Cluster, device, memory: int):
         raise InputError(f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
     dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
     sharing = cluster.ranks_per_device(device)
-    lake = LakeConfig(C, 0, options.placement, options.chunk_tokens or 4 * C, options.max_batch)
+    lake = LakeConfig(C, 0, options.placement, options.replicate_factor, options.pull_tokens,
+                      options.chunk_tokens or 4 * C, options.max_batch)
     bytes_of = partial(Pool.bytes_needed, config, C, lake.staging(cluster.size), dtype)
     slots, room = options.slots, memory // sharing  # of the ranks that share a device
     if C > config.max_positions:
@@ -292,6 +297,97 @@ def open_output(folder: Path | None, cluster: Cluster):
 
 
 # ── serving ───────────────────────────────────────────────────────────────────────────────────
+
+class Engine:
+    """One rank of the compute engine (Fig. 5): the loop body that every rank of the cluster runs
+    alike, also one that is not in the lake.
+
+    model and sampler: a Llama and a Sampler of model.py, or what has their methods."""
+
+    def __init__(self, cluster: Cluster, lake: TokenLake, scheduler: Scheduler, model, sampler):
+        self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
+        self.model, self.sampler = model, sampler
+        self.clock = 0  # ns since the start, rank 0's; the same everywhere
+        self.iterations = 0
+        self.stop = False  # set by a signal; travels with the next digest
+        self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
+
+    def start(self):
+        """Starts the clock when every rank is here."""
+        self.cluster.share(None)
+        self.started = time.monotonic_ns()
+
+    def step(self, pause: float = 0.0) -> tuple[dict[int, int], list[Request]]:
+        """One iteration: plan, agree, compute, exchange tokens and clock, publish. Without
+        anything to run it sleeps, `pause` seconds at most. Returns the sampled tokens by request
+        id and the requests that ended. Raises LakeError, Stopped."""
+        cluster, lake = self.cluster, self.lake
+        try:
+            batches, dops = self.scheduler.schedule()
+            query_plan, transfer_plan, groups = lake.gen_plans(batches, dops,
+                                                               lake.get_prefix_tree())
+        except Exception:
+            with contextlib.suppress(LakeError):  # the others stop too, and say so
+                cluster.announce(bytes(16), self.stop, fault=True)
+                cluster.confirm()
+            raise
+        cluster.announce(plan_digest(self.iterations, query_plan, transfer_plan), self.stop)
+        samples, tokens = self.scheduler.samples(query_plan), []
+        if not query_plan.runs:  # signals are looked at in between
+            time.sleep(max(0.0, min(0.05, pause)))
+        elif lake.pool:
+            tokens = self._compute(batches, groups, query_plan, transfer_plan)
+        cluster.confirm()
+        padding = [0] * (max(map(len, samples)) - len(tokens))
+        said = cluster.gather([time.monotonic_ns() - self.started, *tokens, *padding])
+        self.clock = said[0][0]
+        if query_plan.runs:
+            self.iterations += 1
+            self.reads.append(query_plan.reads)
+        sampled = {run.request.id: token for rank, runs in zip(lake.instances, samples)
+                   for run, token in zip(runs, said[rank][1:])}
+        return sampled, self.scheduler.update(query_plan, sampled)
+
+    def _compute(self, batches, groups, query_plan, transfer_plan) -> list[int]:
+        """This rank's rows through the model → the tokens that its runs give, in their order."""
+        lake = self.lake
+        batch, group = next(((batch, group) for batch, group in zip(batches, groups)
+                             if lake.index in group), ([], []))
+        mine = np.flatnonzero(query_plan.instance == lake.index)
+        runs = [query_plan.runs[b] for b in mine]
+        tokens = [token for run in runs
+                  for token in run.request.tokens[run.position:run.position + run.rows]]
+        positions = [p for run in runs for p in range(run.position, run.position + run.rows)]
+        ends = np.cumsum([run.rows for run in runs]).tolist()
+        rows = [end - 1 for run, end in zip(runs, ends) if run.samples]
+        q_buf = lake.init_query(batch, group, query_plan)
+        kv_buf = lake.init_transfer(batch, transfer_plan)
+
+        def attend(layer, q, k, v):
+            self.cluster.confirm()  # before the first exchange of data, behind embedding and QKV
+            kv_buf.write(layer, k, v)
+            lake.put(kv_buf)
+            q_buf.write(layer, q)
+            return lake.query(q_buf)
+
+        tokens, positions, rows = (torch.tensor(x, dtype=torch.int64, device=lake.pool.device)
+                                   for x in (tokens, positions, rows))
+        logits = self.model.forward(tokens, positions, attend, rows)
+        return self.sampler.sample(logits, [(run.request.id, len(run.request.tokens))
+                                            for run in runs if run.samples])
+
+    def verify(self, requests: list[Request], progress) -> dict[int, float]:
+        """Recomputes finished requests without a cache, one per rank and round: the gap of each in
+        logits (Llama.score_gap). After a signal, of those done by then."""
+        gaps, size = {}, self.cluster.size
+        for start in range(0, len(requests), size):
+            for r in requests[start:start + size][self.cluster.rank:][:1]:
+                gaps[r.id] = self.model.score_gap(self.sampler, r.tokens, r.num_prompt, r.id)
+            progress(min(size, len(requests) - start))
+            if any(stop for (stop,) in self.cluster.gather([self.stop])):
+                break
+        return {id: gap for part in self.cluster.share(gaps) for id, gap in part.items()}
+
 
 class Server:
     """A trace at work: sends requests when they are due, keeps their times and records."""
@@ -376,7 +472,7 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
     return s | counters | dict(
         hit_rate=sum(cached[id] for id in server.records) / inputs if inputs else None,
         cache_load_cv=variation(server.engine.reads), query_bytes=moved[0], put_bytes=moved[1],
-        replica_bytes=0, pull_bytes=0, puts_local=local / puts if puts else None,
+        replica_bytes=moved[2], pull_bytes=moved[3], puts_local=local / puts if puts else None,
         decode_puts_local=decodes_local / decodes if decodes else None,
         cache_reads=sum(server.engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),

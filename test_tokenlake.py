@@ -31,7 +31,7 @@ import kernels
 import pool
 import run_cluster
 import tokenlake
-from balancer import Balancer, Geometry, PrefixTree, Request
+from balancer import Balancer, PrefixTree, Request
 from kernels import Work, merge, partial_attention, ranges
 from model import Config, Llama, ModelError, Sampler, generate, load_config, random_weights
 from tokenlake import LakeConfig, Scheduler, TokenLake
@@ -149,7 +149,7 @@ def serve(folder, trace, *arguments, ranks=1, prelude=None, status=0, dtype="flo
 def check_invariants(server):
     """Section by section what must hold between two iterations, and that the ranks agree on it."""
     bal, running = server.lake.balancer, server.scheduler.running
-    tree, N, S = bal.tree, bal.geometry.num_instances, bal.geometry.slots
+    tree, (N, S, C) = bal.tree, bal.sizes
     owners = Counter(slot for free in bal.free for slot in free)
     for instance, free in enumerate(bal.free):
         assert all(slot // S == instance for slot in free)
@@ -159,17 +159,23 @@ def check_invariants(server):
         for instance, slot in segment.replicas.items():
             assert slot // S == instance
             owners[slot] += 1
-        if segment.parent:
-            assert tree.segments[segment.parent.id] is segment.parent
-            assert segment.parent.children[id] is segment
+        parent = segment.parent
+        assert parent is tree.root or tree.segments[parent.id] is parent
+        assert parent.children[id] is segment and segment.heat <= (parent.heat or math.inf)
         assert all(tree.segments[child] for child in segment.children)
+        for slot in list(segment.replicas.values())[1:]:
+            assert tree.extras[slot] is segment
+    assert len(tree.extras) == sum(len(s.replicas) - 1 for s in tree.segments.values())
     for request in running:
         for index, segment in enumerate(request.segments):
             assert tree.segments[segment.id] is segment and segment.id == request.ids[index]
             assert request.table[index] in segment.replicas.values()
             references[segment.id] += 1
         owners.update(request.table[len(request.segments):request.num_slots].tolist())
-        assert len(request.segments) * bal.geometry.segment_tokens <= request.done + 1
+        old = -(-request.done // C) if len(request.segments) * C <= request.done else (
+            len(request.segments))
+        assert request.held.tolist() == np.bincount(request.table[:old] // S, minlength=N).tolist()
+        assert len(request.segments) * C <= request.done + 1
         assert request.done <= len(request.tokens)
     assert owners == Counter(range(N * S)), "a slot without an owner, or with two"
     assert all(segment.pins == references[id] for id, segment in tree.segments.items())
@@ -177,7 +183,7 @@ def check_invariants(server):
     place = {id: i for i, id in enumerate(tree.lru)}
     for id in tree.lru:
         parent = tree.segments[id].parent
-        assert parent is None or parent.pins or place[id] < place[parent.id]
+        assert parent is tree.root or parent.pins or place[id] < place[parent.id]
     assert all(owner in running for owner in bal.in_progress.values())
     state = repr((sorted(tree.segments), list(tree.lru), bal.free, [r.tokens for r in running],
                   [r.table.tolist() for r in running], server.engine.clock))

@@ -20,17 +20,24 @@ Left out so far: the dynamic program of §6.2 over batches and degrees of parall
 Notation: N instances · C tokens per segment · T rows · H query heads · Hkv KV heads · D head dim.
 """
 
-import time
+import hashlib
 from bisect import insort
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import attrgetter
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from balancer import Balancer, Geometry, PrefixTree, QueryPlan, Request, Run, plan_digest
-from pool import Cluster, KVBuffer, LakeError, Pool, QueryBuffer
+from balancer import Balancer, PrefixTree, Request, Run
+from kernels import ranges
+from pool import (KINDS, Cluster, KVBuffer, LakeError, Moves, Pool, QueryBuffer, QueryPlan,
+                  TransferPlan)
+
+PUT, REPLICA, PULL = range(len(KINDS))
+EXCHANGE_BYTES = 3_000_000  # what crosses in the 10 µs that an exchange takes anyway, at 300 GB/s
+FLOPS, BANDWIDTH = 312e12, 2.04e12  # of one instance, 1/s and B/s: an A100's, in bf16
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class LakeConfig:
     segment_tokens: int = 16  # C
     slots: int = 512  # segments per instance
     placement: str = "stripe"  # or "hash"
+    replicate_factor: float = 3.0  # c of c·N·ln N heavy hitters
+    pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration
     chunk_tokens: int = 64  # prompt rows per instance and iteration
     max_batch: int = 32  # running requests in the whole lake
 
@@ -64,11 +73,14 @@ class TokenLake:
         self.instances, self.model, self.config = instances, model, config
         N, wide = len(instances), torch.promote_types(dtype, torch.float32)
         heads = model.num_heads
-        query_bytes = heads * (model.head_dim * (dtype.itemsize + wide.itemsize) + wide.itemsize)
-        kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
-        self.balancer = Balancer(Geometry(N, config.slots, config.segment_tokens, query_bytes,
-                                          kv_bytes), config.placement)
+        self.query_bytes = heads * (model.head_dim * (dtype.itemsize + wide.itemsize) + wide.itemsize)
+        self.kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+        self.balancer = Balancer(N, config.slots, config.segment_tokens, config.placement,
+                                 config.replicate_factor)
         self.pool = self.index = None
+        self.exchange_bytes = EXCHANGE_BYTES
+        # Rows from which on attention to a token costs more than reading it.
+        self.ridge = max(1, round(FLOPS / BANDWIDTH * model.num_kv_heads / heads))
         groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
         if cluster and cluster.rank in instances:
             self.index = instances.index(cluster.rank)
@@ -81,8 +93,8 @@ class TokenLake:
         """The published segments. Read it; the calls below change it."""
         return self.balancer.tree
 
-    def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = 312e12,
-                       bandwidth: float = 2.04e12) -> float:
+    def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = FLOPS,
+                       bandwidth: float = BANDWIDTH) -> float:
         """The share of the cluster that reading the cache itself would cost for these requests
         (§6.1), between 0 and 1: the larger of its memory and its compute share.
 
@@ -96,7 +108,7 @@ class TokenLake:
             prefix = request.done or tree.match(request.ids) * self.config.segment_tokens
             prefix = min(prefix, len(request.tokens) - 1)
             new = len(request.tokens) - prefix
-            memory += m.num_layers * self.balancer.geometry.kv_bytes * (prefix + new)
+            memory += m.num_layers * self.kv_bytes * (prefix + new)
             compute += m.num_layers * 4.0 * m.num_heads * m.head_dim * prefix * new
             linear += 2.0 * m.num_linear_parameters * new
         if not linear:
@@ -106,17 +118,163 @@ class TokenLake:
                    compute / (compute + N * flops * ideal))
 
     def gen_plans(self, batches: list[list[Run]], dops: list[int], tree: PrefixTree):
-        """Plans of an iteration: batches of runs with their degrees of parallelism → query plan,
-        transfer plan, groups (for each batch, the instance of each of its runs). §5: sub-batches
-        are matched with instances so that the fewest bytes cross. `tree` is as in Fig. 5; what the
-        runs read is in their requests' tables already. Raises LakeError if the DoPs ask for more
-        instances than there are, or the tree is another lake's."""
+        """Plans of an iteration (§5): batches of runs with their degrees of parallelism → query
+        plan, transfer plan, groups (for each batch, the instance of each of its runs).
+
+        A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
+        at most one each, so that the fewest bytes travel. Replicas are chosen first, by load; one
+        at the instance that computes is then taken instead. Old KV travels to a prompt's rows where
+        that is fewer bytes than their queries and results. So does fresh KV between the parts of
+        one prompt; as that depends on pairs of parts, the matching counts it as read at home.
+        `tree` is as in Fig. 5. Raises LakeError if the DoPs ask for more instances than there are,
+        or the tree is another lake's."""
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
         if sum(dops) > len(self.instances) or any(b and k < 1 for b, k in zip(batches, dops)):
             raise LakeError(f"DoPs {dops} for {len(batches)} batches on {len(self.instances)} "
                             "instances; one at least for each batch, and no more than there are")
-        return self.balancer.gen_plans(batches, dops)
+        bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
+        copies, each = bal.replicate(), np.arange(len(self.instances))
+
+        # Runs by request and position. A share is what a part has of a request.
+        flat = [run for batch in batches for run in batch]
+        B = len(flat)
+        ids, position, rows, slot, puts, decode, done = columns = [
+            np.fromiter(map(attrgetter(name), flat), np.int64, B) for name in (
+                "request.id", "position", "rows", "slot", "puts", "decode", "request.done")]
+        part, order = cut(batches, dops, rows), np.lexsort((position, ids))
+        ids, position, rows, slot, puts, decode, done = (x[order] for x in columns)
+        part, home = part[order], slot // S
+        request = np.cumsum(np.diff(ids, prepend=-1) != 0)
+        _, head, share = np.unique(part * (B + 1) + request, return_index=True, return_inverse=True)
+        G, n, of_part = len(head), np.bincount(share, rows).astype(np.int64), part[head]
+        ship, prefill = n[:, None] * self.query_bytes, decode[head][:, None] == 0
+
+        # Old KV, replicas chosen (§4.4): tokens that a share reads at each holder.
+        old, requests = done[head] + 1 - puts[head], [flat[order[b]].request for b in head]
+        count = -(-old // C)
+        held = np.array([r.held for r in requests], np.int64).reshape(G, N)
+        ref_slot = np.concatenate([r.table[:k] for r, k in zip(requests, count.tolist())]
+                                  or [slot]).astype(np.int64)
+        end, some = np.cumsum(count), np.flatnonzero(count)
+        hot, places = bal.places(ref_slot)
+        of = np.searchsorted(end, hot, side="right")
+        np.subtract.at(held, (of, ref_slot[hot] // S), 1)  # the cold ones
+
+        def read(slots) -> np.ndarray:
+            """[G, N] tokens, if the hot references are to these slots."""
+            ref_slot[hot], tokens = slots, held * C
+            np.add.at(tokens, (of, slots // S), C)
+            tokens[some, ref_slot[end[some] - 1] // S] -= (count * C - old)[some]
+            return tokens
+
+        weight = np.maximum(n, self.ridge)
+        tokens = read(bal.choose(places, C * weight[of], bal.load + C * (weight @ held)))
+
+        # Ship or pull, the largest savings first, as long as the part has room.
+        pulled = prefill & (tokens > 0) & (tokens * kv < ship)
+        g, w = np.nonzero(pulled)
+        by = np.lexsort(((tokens * kv - ship)[g, w], of_part[g]))
+        g, w = g[by], w[by]
+        upto = np.cumsum(tokens[g, w])
+        before = (upto - tokens[g, w])[np.searchsorted(of_part[g], of_part[g])]
+        full = upto - before > self.config.pull_tokens
+        pulled[g[full], w[full]] = False
+
+        # Fresh KV: a run reads what its request's runs write, up to its own.
+        before = np.arange(B) - np.searchsorted(request, request)
+        reader = np.repeat(np.arange(B), before + 1)
+        writer = ranges(np.searchsorted(request, request), before + 1)
+        reader, writer = reader[puts[writer] > 0], writer[puts[writer] > 0]
+
+        # Matching (§5): bytes of a part at each holder, saved if that computes the part, or who
+        # else has all that would be read there.
+        cost, cells = np.zeros((2, sum(dops), N), np.int64)
+        np.add.at(cells, of_part, np.where(pulled, tokens * kv, ship * (tokens > 0)))
+        across = part[reader] != part[writer]
+        np.add.at(cells, (part[reader[across]], home[writer[across]]), np.minimum(
+            rows[reader] * self.query_bytes, rows[writer] * kv)[across])
+        np.add.at(cost, part, (rows * puts * kv)[:, None] * (home[:, None] != each))
+        there, at = places >= 0, ref_slot[hot] // S
+        there[np.arange(len(hot)), at] = False  # counted already
+        p = pulled[of, at]
+        np.subtract.at(cost, of_part[of[p]], C * kv * there[p])
+        cell, index, number = np.unique((of * N + at)[~p], return_inverse=True, return_counts=True)
+        whole = np.ones((len(cell), N), bool)
+        np.logical_and.at(whole, index, there[~p])
+        g, w = np.divmod(cell, N)
+        whole &= (tokens[g, w] == number * C)[:, None]
+        np.subtract.at(cost, of_part[g], ship[g] * whole)
+        cost += cells.sum(1, keepdims=True) - cells
+        best = linear_sum_assignment(cost)[1]
+        if len(best) == N and not (puts * (home != part)).any():  # every row where it will live
+            gain = cost[each, each].sum() - cost[each, best].sum()
+            best = each if gain <= self.exchange_bytes else best
+        instance = best[part]
+
+        # Now by instance, then request, then position. Replicas at hand are taken (§4.4).
+        given, v = np.argsort(order), instance[head]
+        groups = [group.tolist() for group in np.split(
+            instance[given], np.cumsum([len(batch) for batch in batches]))[:len(batches)]]
+        own = places[np.arange(len(hot)), v[of]]
+        tokens = read(np.where(own >= 0, own, ref_slot[hot]))
+        by_instance = np.argsort(instance, kind="stable")
+        instance, rows, position, slot, puts, home, share = (
+            x[by_instance] for x in (instance, rows, position, slot, puts, home, share))
+        reader, writer = (np.argsort(by_instance)[x] for x in (reader, writer))
+        before = np.cumsum(rows) - rows
+        start = np.searchsorted(instance, instance)
+        last = np.append(share[1:] != share[:-1], True)
+
+        # Rows ship to old KV that is not pulled; and to fresh KV at its home, or that comes here.
+        ships = (tokens > 0) & ~pulled & (v[:, None] != each)
+        away = (instance[reader] != instance[writer]) & (instance[reader] != home[writer])
+        g, w, fresh = share[reader], home[writer], np.zeros((G, N), np.int64)
+        np.add.at(fresh, (g, w), rows[writer] * (away & last[reader]))
+        sibling = away & (prefill & ~ships & (fresh * kv < ship))[g, w]
+        ships = ships[share]
+        ships[reader[away & ~sibling], w[away & ~sibling]] = True
+
+        # KV on the move: old to who pulls it; new to its home and to siblings; copies.
+        ref_share = np.repeat(np.arange(G), count) if pulled.any() else count[:0]
+        holder = ref_slot[:len(ref_share)] // S
+        pull_ref = np.flatnonzero(pulled[ref_share, holder] & (holder != v[ref_share]))
+        g, source = ref_share[pull_ref], holder[pull_ref]
+        length = np.minimum(old[g] - (pull_ref - (end - count)[g]) * C, C)
+        pulls = Moves.of((PULL, source, ref_slot[pull_ref] % S * C, v[g], -1, length))
+        staged = rows * puts * (home != instance)
+        kept, offset = slot % S * C + position % C, np.cumsum(staged) - staged
+        written = np.where(staged > 0, S * C + offset - offset[start], kept)
+        to, at = np.flatnonzero(staged), np.flatnonzero(sibling & last[reader])
+        filled, copied = (np.array([*x], np.int64) for x in (copies.keys(), copies.values()))
+        moves = Moves.of(
+            (PULL, instance[writer[at]], written[writer[at]], instance[reader[at]], -1,
+             rows[writer[at]]),
+            (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
+            (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
+        key, row = share[reader] * B + writer, np.full(len(reader), -1)
+        by = np.argsort(key[at])
+        row[sibling] = moves.offsets()[by[np.searchsorted(key[at], key[sibling], sorter=by)]]
+
+        # Attention by where it is done (§4.3, §6), and cache read by holder, once a request (§7.2).
+        meet = np.where(instance[reader] == instance[writer], instance[reader], w)
+        meet[sibling] = instance[reader[sibling]]
+        pairs = (n[:, None] * tokens * ~pulled).sum(0)
+        np.add.at(pairs, v, (n[:, None] * tokens * pulled).sum(1))
+        np.add.at(pairs, meet, rows[reader] * rows[writer])
+        load = (weight[:, None] * tokens * ~pulled).sum(0)
+        np.add.at(load, v, (weight[:, None] * tokens * pulled).sum(1))
+        bal.observe(load)
+        _, once = np.unique(request[head], return_index=True)
+
+        plan = QueryPlan(
+            [flat[b] for b in order[by_instance]], instance, before - before[start], rows, position,
+            home, kept, written, share, old, ref_slot, pull_ref, pulls.offsets(), reader, writer,
+            row, ships, pulls, tokens[once].sum(0), pairs, bal.sizes)
+        kept_here = np.flatnonzero(puts)
+        transfer = TransferPlan(*(x[kept_here] for x in (instance, plan.first, written, rows)),
+                                moves, N)
+        return plan, transfer, groups
 
     # ── data plane ────────────────────────────────────────────────────────────────────────────
 
@@ -139,7 +297,7 @@ class TokenLake:
         """The buffer for new K and V of the rows that this instance computes; rows of `batch` that
         only want logits of published tokens are not put. `kv_buf.write(layer, k, v)`, each
         [T, Hkv, D]."""
-        kv_buf = KVBuffer(transfer_plan, self.index, self.pool.staging, self.pool.device)
+        kv_buf = KVBuffer(transfer_plan, self.index, self.pool.rows, self.pool.device)
         if len(kv_buf.fresh) > sum(run.rows for run in batch if run.puts):
             raise LakeError(f"instance {self.index} is to put rows of another batch")
         return kv_buf
@@ -148,6 +306,29 @@ class TokenLake:
         """Writes the layer's new KV to its homes: at once here, elsewhere behind `query`, which
         must follow."""
         self.pool.put(kv_buf)
+
+
+def cut(batches, dops, rows) -> np.ndarray:
+    """The part of each run: batches one after another, a batch of DoP k cut in k of equal rows."""
+    parts, base, at = [np.zeros(0, np.int64)], 0, 0
+    for batch, dop in zip(batches, dops):
+        own = rows[at:at + len(batch)]
+        parts.append(base + (np.cumsum(own) - own) * dop // max(1, own.sum()))
+        base, at = base + dop, at + len(batch)
+    return np.concatenate(parts)
+
+
+def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
+    """16 bytes that two ranks share only if they planned the same: who computes what, which slots
+    are read, what travels where."""
+    digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
+    requests = np.array([run.request.id for run in query_plan.runs], np.int64)
+    moves = [part for table in (query_plan.pulls, transfer_plan.moves)
+             for part in (table.source, table.leave, table.target, table.arrive, table.length)]
+    for part in (requests, query_plan.instance, query_plan.rows, query_plan.position,
+                 query_plan.ref_slot, query_plan.ships, query_plan.written, *moves):
+        digest.update(np.ascontiguousarray(part).tobytes() + b"|")
+    return digest.digest()
 
 
 @dataclass
@@ -267,93 +448,3 @@ class Scheduler:
                     self.balancer.release(request)
                     ended.append(request)
         return ended
-
-
-class Engine:
-    """One rank of the compute engine (Fig. 5): the loop body that every rank of the cluster runs
-    alike, also one that is not in the lake.
-
-    model and sampler: a Llama and a Sampler of model.py, or what has their methods."""
-
-    def __init__(self, cluster: Cluster, lake: TokenLake, scheduler: Scheduler, model, sampler):
-        self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
-        self.model, self.sampler = model, sampler
-        self.clock = 0  # ns since the start, rank 0's; the same everywhere
-        self.iterations = 0
-        self.stop = False  # set by a signal; travels with the next digest
-        self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
-
-    def start(self):
-        """Starts the clock when every rank is here."""
-        self.cluster.share(None)
-        self.started = time.monotonic_ns()
-
-    def step(self, pause: float = 0.0) -> tuple[dict[int, int], list[Request]]:
-        """One iteration: plan, agree, compute, exchange tokens and clock, publish. Without
-        anything to run it sleeps, `pause` seconds at most. Returns the sampled tokens by request
-        id and the requests that ended. Raises LakeError, Stopped."""
-        cluster, lake = self.cluster, self.lake
-        try:
-            batches, dops = self.scheduler.schedule()
-            query_plan, transfer_plan, groups = lake.gen_plans(batches, dops,
-                                                               lake.get_prefix_tree())
-        except Exception:
-            with suppress(LakeError):  # the others stop too, and say so
-                cluster.announce(bytes(16), self.stop, fault=True)
-                cluster.confirm()
-            raise
-        cluster.announce(plan_digest(self.iterations, query_plan, transfer_plan), self.stop)
-        samples, tokens = self.scheduler.samples(query_plan), []
-        if not query_plan.runs:  # signals are looked at in between
-            time.sleep(max(0.0, min(0.05, pause)))
-        elif lake.pool:
-            tokens = self._compute(batches, groups, query_plan, transfer_plan)
-        cluster.confirm()
-        padding = [0] * (max(map(len, samples)) - len(tokens))
-        said = cluster.gather([time.monotonic_ns() - self.started, *tokens, *padding])
-        self.clock = said[0][0]
-        if query_plan.runs:
-            self.iterations += 1
-            self.reads.append(lake.balancer.cache_reads(query_plan))
-        sampled = {run.request.id: token for rank, runs in zip(lake.instances, samples)
-                   for run, token in zip(runs, said[rank][1:])}
-        return sampled, self.scheduler.update(query_plan, sampled)
-
-    def _compute(self, batches, groups, query_plan, transfer_plan) -> list[int]:
-        """This rank's rows through the model → the tokens that its runs give, in their order."""
-        lake = self.lake
-        batch, group = next(((batch, group) for batch, group in zip(batches, groups)
-                             if lake.index in group), ([], []))
-        runs = [run for run, instance in zip(batch, group) if instance == lake.index]
-        tokens = [token for run in runs
-                  for token in run.request.tokens[run.position:run.position + run.rows]]
-        positions = [p for run in runs for p in range(run.position, run.position + run.rows)]
-        ends = np.cumsum([run.rows for run in runs]).tolist()
-        rows = [end - 1 for run, end in zip(runs, ends) if run.samples]
-        q_buf = lake.init_query(batch, group, query_plan)
-        kv_buf = lake.init_transfer(batch, transfer_plan)
-
-        def attend(layer, q, k, v):
-            self.cluster.confirm()  # before the first exchange of data, behind embedding and QKV
-            kv_buf.write(layer, k, v)
-            lake.put(kv_buf)
-            q_buf.write(layer, q)
-            return lake.query(q_buf)
-
-        tokens, positions, rows = (torch.tensor(x, dtype=torch.int64, device=lake.pool.device)
-                                   for x in (tokens, positions, rows))
-        logits = self.model.forward(tokens, positions, attend, rows)
-        return self.sampler.sample(logits, [(run.request.id, len(run.request.tokens))
-                                            for run in runs if run.samples])
-
-    def verify(self, requests: list[Request], progress) -> dict[int, float]:
-        """Recomputes finished requests without a cache, one per rank and round: the gap of each in
-        logits (Llama.score_gap). After a signal, of those done by then."""
-        gaps, size = {}, self.cluster.size
-        for start in range(0, len(requests), size):
-            for r in requests[start:start + size][self.cluster.rank:][:1]:
-                gaps[r.id] = self.model.score_gap(self.sampler, r.tokens, r.num_prompt, r.id)
-            progress(min(size, len(requests) - start))
-            if any(stop for (stop,) in self.cluster.gather([self.stop])):
-                break
-        return {id: gap for part in self.cluster.share(gaps) for id, gap in part.items()}
