@@ -37,7 +37,6 @@ CV_WINDOW = 32  # iterations
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
 
-
 # Fields of a trace: what they must be, in code and in words.
 TIME = lambda x: type(x) in (int, float) and 0 <= x < 2**53, "a number of ms from 0 up"
 LENGTH = lambda x: type(x) is int and 0 < x < 2**53, "a positive integer"
@@ -86,7 +85,7 @@ class Line:
     def record(self, cached_tokens: int) -> dict:
         """Its line of requests.jsonl."""
         times, num_prompt = self.times, self.request.num_prompt
-        first, *gaps = [round((b - a) / 1e6, 3) for a, b in zip(times, times[1:])]
+        first, *gaps = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
         return dict(request_id=self.index, status="completed", arrival_s=times[0] / 1e9,
                     input_length=num_prompt, cached_tokens=cached_tokens,
                     output_ids=self.request.tokens[num_prompt:], ttft_ms=first,
@@ -166,9 +165,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     def add(name, kind, metavar, help, default=None):
         plain(name, type=partial(parse, *kind), metavar=metavar, help=help, default=default)
 
-    def fail(message):
-        raise InputError(message.removeprefix("argument "))
-
     path = Path, lambda x: x != Path(), "a path"
     count = int, lambda x: 0 < x < 2**48, "a positive integer"
     seed = int, lambda x: 0 <= x < 2**63, "a seed from 0"
@@ -178,7 +174,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     wait = float, lambda x: 1 <= x < 1e9, "a number from 1"
     parser = argparse.ArgumentParser(
         prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
-    parser.error, plain = fail, parser.add_argument
+    parser.error = lambda message: require(False, message.removeprefix("argument "))
+    plain = parser.add_argument
     add("--trace", path, "FILE", "JSON lines; default: a multi-turn demo")
     add("--num-requests", count, "K", "serve the first K lines (demo: 48)")
     add("--seed", seed, "N", "of the weights, the demo, a trace's tokens, and sampling", 0)
@@ -387,6 +384,7 @@ p90 {p90_tpot_ms:,.0f}  p99 {p99_tpot_ms:,.0f}
        moved  queries and partial results {query_mb:,.1f} MB, new KV {put_mb:,.1f} MB \
 ({puts_local:.1%} was computed where it lives)
     pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
+VERIFIED = "\n    verified  {verified}/{completed} "
 EXACT = "equal recomputation without a cache, token for token"
 CLOSE = "within rounding of recomputation without a cache; largest gap {max_logit_gap:.1e} logits"
 
@@ -395,8 +393,7 @@ def table(s: dict) -> str:
     """The report that ends a run, from its summary. What was not measured is a dash."""
     form, reads = REPORT, s["cache_reads"]
     if s["verified"] is not None:
-        how = EXACT if s["max_logit_gap"] == 0 else CLOSE
-        form += "\n    verified  {verified}/{completed} " + how
+        form += VERIFIED + (EXACT if s["max_logit_gap"] == 0 else CLOSE)
     values = {key: math.nan if value is None else value for key, value in s.items()}
     text = form.format(shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
                        window=CV_WINDOW, query_mb=s["query_bytes"] / 1e6,
