@@ -26,6 +26,7 @@ Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim �
 
 import math
 import os
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,6 +47,15 @@ def ranges(starts, counts):
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     ends = np.cumsum(counts)
     return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+
+
+def cut(lengths, size: int):
+    """Cuts each length into pieces of at most `size`: [n] → of each piece the length that it is
+    of, its offset in it, and its own length: 3 × [pieces]."""
+    counts = -(-lengths // size)
+    of = np.repeat(np.arange(len(lengths)), counts)
+    offset = ranges(np.zeros_like(counts), counts) * size
+    return of, offset, np.minimum(lengths[of] - offset, size)
 
 
 class Work:
@@ -72,58 +82,43 @@ class Work:
         self.lanes = max(16, 1 << (longest - 1).bit_length(), 1 << (group - 1).bit_length())
 
         # Spans → tiles, runs → blocks; a block reads its run's tiles.
-        per_span = -(-span_length // TILE)
-        span = np.repeat(np.arange(len(per_span)), per_span)
-        start = ranges(np.zeros_like(per_span), per_span) * TILE
-        tiles = np.stack((span_first[span] + start, np.minimum(span_length[span] - start, TILE),
-                          span_position[span] + start), 1)
+        span, offset, length = cut(span_length, TILE)
+        tiles = np.stack((span_first[span] + offset, length, span_position[span] + offset), 1)
         last_tile = np.cumsum(np.bincount(span_run[span], minlength=len(rows)))
-        first_tile = np.concatenate(([0], last_tile[:-1]))[:len(rows)]
-
-        height = self.lanes // group
-        per_run = -(-rows // height)
-        run = np.repeat(np.arange(len(rows)), per_run)
-        start = ranges(np.zeros_like(per_run), per_run) * height
+        first_tile = np.concatenate(([0], last_tile))[:len(rows)]
+        run, offset, height = cut(rows, self.lanes // group)
         partial = np.cumsum(rows) - rows
-        blocks = np.stack((first[run] + start, np.minimum(rows[run] - start, height),
-                           partial[run] + start, position[run] + start,
-                           first_tile[run], last_tile[run]), 1)
+        blocks = np.stack((first[run] + offset, height, partial[run] + offset,
+                           position[run] + offset, first_tile[run], last_tile[run]), 1)
         self._host = blocks, tiles
         self.blocks, self.tiles = (
             torch.from_numpy(x).to(self.device, non_blocking=True) for x in (blocks, tiles))
-        self._padded = None
 
-    def padded(self):
+    @cached_property
+    def padded(self) -> list:
         """The same work as gathers for PyTorch: blocks of like size padded to one shape, so that
         a batch of them is one matmul; blocks without keys are in none. Per batch: query rows
         [b, m], partial rows [b, m] (P for padding), row positions [b, m], slab rows [b, n], their
         positions [b, n] (NEVER for padding)."""
-        if self._padded is None:
-            self._padded = []
-            blocks, tiles = self._host
-            kv_before = np.concatenate(([0], np.cumsum(tiles[:, 1])))
-            kv_rows = ranges(tiles[:, 0], tiles[:, 1])
-            kv_positions = ranges(tiles[:, 2], tiles[:, 1])
-            length = kv_before[blocks[:, 5]] - kv_before[blocks[:, 4]]
-            alike = {}
-            for i, (m, n) in enumerate(zip(blocks[:, 1].tolist(), length.tolist())):
-                if n:
-                    alike.setdefault(((m - 1).bit_length(), (n - 1).bit_length()), []).append(i)
-            for chosen in (group[i:i + 64] for _, group in sorted(alike.items())
-                           for i in range(0, len(group), 64)):  # bounds what a batch copies
-                block, n = blocks[chosen], length[chosen]
-                row = np.arange(block[:, 1].max())
-                inside = row < block[:, 1:2]
-                column = np.arange(n.max())
-                valid = column < n[:, None]
-                source = np.where(valid, kv_before[block[:, 4]][:, None] + column, 0)
-                batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
-                         np.where(inside, block[:, 2:3] + row, self.num_partials),
-                         block[:, 3:4] + row,
-                         np.where(valid, kv_rows[source], 0),
-                         np.where(valid, kv_positions[source], NEVER))
-                self._padded.append([torch.from_numpy(x).to(self.device) for x in batch])
-        return self._padded
+        (blocks, tiles), batches, alike = self._host, [], {}
+        kv_before = np.concatenate(([0], np.cumsum(tiles[:, 1])))
+        kv_rows, kv_positions = (ranges(tiles[:, i], tiles[:, 1]) for i in (0, 2))
+        length = kv_before[blocks[:, 5]] - kv_before[blocks[:, 4]]
+        for i, (m, n) in enumerate(zip(blocks[:, 1].tolist(), length.tolist())):
+            if n:
+                alike.setdefault(((m - 1).bit_length(), (n - 1).bit_length()), []).append(i)
+        for chosen in (group[i:i + 64] for _, group in sorted(alike.items())
+                       for i in range(0, len(group), 64)):  # bounds what a batch copies
+            block, n = blocks[chosen], length[chosen]
+            row, column = np.arange(block[:, 1].max()), np.arange(n.max())
+            inside, valid = row < block[:, 1:2], column < n[:, None]
+            source = np.where(valid, kv_before[block[:, 4]][:, None] + column, 0)
+            batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
+                     np.where(inside, block[:, 2:3] + row, self.num_partials), block[:, 3:4] + row,
+                     np.where(valid, kv_rows[source], 0),
+                     np.where(valid, kv_positions[source], NEVER))
+            batches.append([torch.from_numpy(x).to(self.device) for x in batch])
+        return batches
 
 
 def use_triton(x, backend: str) -> bool:
@@ -147,7 +142,7 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
     # One row more than asked for: padding is written there.
     o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
     lse = torch.full((work.num_partials + 1, H), -math.inf, dtype=wide, device=q.device)
-    for rows, partials, positions, kv_rows, kv_positions in work.padded():
+    for rows, partials, positions, kv_rows, kv_positions in work.padded:
         b, m = rows.shape
         query = q[rows].view(b, m, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).to(wide)
         query = query.reshape(b, Hkv, -1, D)  # [b, Hkv, G·m, D]
@@ -176,8 +171,7 @@ def merge(o, lse, parts, backend: str = "auto"):
         return _merge_triton(o, lse, parts)
     rows, num_parts = parts.shape
     if not o.shape[0] or not num_parts:
-        return (o.new_zeros(rows, *o.shape[1:]),
-                lse.new_full((rows, lse.shape[1]), -math.inf))
+        return o.new_zeros(rows, *o.shape[1:]), lse.new_full((rows, lse.shape[1]), -math.inf)
     index = parts.clamp(min=0).long()
     part = lse[index].masked_fill((parts < 0)[:, :, None], -math.inf)  # [rows, max_parts, H]
     top = part.amax(1, keepdim=True)
@@ -284,8 +278,8 @@ def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, items
 
 def _partial_attention_triton(q, k, v, work, scale):
     (_, H, D), Hkv = q.shape, k.shape[1]
-    o = torch.empty(work.num_partials, H, D, dtype=torch.float32, device=q.device)
-    lse = torch.empty(work.num_partials, H, dtype=torch.float32, device=q.device)
+    o, lse = (torch.empty(work.num_partials, *shape, dtype=torch.float32, device=q.device)
+              for shape in ((H, D), (H,)))
     if work.num_partials:
         _partial_attention_kernel[len(work.blocks), Hkv](
             q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
@@ -294,8 +288,7 @@ def _partial_attention_triton(q, k, v, work, scale):
 
 
 def _merge_triton(o, lse, parts):
-    rows, num_parts = parts.shape
-    H, D = o.shape[1:]
+    (rows, num_parts), (_, H, D) = parts.shape, o.shape
     out, out_lse = o.new_empty(rows, H, D), lse.new_empty(rows, H)
     if rows:
         _merge_kernel[rows,](o.contiguous(), lse.contiguous(), parts.contiguous(), out, out_lse,

@@ -29,9 +29,19 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+# Keys of config.json that change what is computed: the one value each may have, and has if absent
+# (but the model_type is to be there).
+SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
+                 quantization_config=None, sliding_window=None, partial_rotary_factor=1)
+
 
 class ModelError(ValueError):
     """A model folder that cannot be used: one line that names the file and the key or tensor."""
+
+
+def require(ok, file: Path, message: str):
+    if not ok:
+        raise ModelError(f"{file}: {message}")
 
 
 @dataclass(frozen=True)
@@ -73,62 +83,47 @@ def load_config(folder: Path) -> Config:
                          ) from None
     except ValueError as error:
         raise ModelError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{file}: a JSON object is expected")
 
     def get(key, kind, default=None, source=raw):
         value = source.get(key)
         value = default if value is None else value
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
-            wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}
-            raise ModelError(f"{file}: {key} is {value!r}; {wanted.get(kind, 'a string')} expected")
+        wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+        require(type(value) is kind and (kind not in (int, float) or 0 < value < math.inf), file,
+                f"{key} is {value!r}; {wanted.get(kind, 'a string')} expected")
         return value
 
-    def require(key, value, only):
-        if value != only:
-            raise ModelError(f"{file}: {key} {value!r} is not supported (only {only!r} is)")
-
-    require("model_type", raw.get("model_type"), "llama")
-    require("hidden_act", raw.get("hidden_act", "silu"), "silu")
-    require("attention_bias", raw.get("attention_bias", False), False)
-    require("mlp_bias", raw.get("mlp_bias", False), False)
-    require("quantization_config", raw.get("quantization_config"), None)
-    require("sliding_window", raw.get("sliding_window"), None)
-
+    require(isinstance(raw, dict), file, "a JSON object is expected")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{file}: rope parameters are {rope!r}; an object is expected")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ModelError(f"{file}: rope_type {rope_type!r} is not supported (default, llama3 are)")
-    require("partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1)
-    scaling = None
+    require(isinstance(rope, dict), file, f"rope parameters are {rope!r}; an object is expected")
+    settings = {"model_type": None} | raw | rope
+    for key, only in SUPPORTED.items():
+        value = settings.get(key, only)
+        require(value == only, file, f"{key} {value!r} is not supported (only {only!r} is)")
+    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    require(rope_type in ("default", "llama3"), file,
+            f"rope_type {rope_type!r} is not supported (default, llama3 are)")
     if rope_type == "llama3":
         scaling = tuple(get(key, float, source=rope) for key in (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        if scaling[1] >= scaling[2]:
-            raise ModelError(f"{file}: low_freq_factor must be less than high_freq_factor")
-    theta = get("rope_theta", float, 10_000.0, source={**raw, **rope})
-
+        require(scaling[1] < scaling[2], file, "low_freq_factor must be less than high_freq_factor")
     hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
     kv_heads = get("num_key_value_heads", int, heads)
-    if heads % kv_heads:
-        raise ModelError(f"{file}: num_attention_heads {heads} is not a multiple of "
-                         f"num_key_value_heads {kv_heads}")
+    require(heads % kv_heads == 0, file,
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = get("head_dim", int, hidden // heads)
-    if head_dim % 2:
-        raise ModelError(f"{file}: head_dim {head_dim} is odd; RoPE rotates pairs")
+    require(head_dim % 2 == 0, file, f"head_dim {head_dim} is odd; RoPE rotates pairs")
     eos = raw.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if any(type(token) is not int or token < 0 for token in eos):
-        raise ModelError(f"{file}: eos_token_id is {eos!r}; null, token ids or one are expected")
+    require(all(type(token) is int and token >= 0 for token in eos), file,
+            f"eos_token_id is {eos!r}; null, token ids or one are expected")
     return Config(
         vocab_size=get("vocab_size", int), hidden_size=hidden,
         intermediate_size=get("intermediate_size", int), num_layers=get("num_hidden_layers", int),
         num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=theta, rope_scaling=scaling,
+        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_scaling=scaling,
+        rope_theta=get("rope_theta", float, 10_000.0, source=settings),
         tie_word_embeddings=get("tie_word_embeddings", bool, False),
         max_positions=get("max_position_embeddings", int, 2048), eos_token_ids=tuple(eos),
         dtype=get("dtype", str, raw.get("torch_dtype") or "float32"))
@@ -136,24 +131,18 @@ def load_config(folder: Path) -> Config:
 
 def tensor_shapes(config: Config) -> dict[str, tuple]:
     """Every weight by its Hugging Face name. Linear weights are [out, in]."""
-    c, shapes = config, {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    for layer in range(c.num_layers):
-        at = f"model.layers.{layer}."
-        shapes |= {
-            at + "input_layernorm.weight": (c.hidden_size,),
-            at + "self_attn.q_proj.weight": (c.num_heads * c.head_dim, c.hidden_size),
-            at + "self_attn.k_proj.weight": (c.num_kv_heads * c.head_dim, c.hidden_size),
-            at + "self_attn.v_proj.weight": (c.num_kv_heads * c.head_dim, c.hidden_size),
-            at + "self_attn.o_proj.weight": (c.hidden_size, c.num_heads * c.head_dim),
-            at + "post_attention_layernorm.weight": (c.hidden_size,),
-            at + "mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
-            at + "mlp.up_proj.weight": (c.intermediate_size, c.hidden_size),
-            at + "mlp.down_proj.weight": (c.hidden_size, c.intermediate_size),
-        }
-    shapes["model.norm.weight"] = (c.hidden_size,)
-    if not c.tie_word_embeddings:
-        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
-    return shapes
+    c, hidden, ffn = config, config.hidden_size, config.intermediate_size
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = {"input_layernorm": (hidden,), "self_attn.q_proj": (q, hidden),
+             "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+             "self_attn.o_proj": (hidden, q), "post_attention_layernorm": (hidden,),
+             "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
+             "mlp.down_proj": (hidden, ffn)}
+    layers = {f"model.layers.{i}.{name}.weight": shape
+              for i in range(c.num_layers) for name, shape in layer.items()}
+    head = {} if c.tie_word_embeddings else {"lm_head.weight": (c.vocab_size, hidden)}
+    return {"model.embed_tokens.weight": (c.vocab_size, hidden), **layers,
+            "model.norm.weight": (hidden,), **head}
 
 
 def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
@@ -161,8 +150,7 @@ def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.
 
     Queries and keys get three times the usual scale: attention is then peaky, so a token depends
     on single far positions and a lost or doubled segment shows in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
+    generator, weights = torch.Generator().manual_seed(seed), {}
     for name, shape in tensor_shapes(config).items():
         scale = 3.0 if "q_proj" in name or "k_proj" in name else 1.0
         weight = torch.ones(shape) if len(shape) == 1 else torch.randn(
@@ -183,28 +171,26 @@ def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
         for name in files:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ModelError(f"{index}: names the file {name!r}, which is outside the folder")
+            require(isinstance(name, str) and Path(name).name == name, index,
+                    f"names the file {name!r}, which is outside the folder")
     shapes, weights = tensor_shapes(config), {}
     for name in files:
         file = folder / name
-        if not file.is_file():
-            raise ModelError(f"{file}: no such file")
+        require(file.is_file(), file, "no such file")
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     if key in shapes:
                         found = tuple(tensors.get_slice(key).get_shape())
-                        if found != shapes[key]:
-                            raise ModelError(f"{file}: {key} has the shape {found}, "
-                                             f"config.json makes it {shapes[key]}")
+                        require(found == shapes[key], file, f"{key} has the shape {found}, "
+                                f"config.json makes it {shapes[key]}")
                         weights[key] = tensors.get_tensor(key).to(device, dtype)
-                    elif key != "lm_head.weight" and not key.endswith("rotary_emb.inv_freq"):
-                        raise ModelError(f"{file}: {key} is not a tensor of a Llama")
+                    else:
+                        require(key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"),
+                                file, f"{key} is not a tensor of a Llama")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: damaged or not a safetensors file ({error})") from None
-    missing = [name for name in shapes if name not in weights]
-    if missing:
+    if missing := [name for name in shapes if name not in weights]:
         raise ModelError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)")
     return weights
 
@@ -252,7 +238,7 @@ class Llama:
 
         `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
         layer, also when T is 0: a rank without rows still holds cache that others read."""
-        c, w, T = self.config, self.weights, tokens.shape[0]
+        c, w = self.config, self.weights
         angle = positions[:, None].float() * self.frequency  # [T, D/2]
         cos, sin = (f(angle).to(self.dtype)[:, None] for f in (torch.cos, torch.sin))
 
@@ -264,15 +250,13 @@ class Llama:
         for layer in range(c.num_layers):
             at = f"model.layers.{layer}."
             h = self.norm(x, at + "input_layernorm.weight")
-            q = F.linear(h, w[at + "self_attn.q_proj.weight"]).view(T, c.num_heads, c.head_dim)
-            k = F.linear(h, w[at + "self_attn.k_proj.weight"]).view(T, c.num_kv_heads, c.head_dim)
-            v = F.linear(h, w[at + "self_attn.v_proj.weight"]).view(T, c.num_kv_heads, c.head_dim)
-            out = attend(layer, rope(q), rope(k), v).reshape(T, c.num_heads * c.head_dim)
+            q, k, v = (F.linear(h, w[f"{at}self_attn.{name}_proj.weight"])
+                       .unflatten(-1, (-1, c.head_dim)) for name in "qkv")
+            out = attend(layer, rope(q), rope(k), v).flatten(1)
             x = x + F.linear(out, w[at + "self_attn.o_proj.weight"])
             h = self.norm(x, at + "post_attention_layernorm.weight")
-            gate = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"]))
-            x = x + F.linear(gate * F.linear(h, w[at + "mlp.up_proj.weight"]),
-                             w[at + "mlp.down_proj.weight"])
+            gate, up = (F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+            x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
         return F.linear(self.norm(x if rows is None else x[rows], "model.norm.weight"), self.head)
 
     def forward_alone(self, tokens: list[int], rows=None):

@@ -68,14 +68,11 @@ class Cluster:
     ever sent."""
 
     def __init__(self, timeout: float = 300.0):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.store = None
-        self.iteration = 0
-        self.timeout = timedelta(seconds=timeout)
-        self._announced = None
+        self.rank, self.size, self.local_rank, self.local_size = (
+            int(os.environ.get(name, default)) for name, default in (
+                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        self.timeout, self.iteration = timedelta(seconds=timeout), 0
+        self.store = self._announced = None
         if self.size > 1:
             dist.init_process_group("gloo", timeout=self.timeout)
             self.store = dist.distributed_c10d._get_default_store()
@@ -103,9 +100,8 @@ class Cluster:
 
     def share(self, thing) -> list:
         """Every rank's `thing` (picklable), by rank. Slow; for set-up and reports."""
-        things = [thing]
+        things = [thing] * self.size
         if self.size > 1:
-            things = [None] * self.size
             self.guard(dist.all_gather_object, things, thing)
         return things
 
@@ -113,12 +109,12 @@ class Cluster:
         """`step(*arguments)` on every rank. What one rank cannot do, none goes on with: raises
         SetupError with the words of the lowest rank that failed, on all; but a rank's own error
         that is no ValueError, and so no user's mistake, as it is."""
-        result = error = problem = None
+        result = problem = None
         try:
             result = step(*arguments)
         except Exception as caught:
-            problem, error = caught, str(caught) or repr(caught)
-        said = [e for e in self.share(error) if e is not None]
+            problem = caught
+        said = [e for e in self.share(problem and (str(problem) or repr(problem))) if e]
         if problem and not isinstance(problem, ValueError):
             raise problem
         if said:
@@ -160,16 +156,13 @@ class Cluster:
         if self._announced is None:
             return
         said, self._announced = self._announced(), None
-        faults = [rank for rank, (*_, fault) in enumerate(said) if fault]
-        if faults:
-            raise LakeError(f"iteration {self.iteration}: planning failed on rank "
-                            + ", ".join(map(str, faults)))
-        odd = [rank for rank, words in enumerate(said) if words[:2] != said[0][:2]]
-        if odd:
-            raise LakeError(f"iteration {self.iteration}: the plan of rank "
-                            f"{', '.join(map(str, odd))} differs from that of rank 0")
+        at = f"iteration {self.iteration}: "
+        if faults := [str(rank) for rank, (*_, fault) in enumerate(said) if fault]:
+            raise LakeError(f"{at}planning failed on rank {', '.join(faults)}")
+        if odd := [str(rank) for rank, words in enumerate(said) if words[:2] != said[0][:2]]:
+            raise LakeError(f"{at}the plan of rank {', '.join(odd)} differs from that of rank 0")
         if any(stop for *_, stop, _ in said):
-            raise Stopped(f"iteration {self.iteration}: stopped by a signal")
+            raise Stopped(at + "stopped by a signal")
 
     def guard(self, collective, *arguments, **options):
         """Calls a collective, or waits for one. If it fails, a rank was lost: the error says which
@@ -182,9 +175,8 @@ class Cluster:
             try:
                 self.store.set_timeout(timedelta(seconds=5))
                 at = [int(self.store.get(f"iteration/{rank}")) for rank in range(self.size)]
-                behind = [rank for rank, iteration in enumerate(at) if iteration < max(at)]
-                who = f"behind: rank {', '.join(map(str, behind))}" if behind else (
-                    "all had begun it")
+                behind = [str(rank) for rank, iteration in enumerate(at) if iteration < max(at)]
+                who = f"behind: rank {', '.join(behind)}" if behind else "all had begun it"
             except RuntimeError:
                 who = "nobody knows which"
             raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}"

@@ -34,43 +34,46 @@ from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
 
 BLOCK = 512  # tokens per hash id of a trace
 CV_WINDOW = 32  # iterations
-KINDS = ("mean", "median", "p90", "p99")  # of latencies
 # A served token passes --verify if its score is this close to the best: rounding, not choice.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
-
 
 # Fields of a trace: what they must be, in code and in words.
 TIME = lambda x: type(x) in (int, float) and 0 <= x < 2**53, "a number of ms from 0 up"
 LENGTH = lambda x: type(x) is int and 0 < x < 2**53, "a positive integer"
 IDS = (lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < 2**63 for i in x),
        "a list of integers from 0 up")
+TEXT = lambda x: type(x) is str, "a string"
+SESSION = lambda x: x is None or type(x) in (str, int), "a string or an integer"
 
 
 class InputError(ValueError):
     """A user's mistake: one line, exit status 2."""
 
 
+def require(ok, message: str):
+    if not ok:
+        raise InputError(message)
+
+
 # ── the trace ─────────────────────────────────────────────────────────────────────────────────
 
 @dataclass
 class Line:
-    """A request of a trace, lengths scaled, and what became of it. Times in ns of rank 0's clock
-    since the start."""
+    """A request of a trace, lengths scaled, and what became of it."""
 
     index: int  # request id: which request of the trace, from 0
     where: str  # file:line
     timestamp: float  # ms
-    input_length: int  # with everything before it in the session; an upper bound until it is sent
+    total: int  # prompt (with all before it in the session: an upper bound until sent) and answer
     output_length: int
     input_ids: list[int] | None
     hash_ids: list[int] | None
     salt: str
     think: float  # ms
     previous: "Line | None" = field(repr=False)  # of the session
-    request: Request | None = None
-    arrival: int = 0
-    token_times: list[int] = field(default_factory=list)
+    request: Request | None = None  # from its arrival on
+    times: list[int] = field(default_factory=list)  # of arrival and tokens: rank 0's ns since start
 
     def prompt(self, vocab: int, block: int, seed: int) -> list[int]:
         """A hash id's block of tokens comes from a generator seeded by (seed, id)."""
@@ -78,16 +81,15 @@ class Line:
             return (self.previous.request.tokens if self.previous else []) + self.input_ids
         blocks = [np.random.default_rng((seed, id)).integers(vocab, size=block)
                   for id in self.hash_ids]
-        return np.concatenate(blocks)[:self.input_length].tolist()
+        return np.concatenate(blocks)[:self.total - self.output_length].tolist()
 
     def record(self, cached_tokens: int) -> dict:
         """Its line of requests.jsonl."""
-        times, request = self.token_times, self.request
-        gaps = [round((b - a) / 1e6, 3) for a, b in zip(times, times[1:])]
-        return dict(request_id=self.index, status="completed", arrival_s=self.arrival / 1e9,
-                    input_length=request.num_prompt, cached_tokens=cached_tokens,
-                    output_ids=request.tokens[request.num_prompt:],
-                    ttft_ms=round((times[0] - self.arrival) / 1e6, 3),
+        times, num_prompt = self.times, self.request.num_prompt
+        first, *gaps = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
+        return dict(request_id=self.index, status="completed", arrival_s=times[0] / 1e9,
+                    input_length=num_prompt, cached_tokens=cached_tokens,
+                    output_ids=self.request.tokens[num_prompt:], ttft_ms=first,
                     tpot_ms=round(sum(gaps) / len(gaps), 3) if gaps else None,
                     itl_ms=gaps, finished_s=times[-1] / 1e9)
 
@@ -95,55 +97,45 @@ class Line:
 def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> list[Line]:
     """The first `limit` requests of a trace, checked. `source` yields its lines, bytes or text."""
     lines, sessions = [], {}
-    numbered = ((number, text) for number, text in enumerate(source, 1) if text.strip())
-    for number, text in islice(numbered, limit):
-        where = f"{name}:{number}"
+    numbered = ((f"{name}:{number}", text) for number, text in enumerate(source, 1) if text.strip())
+    for where, text in islice(numbered, limit):
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError):
             raise InputError(f"{where}: not JSON; one object per line is expected") from None
-        if not isinstance(raw, dict):
-            raise InputError(f"{where}: a JSON object is expected")
+        require(isinstance(raw, dict), f"{where}: a JSON object is expected")
 
-        def check(key, ok, expected, default=None):
+        def get(key, ok, expected, default=None):
             value = raw.get(key, default)
             if not ok(value):
                 found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
                 raise InputError(f"{where}: {key} {found}; {expected} is expected")
             return value
 
-        session = check("session_id", lambda x: x is None or type(x) in (str, int),
-                        "a string or an integer")
+        session = get("session_id", *SESSION)
         previous = sessions.get(session)
-        input_ids = hash_ids = None
         if "input_ids" in raw:
-            if "hash_ids" in raw or "input_length" in raw:
-                raise InputError(f"{where}: input_ids stands in place of input_length and hash_ids;"
-                                 " one or the other is expected")
-            if scale > 1:
-                raise InputError(f"{where}: input_ids cannot be scaled; drop --trace-scale")
-            input_ids = check("input_ids", *IDS)
-            total = len(input_ids)
-            if previous:
-                total += previous.input_length + previous.output_length
+            require(not raw.keys() & {"hash_ids", "input_length"}, f"{where}: input_ids stands in "
+                    "place of input_length and hash_ids; one or the other is expected")
+            require(scale == 1, f"{where}: input_ids cannot be scaled; drop --trace-scale")
+            input_ids, hash_ids = get("input_ids", *IDS), None
+            length = len(input_ids) + (previous.total if previous else 0)
         else:
-            total, hash_ids = check("input_length", *LENGTH), check("hash_ids", *IDS)
-            if len(hash_ids) != -(-total // BLOCK):
-                raise InputError(f"{where}: hash_ids lists {len(hash_ids)} blocks; input_length "
-                                 f"{total} makes {-(-total // BLOCK)} of {BLOCK} tokens")
-            total = -(-total // scale)
-        line = Line(len(lines), where, check("timestamp", *TIME), total,
-                    -(-check("output_length", *LENGTH) // scale), input_ids, hash_ids,
-                    check("salt", lambda x: isinstance(x, str), "a string", ""),
-                    check("think_ms", *TIME, 0), previous)
-        if lines and line.timestamp < lines[-1].timestamp:
-            raise InputError(f"{where}: timestamp {line.timestamp} is before the previous line's "
-                             f"{lines[-1].timestamp}; lines in order of time are expected")
+            length, input_ids, hash_ids = get("input_length", *LENGTH), None, get("hash_ids", *IDS)
+            blocks = -(-length // BLOCK)
+            require(len(hash_ids) == blocks, f"{where}: hash_ids lists {len(hash_ids)} blocks; "
+                    f"input_length {length} makes {blocks} of {BLOCK} tokens")
+            length = -(-length // scale)
+        timestamp, output = get("timestamp", *TIME), -(-get("output_length", *LENGTH) // scale)
+        line = Line(len(lines), where, timestamp, length + output, output, input_ids, hash_ids,
+                    get("salt", *TEXT, ""), get("think_ms", *TIME, 0), previous)
+        last = lines[-1].timestamp if lines else 0
+        require(timestamp >= last, f"{where}: timestamp {timestamp} is before the previous line's "
+                f"{last}; lines in order of time are expected")
         if session is not None:
             sessions[session] = line
         lines.append(line)
-    if not lines:
-        raise InputError(f"{name}: is empty; one JSON object per line is expected")
+    require(lines, f"{name}: is empty; one JSON object per line is expected")
     return lines
 
 
@@ -165,62 +157,60 @@ def demo_trace(num_requests: int, vocab: int, seed: int):
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises InputError naming the option."""
 
-    def checked(kind, ok, expected):
-        def parse(text):
-            with contextlib.suppress(ValueError):
-                if ok(value := kind(text)):
-                    return value
-            raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
-        return parse
+    def parse(kind, ok, expected, text):
+        with contextlib.suppress(ValueError):
+            if ok(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
 
-    def fail(message):
-        raise InputError(message.removeprefix("argument "))
+    def add(name, kind, metavar, help, default=None):
+        plain(name, type=partial(parse, *kind), metavar=metavar, help=help, default=default)
 
-    count = checked(int, lambda x: 0 < x < 2**48, "a positive integer")
-    path = checked(Path, lambda x: x != Path(), "a path")
+    path = Path, lambda x: x != Path(), "a path"
+    count = int, lambda x: 0 < x < 2**48, "a positive integer"
+    seed = int, lambda x: 0 <= x < 2**63, "a seed from 0"
+    divisor = int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"
+    heat = float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"
+    speed = float, lambda x: x >= 1e-6, "a positive number"
+    factor = float, lambda x: 0 <= x <= 1e6, "a number from 0"
+    tokens = int, lambda x: 0 <= x < 2**48, "a number of tokens from 0"
+    wait = float, lambda x: 1 <= x < 1e9, "a number from 1"
     parser = argparse.ArgumentParser(
         prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
-    parser.error = fail
-    add = parser.add_argument
-    add("--trace", type=path, metavar="FILE", help="JSON lines; default: a multi-turn demo")
-    add("--num-requests", type=count, metavar="K", help="serve the first K lines (demo: 48)")
-    add("--seed", type=checked(int, lambda x: 0 <= x < 2**63, "a seed from 0"), default=0,
-        metavar="N", help="of the weights, the demo, a trace's tokens, and sampling")
-    add("--trace-scale", type=checked(int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"),
-        metavar="F", help="divide the trace's lengths and its 512-token block by F")
-    add("--model", type=path, metavar="DIR", help="Hugging Face folder of a Llama")
-    add("--random-weights", action="store_true", help="with --model: read config.json alone")
-    add("--dtype", choices=DTYPES, help="default: float32; on a GPU what --model says")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
-    add("--temperature", default=0.0, metavar="T", help="0 (the default) is greedy",
-        type=checked(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"))
-    add("--stop-at-eos", action="store_true", help="the model's end token ends a request early")
-    add("--segment-tokens", type=count, metavar="C", help="default: 16; --model on a GPU: 512")
-    add("--slots", type=count, metavar="S",
-        help="segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
-    add("--placement", choices=("stripe", "hash"), default="stripe",
-        help="homes of segments: one after another along a prefix (default), or by hash")
-    add("--replicate-factor", type=checked(float, lambda x: 0 <= x <= 1e6, "a number from 0"),
-        default=3.0, metavar="c", help="replicate c·N·ln N hot segments (default 3; 0: none)")
-    add("--pull-tokens", type=checked(int, lambda x: 0 <= x < 2**48, "a number from 0"),
-        default=16_384, metavar="T", help="KV an instance may pull per iteration (default 16384)")
-    add("--chunk-tokens", type=count, metavar="T",
-        help="prompt rows per instance and iteration; default: 4 segments")
-    add("--max-batch", type=count, default=32, metavar="R",
-        help="running requests in the whole lake (default 32)")
-    add("--scheduler", choices=("auto", "even"), default="auto", help="auto is even, the only one")
-    add("--speed", type=checked(float, lambda x: x >= 1e-6, "a positive number"), metavar="X",
-        default=1.0, help="arrivals and think times X times faster; inf: all at once")
-    add("--timeout", type=checked(float, lambda x: 1 <= x < 1e9, "a number from 1"), default=300.0,
-        metavar="SECONDS", help="after which a silent rank is given up (default 300)")
-    add("--verify", action=argparse.BooleanOptionalAction,
-        help="recompute every answer without a cache; default: for the demo on its own model")
-    add("--output", type=path, metavar="DIR", help="write requests.jsonl and summary.json")
+    parser.error = lambda message: require(False, message.removeprefix("argument "))
+    plain = parser.add_argument
+    add("--trace", path, "FILE", "JSON lines; default: a multi-turn demo")
+    add("--num-requests", count, "K", "serve the first K lines (demo: 48)")
+    add("--seed", seed, "N", "of the weights, the demo, a trace's tokens, and sampling", 0)
+    add("--trace-scale", divisor, "F", "divide the trace's lengths and its 512-token block by F")
+    add("--model", path, "DIR", "Hugging Face folder of a Llama")
+    plain("--random-weights", action="store_true", help="with --model: read config.json alone")
+    plain("--dtype", choices=DTYPES, help="default: float32; on a GPU what --model says")
+    plain("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    add("--temperature", heat, "T", "0 (the default) is greedy", 0.0)
+    plain("--stop-at-eos", action="store_true", help="the model's end token ends a request early")
+    add("--segment-tokens", count, "C", "default: 16; --model on a GPU: 512")
+    add("--slots", count, "S",
+        "segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
+    plain("--placement", choices=("stripe", "hash"), default="stripe",
+          help="homes of segments: one after another along a prefix (default), or by hash")
+    add("--replicate-factor", factor, "c", "replicate c·N·ln N hot segments (default 3; 0: none)",
+        3.0)
+    add("--pull-tokens", tokens, "T", "KV that an instance pulls per iteration (default 16384)",
+        16_384)
+    add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
+    add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
+    plain("--scheduler", choices=("auto", "even"), default="auto",
+          help="auto is even, the only one")
+    add("--speed", speed, "X", "arrivals and think times X times faster; inf: all at once", 1.0)
+    add("--timeout", wait, "SECONDS", "after which a silent rank is given up (default 300)", 300.0)
+    plain("--verify", action=argparse.BooleanOptionalAction,
+          help="recompute every answer without a cache; default: for the demo on its own model")
+    add("--output", path, "DIR", "write requests.jsonl and summary.json")
     options = parser.parse_args(arguments)
-    if options.random_weights and not options.model:
-        raise InputError("--random-weights needs --model DIR (the built-in model is random)")
-    if options.trace_scale and not options.trace:
-        raise InputError("--trace-scale needs --trace FILE")
+    require(options.model or not options.random_weights,
+            "--random-weights needs --model DIR (the built-in model is random)")
+    require(options.trace or not options.trace_scale, "--trace-scale needs --trace FILE")
     if options.verify is None:
         options.verify = not (options.trace or options.model)
     return options
@@ -230,55 +220,47 @@ def prepare(options, cluster: Cluster, device, memory: int):
     """Reads and checks all that the user gave → (lines, LakeConfig, Llama). memory: bytes available
     on a device, the least over the ranks. Raises InputError or ModelError."""
     for name in ("requests.jsonl", "summary.json") if options.output else ():
-        if os.path.exists(options.output / name):
-            raise InputError(f"--output {options.output}: already holds {name}; a new folder is "
-                             "expected")
+        require(not os.path.exists(options.output / name),
+                f"--output {options.output}: already holds {name}; a new folder is expected")
     config = load_config(options.model) if options.model else Config()
-    if options.trace:
-        try:
-            with open(options.trace, "rb") as file:
-                lines = read_trace(file, str(options.trace), options.trace_scale or 1,
-                                   options.num_requests)
-        except OSError as error:
-            raise InputError(f"--trace {options.trace}: {error.strerror}") from None
-    else:
-        demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
-        lines = read_trace(demo, "demo")
-    if options.stop_at_eos and not config.eos_token_ids:
-        raise InputError("--stop-at-eos: the model's config.json has no eos_token_id")
+    demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
+    try:
+        with open(options.trace, "rb") if options.trace else contextlib.closing(demo) as source:
+            lines = read_trace(source, str(options.trace or "demo"), options.trace_scale or 1,
+                               options.num_requests)
+    except OSError as error:
+        raise InputError(f"--trace {options.trace}: {error.strerror}") from None
+    require(config.eos_token_ids or not options.stop_at_eos,
+            "--stop-at-eos: the model's config.json has no eos_token_id")
     real = options.model and device.type == "cuda"
     name = options.dtype or (config.dtype if real else "float32")
-    if name not in DTYPES:
-        raise InputError(f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
+    require(name in DTYPES, f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
     dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
-    sharing = cluster.ranks_per_device(device)
+    require(C <= config.max_positions, f"--segment-tokens {C}: no more than the model's "
+            f"{config.max_positions} positions is expected")
     lake = LakeConfig(C, 0, options.placement, options.replicate_factor, options.pull_tokens,
                       options.chunk_tokens or 4 * C, options.max_batch)
     bytes_of = partial(Pool.bytes_needed, config, C, lake.staging(cluster.size), dtype)
-    slots, room = options.slots, memory // sharing  # of the ranks that share a device
-    if C > config.max_positions:
-        raise InputError(f"--segment-tokens {C}: no more than the model's {config.max_positions} "
-                         "positions is expected")
+    sharing, slots = cluster.ranks_per_device(device), options.slots
+    room = memory // sharing
     if slots is None:  # half of what is there is left for weights and activations
         slots = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
         slots = slots if device.type == "cuda" else min(slots, -(-32_768 // C))
-    if bytes_of(slots) > room:
-        raise InputError(
+    require(bytes_of(slots) <= room,
             f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
             f"{sharing} ranks need {sharing * bytes_of(slots):,} bytes on {device}, "
             f"{memory:,} are there")
     for line in lines:
-        if (highest := max(line.input_ids or [0])) >= config.vocab_size:
-            raise InputError(f"{line.where}: input_ids has the token {highest}; ids below the "
-                             f"vocabulary's {config.vocab_size} are expected")
-    line = max(lines, key=lambda line: line.input_length + line.output_length)
-    total = line.input_length + line.output_length
-    if total > config.max_positions:
-        raise InputError(f"{line.where}: prompt and answer are {total} tokens, the model has "
-                         f"{config.max_positions} positions (--trace-scale makes a trace smaller)")
-    if (needed := -(-(total - 1) // C)) > slots * cluster.size:
-        raise InputError(f"{line.where}: the request needs {needed} segments, the pool has "
-                         f"{slots * cluster.size}; more --slots are expected")
+        highest = max(line.input_ids or [0])
+        require(highest < config.vocab_size, f"{line.where}: input_ids has the token {highest}; "
+                f"ids below the vocabulary's {config.vocab_size} are expected")
+    line = max(lines, key=lambda line: line.total)
+    require(line.total <= config.max_positions,
+            f"{line.where}: prompt and answer are {line.total} tokens, the model has "
+            f"{config.max_positions} positions (--trace-scale makes a trace smaller)")
+    needed, there = -(-(line.total - 1) // C), slots * cluster.size
+    require(needed <= there, f"{line.where}: the request needs {needed} segments, the pool has "
+            f"{there}; more --slots are expected")
     made = options.random_weights or not options.model
     weights = (random_weights(config, options.seed, dtype, device) if made
                else load_weights(options.model, config, dtype, device))
@@ -286,9 +268,9 @@ def prepare(options, cluster: Cluster, device, memory: int):
 
 
 def open_output(folder: Path | None, cluster: Cluster):
-    """requests.jsonl, new, on rank 0; None elsewhere or without a folder."""
+    """requests.jsonl, new, on rank 0; elsewhere or without a folder what is written is dropped."""
     if folder is None or cluster.rank:
-        return None
+        return open(os.devnull, "w")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return open(folder / "requests.jsonl", "x")
@@ -418,20 +400,19 @@ class Server:
         while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
             arrival, index = heapq.heappop(self.arrivals)
             line = self.lines[index]
+            line.times.append(arrival)
             prompt = line.prompt(vocab, BLOCK // (options.trace_scale or 1), options.seed)
-            line.arrival = arrival
             line.request = Request(index, prompt, len(prompt) + line.output_length, line.salt)
             self.scheduler.add(line.request)
         pause = self.arrivals[0][0] - self.engine.clock if self.arrivals else 0
         tokens, finished = self.engine.step(pause / 1e9)
         for index in tokens:
-            self.lines[index].token_times.append(self.engine.clock)
+            self.lines[index].times.append(self.engine.clock)
         return [self._finish(request) for request in finished]
 
     def _finish(self, request: Request) -> dict:
-        line = self.lines[request.id]
-        record = line.record(self.scheduler.counters.cached_tokens[request.id])
-        self.records[request.id] = record
+        cached_tokens = self.scheduler.counters.cached_tokens[request.id]
+        record = self.records[request.id] = self.lines[request.id].record(cached_tokens)
         if following := self.next_turn.get(request.id):
             think = int(following.think * 1e6 / self.options.speed)
             self._expect(following, self.engine.clock + think)
@@ -451,74 +432,71 @@ def variation(reads: list[np.ndarray]) -> float | None:
 
 def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None) -> dict:
     """summary.json: names as in vLLM's and SGLang's serving benchmarks, then ours. Collective."""
-    moved = [sum(column) for column in zip(*server.cluster.share(
-        list(server.lake.pool.bytes.values())))]
-    records, balancer = list(server.records.values()), server.lake.balancer
-    seconds = server.engine.clock / 1e9 - min((r["arrival_s"] for r in records), default=0.0)
-    inputs = sum(r["input_length"] for r in records)
+    engine, lake, counters = server.engine, server.lake, server.scheduler.counters
+    ranks, records = server.cluster.share(lake.pool.bytes), list(server.records.values())
+    inputs, cached = (sum(r[key] for r in records) for key in ("input_length", "cached_tokens"))
     outputs = sum(len(r["output_ids"]) for r in records)
+    seconds = engine.clock / 1e9 - min((r["arrival_s"] for r in records), default=0.0)
+    measured = seconds if records else None  # no throughput of nothing
+
+    def ratio(part, whole):
+        return part / whole if whole else None
+
     s = dict(completed=len(records), duration=seconds, total_input_tokens=inputs,
-             total_output_tokens=outputs)
-    s |= {name: amount / seconds if records else None for name, amount in (
-        ("request_throughput", len(records)), ("output_throughput", outputs),
-        ("total_token_throughput", inputs + outputs))}
+             total_output_tokens=outputs, request_throughput=ratio(len(records), measured),
+             output_throughput=ratio(outputs, measured),
+             total_token_throughput=ratio(inputs + outputs, measured))
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         values = [v for r in records for v in np.atleast_1d(r[name]) if v is not None]
         found = [np.mean(values), *np.percentile(values, (50, 90, 99))] if values else [None] * 4
-        s |= {f"{kind}_{name}": value for kind, value in zip(KINDS, found)}
-    counters = vars(server.scheduler.counters).copy()
-    cached, puts, local, decodes, decodes_local = (counters.pop(key) for key in (
-        "cached_tokens", "puts", "puts_local", "decode_puts", "decode_puts_local"))
-    return s | counters | dict(
-        hit_rate=sum(cached[id] for id in server.records) / inputs if inputs else None,
-        cache_load_cv=variation(server.engine.reads), query_bytes=moved[0], put_bytes=moved[1],
-        replica_bytes=moved[2], pull_bytes=moved[3], puts_local=local / puts if puts else None,
-        decode_puts_local=decodes_local / decodes if decodes else None,
-        cache_reads=sum(server.engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
+        s |= dict(zip((f"mean_{name}", f"median_{name}", f"p90_{name}", f"p99_{name}"), found))
+    s |= {f"{kind}_bytes": sum(bytes[kind] for bytes in ranks) for kind in lake.pool.bytes}
+    gap = max(gaps.values(), key=lambda gap: (math.isnan(gap), gap)) if gaps else math.nan
+    return s | dict(
+        computed_tokens=counters.computed_tokens, recomputed_tokens=counters.recomputed_tokens,
+        preemptions=counters.preemptions, evictions=lake.balancer.evictions,
+        hit_rate=ratio(cached, inputs), cache_load_cv=variation(engine.reads),
+        puts_local=ratio(counters.puts_local, counters.puts),
+        decode_puts_local=ratio(counters.decode_puts_local, counters.decode_puts),
+        cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
-        evictions=balancer.evictions, replicas_max=int(bool(balancer.tree.segments)),
-        iterations=server.engine.iterations, idle_fraction=None, error=error,
-        verified=None if gaps is None else len(gaps) - len(wrong),
-        max_logit_gap=None if not gaps or any(map(math.isnan, gaps.values())) else max(
-            gaps.values()),
+        replicas_max=int(bool(lake.balancer.tree.segments)), iterations=engine.iterations,
+        idle_fraction=None, error=error, verified=None if gaps is None else len(gaps) - len(wrong),
+        max_logit_gap=None if math.isnan(gap) else gap,
         config={k: v if v is None or isinstance(v, int) else str(v)
-                for k, v in vars(server.options).items()} | vars(server.lake.config) | dict(
+                for k, v in vars(server.options).items()} | vars(lake.config) | dict(
             ranks=server.cluster.size, torch=torch.__version__, device=str(server.model.device),
             dtype=str(server.model.dtype).removeprefix("torch.")))
 
 
+REPORT = """\
+    requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
+    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens
+    computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for \
+({recomputed_tokens:,} again, after preemption)
+  cache load  {shares} of reads per instance; CV within {window} iterations {cache_load_cv:.2f}
+     TTFT ms  mean {mean_ttft_ms:,.0f}  median {median_ttft_ms:,.0f}  \
+p90 {p90_ttft_ms:,.0f}  p99 {p99_ttft_ms:,.0f}
+     TPOT ms  mean {mean_tpot_ms:,.0f}  median {median_tpot_ms:,.0f}  \
+p90 {p90_tpot_ms:,.0f}  p99 {p99_tpot_ms:,.0f}
+       moved  queries and partial results {query_mb:,.1f} MB, new KV {put_mb:,.1f} MB \
+({puts_local:.1%} was computed where it lives)
+    pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
+VERIFIED = "\n    verified  {verified}/{completed} "
+EXACT = "equal recomputation without a cache, token for token"
+CLOSE = "within rounding of recomputation without a cache; largest gap {max_logit_gap:.1e} logits"
+
+
 def table(s: dict) -> str:
-    """The report that ends a run, from its summary."""
-
-    def show(value, form):
-        return "–" if value is None else format(value, form)
-
-    def times(name):
-        return "  ".join(f"{kind} {show(s[f'{kind}_{name}_ms'], ',.0f')}" for kind in KINDS)
-
-    reads = s["cache_reads"]
-    lines = {
-        "requests": f"{s['completed']} in {s['duration']:.1f} s, "
-                    f"{show(s['output_throughput'], ',.0f')} output tokens/s",
-        "hit rate": f"{show(s['hit_rate'], '.1%')} of {s['total_input_tokens']:,} prompt tokens",
-        "computed": f"{s['computed_tokens']:,} of {s['asked_tokens']:,} tokens asked for "
-                    f"({s['recomputed_tokens']:,} again, after preemption)",
-        "cache load": "  ".join(f"{read / max(1, sum(reads)):.1%}" for read in reads)
-                      + " of reads per instance; CV within "
-                      f"{CV_WINDOW} iterations {show(s['cache_load_cv'], '.2f')}",
-        "TTFT ms": times("ttft"),
-        "TPOT ms": times("tpot"),
-        "moved": f"queries and partial results {s['query_bytes'] / 1e6:,.1f} MB, "
-                 f"new KV {s['put_bytes'] / 1e6:,.1f} MB "
-                 f"({show(s['puts_local'], '.1%')} was computed where it lives)",
-        "pressure": f"{s['evictions']:,} evictions, {s['preemptions']:,} preemptions",
-    }
+    """The report that ends a run, from its summary. What was not measured is a dash."""
+    form, reads = REPORT, s["cache_reads"]
     if s["verified"] is not None:
-        how = ("equal recomputation without a cache, token for token" if s["max_logit_gap"] == 0
-               else "within rounding of recomputation without a cache; largest gap "
-                    f"{show(s['max_logit_gap'], '.1e')} logits")
-        lines["verified"] = f"{s['verified']}/{s['completed']} {how}"
-    return "\n".join(f"{name:>12}  {text}" for name, text in lines.items())
+        form += VERIFIED + (EXACT if s["max_logit_gap"] == 0 else CLOSE)
+    values = {key: math.nan if value is None else value for key, value in s.items()}
+    text = form.format(shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
+                       window=CV_WINDOW, query_mb=s["query_bytes"] / 1e6,
+                       put_mb=s["put_bytes"] / 1e6, **values)
+    return text.replace("nan%", "–").replace("nan", "–")
 
 
 # ── the program ───────────────────────────────────────────────────────────────────────────────
@@ -532,43 +510,41 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     cluster = Cluster(timeout)
     if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
-    status, error = 1, None
+    error = None
     try:
         options = cluster.together(parse_options, arguments)
         device, memory = cluster.together(cluster.find_device, options.device)
         lines, lake, model = cluster.together(prepare, options, cluster, device,
                                               min(cluster.share(memory)))
-        text = repr((vars(options), lines, lake, model.fingerprint()))
-        cluster.together(cluster.same, text, "options, another trace or another model")
+        cluster.together(cluster.same, repr((vars(options), lines, lake, model.fingerprint())),
+                         "options, another trace or another model")
         server = Server(options, cluster, lines, lake, model)
         error = serve(server, cluster.together(open_output, options.output, cluster), on_iteration)
-        status = int(error is not None)
     except (SetupError, LakeError) as problem:
-        status, error = 2 if isinstance(problem, SetupError) else 1, problem
+        error = problem
     finally:
         if error and cluster.speaks():
             print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
         cluster.close()
-    return status
+    return 2 if isinstance(error, SetupError) else int(error is not None)
 
 
 def serve(server: Server, file, on_iteration) -> str | None:
     """Serves, verifies and reports; returns what is wrong with the result. Finished records go to
-    `file`, where there is one; `on_iteration(server, finished records)` follows each iteration."""
+    `file`; `on_iteration(server, finished records)` follows each iteration."""
     first = server.cluster.rank == 0
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
     error, gaps, wrong = None, None, []
-    with file or contextlib.nullcontext(), tqdm(
-            total=len(server.lines), unit="request", leave=False, disable=not first) as bar:
+    with file, tqdm(total=len(server.lines), unit="request", leave=False,
+                    disable=not first) as bar:
         try:
             server.engine.start()
             while server.arrivals or server.scheduler.waiting or server.scheduler.running:
                 finished = server.step()
                 for record in finished:
                     bar.update()
-                    if file:
-                        print(json.dumps(record), file=file, flush=True)
+                    print(json.dumps(record), file=file, flush=True)
                 on_iteration(server, finished)
         except Stopped as stopped:
             error = f"{stopped}; {len(server.records)} of {len(server.lines)} are finished"
@@ -578,7 +554,7 @@ def serve(server: Server, file, on_iteration) -> str | None:
             gaps = server.engine.verify(
                 [server.lines[index].request for index in sorted(server.records)], bar.update)
             limit = TOLERANCE[server.model.dtype]
-            wrong = [index for index, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is
+            wrong = sorted(index for index, gap in gaps.items() if not gap <= limit)  # NaN is
             if wrong:
                 error = f"request {wrong[0]} differs from recomputation without a cache"
             elif len(gaps) < len(server.records):
@@ -586,7 +562,7 @@ def serve(server: Server, file, on_iteration) -> str | None:
     summary = summarise(server, gaps, wrong, error)
     if first:
         print(table(summary), flush=True)
-        if file:
+        if server.options.output:
             text = json.dumps(summary, indent=1, default=str)
             (server.options.output / "summary.json").write_text(text + "\n")
     return error
