@@ -15,6 +15,7 @@ import heapq
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -174,6 +175,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     speed = float, lambda x: x >= 1e-6, "a positive number"
     factor = float, lambda x: 0 <= x <= 1e6, "a number from 0"
     tokens = int, lambda x: 0 <= x < 2**48, "a number of tokens from 0"
+    slo = float, lambda x: 0 < x < 1e9, "a positive number of ms"
+    policy = (str, lambda x: re.fullmatch(r"auto|even|dp|pd:[1-9]\d{0,3}x[1-9]\d{0,3}", x),
+              "auto, even, dp or pd:PxD")
     wait = float, lambda x: 1 <= x < 1e9, "a number from 1"
     parser = argparse.ArgumentParser(
         prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
@@ -200,8 +204,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         16_384)
     add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
-    plain("--scheduler", choices=("auto", "even"), default="auto",
-          help="auto is even, the only one")
+    add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), the paper's dynamic "
+        "program, or P instances for prompts and D for decodes", "auto")
+    add("--tbt-slo-ms", slo, "MS", "fewer prompt rows where that keeps time between tokens below")
     add("--speed", speed, "X", "arrivals and think times X times faster; inf: all at once", 1.0)
     add("--timeout", wait, "SECONDS", "after which a silent rank is given up (default 300)", 300.0)
     plain("--verify", action=argparse.BooleanOptionalAction,
@@ -232,6 +237,9 @@ def prepare(options, cluster: Cluster, device, memory: int):
         raise InputError(f"--trace {options.trace}: {error.strerror}") from None
     require(config.eos_token_ids or not options.stop_at_eos,
             "--stop-at-eos: the model's config.json has no eos_token_id")
+    kinds = [int(n) for n in re.findall(r"\d+", options.scheduler)] or [cluster.size]
+    require(sum(kinds) == cluster.size, f"--scheduler {options.scheduler}: {sum(kinds)} instances, "
+            f"there are {cluster.size}; as many are expected")
     real = options.model and device.type == "cuda"
     name = options.dtype or (config.dtype if real else "float32")
     require(name in DTYPES, f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
@@ -293,6 +301,7 @@ class Engine:
         self.iterations = 0
         self.stop = False  # set by a signal; travels with the next digest
         self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
+        self.busy = np.zeros(2)  # time of the iterations by the model: mean over instances, longest
 
     def start(self):
         """Starts the clock when every rank is here."""
@@ -314,20 +323,29 @@ class Engine:
                 cluster.confirm()
             raise
         cluster.announce(plan_digest(self.iterations, query_plan, transfer_plan), self.stop)
-        samples, tokens = self.scheduler.samples(query_plan), []
+        samples, tokens = [[] for _ in lake.instances], []
+        for run, instance in zip(query_plan.runs, query_plan.instance.tolist()):
+            if run.samples:
+                samples[instance].append(run)
         if not query_plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif lake.pool:
             tokens = self._compute(batches, groups, query_plan, transfer_plan)
         cluster.confirm()
-        padding = [0] * (max(map(len, samples)) - len(tokens))
-        said = cluster.gather([time.monotonic_ns() - self.started, *tokens, *padding])
-        self.clock = said[0][0]
+        padding, model = [0] * (max(map(len, samples)) - len(tokens)), self.scheduler.model
+        said = cluster.gather([time.monotonic_ns() - self.started, *model.coefficients, *tokens,
+                               *padding])
+        before, self.clock, model.coefficients = self.clock, said[0][0], said[0][1:5]
         if query_plan.runs:
             self.iterations += 1
             self.reads.append(query_plan.reads)
+            features = lake.features(query_plan, transfer_plan)
+            times = model.time(*features.T)
+            self.busy += np.array((times.mean(), times.max()))
+            if cluster.rank == 0:
+                model.measured(features, (self.clock - before) / 1e9)
         sampled = {run.request.id: token for rank, runs in zip(lake.instances, samples)
-                   for run, token in zip(runs, said[rank][1:])}
+                   for run, token in zip(runs, said[rank][5:])}
         return sampled, self.scheduler.update(query_plan, sampled)
 
     def _compute(self, batches, groups, query_plan, transfer_plan) -> list[int]:
@@ -378,8 +396,9 @@ class Server:
         self.options, self.cluster, self.lines, self.model = options, cluster, lines, model
         self.lake = TokenLake(list(range(cluster.size)), model.config, lake_config, cluster,
                               model.dtype, model.device)
-        self.scheduler = Scheduler(self.lake,
-                                   model.config.eos_token_ids if options.stop_at_eos else ())
+        self.scheduler = Scheduler(
+            self.lake, model.config.eos_token_ids if options.stop_at_eos else (),
+            options.scheduler, options.tbt_slo_ms)
         self.engine = Engine(cluster, self.lake, self.scheduler, model,
                              Sampler(options.temperature, options.seed))
         self.records: dict[int, dict] = {}  # of finished requests, by request id
@@ -411,7 +430,7 @@ class Server:
         return [self._finish(request) for request in finished]
 
     def _finish(self, request: Request) -> dict:
-        cached_tokens = self.scheduler.counters.cached_tokens[request.id]
+        cached_tokens = self.scheduler.cached_tokens[request.id]
         record = self.records[request.id] = self.lines[request.id].record(cached_tokens)
         if following := self.next_turn.get(request.id):
             think = int(following.think * 1e6 / self.options.speed)
@@ -453,15 +472,15 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
     s |= {f"{kind}_bytes": sum(bytes[kind] for bytes in ranks) for kind in lake.pool.bytes}
     gap = max(gaps.values(), key=lambda gap: (math.isnan(gap), gap)) if gaps else math.nan
     return s | dict(
-        computed_tokens=counters.computed_tokens, recomputed_tokens=counters.recomputed_tokens,
-        preemptions=counters.preemptions, evictions=lake.balancer.evictions,
+        **{key: counters[key] for key in ("computed_tokens", "recomputed_tokens", "preemptions")},
+        evictions=lake.balancer.evictions,
         hit_rate=ratio(cached, inputs), cache_load_cv=variation(engine.reads),
-        puts_local=ratio(counters.puts_local, counters.puts),
-        decode_puts_local=ratio(counters.decode_puts_local, counters.decode_puts),
+        puts_local=ratio(counters["puts_local"], counters["puts"]),
+        decode_puts_local=ratio(counters["decode_puts_local"], counters["decode_puts"]),
         cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
         replicas_max=int(bool(lake.balancer.tree.segments)), iterations=engine.iterations,
-        idle_fraction=None, error=error, verified=None if gaps is None else len(gaps) - len(wrong),
+        idle_fraction=ratio(engine.busy[1] - engine.busy[0], engine.busy[1]), error=error, verified=None if gaps is None else len(gaps) - len(wrong),
         max_logit_gap=None if math.isnan(gap) else gap,
         config={k: v if v is None or isinstance(v, int) else str(v)
                 for k, v in vars(server.options).items()} | vars(lake.config) | dict(

@@ -1002,7 +1002,7 @@ def test_matching_is_the_cheapest():
 def test_stripe_spreads_a_long_prefix():
     """Consecutive segments live on consecutive instances; with hash, where their hash says."""
     for placement, even in (("stripe", True), ("hash", False)):
-        bal = Balancer(Geometry(4, 100, 4), placement)
+        bal = Balancer(4, 100, 4, placement)
         request = Request(0, tokens(160, 0), 170)
         bal.admit(request, bal.match(request))
         bal.reserve(request, 160, [0] * 4, [0] * 4, 1000)
@@ -1013,7 +1013,7 @@ def test_stripe_spreads_a_long_prefix():
 
 def test_free_slots_anywhere_come_before_eviction():
     """At home first, then where the most are free."""
-    bal = Balancer(Geometry(3, 4, 2))
+    bal = Balancer(3, 4, 2)
     del bal.free[0][:2]
     assert [bal._allocate(1) // 4 for _ in range(10)] == [1] * 4 + [2, 2, 0, 2, 0, 2]
     assert bal._allocate(1) is None and bal.evictions == 0
@@ -1024,7 +1024,7 @@ def prepared(bal, id, prompt, output=10, publish=True):
     request = Request(id, prompt, len(prompt) + output)
     bal.admit(request, bal.match(request))
     if rows := len(prompt) - request.done:
-        N = bal.geometry.num_instances
+        N = bal.num_instances
         assert bal.reserve(request, rows, [0] * N, bal.open_tails([]), 1000)
         if publish:
             bal.commit(request, rows)
@@ -1034,7 +1034,7 @@ def prepared(bal, id, prompt, output=10, publish=True):
 def test_other_children_go_where_their_hash_says():
     """A first child lives after its parent; the second where its id says; and when the children
     are evicted, the next is a first child again."""
-    bal = Balancer(Geometry(5, 40, 4))
+    bal = Balancer(5, 40, 4)
     stem = tokens(4, 0)
     prepared(bal, 0, stem)
     parent = next(iter(bal.tree.segments.values()))
@@ -1047,7 +1047,7 @@ def test_other_children_go_where_their_hash_says():
     assert homes[0][0] == 1 and all(home == hashed for home, hashed in homes[1:])
     assert any(hashed != 1 for _, hashed in homes[1:])
     while parent.children:
-        bal._free(bal.tree.evict().slot)
+        bal._free(bal.tree.evict())
     request = prepared(bal, 9, stem + tokens(4, 9))
     assert (int(request.table[1]) // 40 - parent.slot // 40) % 5 == 1
 
@@ -1071,7 +1071,7 @@ def test_admission_counts_what_is_promised_and_what_would_be_pinned():
         scheduler.add(Request(id, tokens(24, id), 25))
     batches, _ = scheduler.schedule()
     assert [r.id for r in scheduler.running] == [0] and sum(run.rows for run in batches[0]) == 4
-    bal = Balancer(Geometry(1, 10, 4))
+    bal = Balancer(1, 10, 4)
     stem = tokens(24, 0)
     bal.release(prepared(bal, 0, stem))
     prepared(bal, 1, tokens(8, 7))  # pins two more: two are free
@@ -1233,7 +1233,7 @@ def count_duplicates(rank, seen):
 def test_no_parent_is_evicted_before_its_child():
     """Paths of random requests through a small pool, evicted one by one: always a leaf."""
     rng = random.Random(0)
-    bal, evicted = Balancer(Geometry(2, 40, 2)), 0
+    bal, evicted = Balancer(2, 40, 2), 0
     for id in range(300):
         stem = tokens(2 * rng.randint(1, 8), rng.randint(0, 3))
         request = Request(id, stem + tokens(rng.randint(1, 9), id), 60)
@@ -1253,7 +1253,7 @@ def test_no_parent_is_evicted_before_its_child():
 
 def test_what_a_plan_reads_is_never_evicted():
     """A pool filled by two running requests: the third gets no slot, and theirs stay."""
-    bal = Balancer(Geometry(2, 4, 4))
+    bal = Balancer(2, 4, 4)
     first, second, third = (Request(i, tokens(16, i), 40) for i in range(3))
     for request in (first, second):
         bal.admit(request, bal.match(request))

@@ -21,14 +21,15 @@ Notation: N instances · C tokens per segment · T rows · H query heads · Hkv 
 """
 
 import hashlib
-from bisect import insort
-from dataclasses import dataclass, field
-from itertools import islice
+from bisect import bisect_left, insort
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, islice
 from operator import attrgetter
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, nnls
 
 from balancer import Balancer, PrefixTree, Request, Run
 from kernels import ranges
@@ -36,8 +37,9 @@ from pool import (KINDS, Cluster, KVBuffer, LakeError, Moves, Pool, QueryBuffer,
                   TransferPlan)
 
 PUT, REPLICA, PULL = range(len(KINDS))
-EXCHANGE_BYTES = 3_000_000  # what crosses in the 10 µs that an exchange takes anyway, at 300 GB/s
-FLOPS, BANDWIDTH = 312e12, 2.04e12  # of one instance, 1/s and B/s: an A100's, in bf16
+FLOPS, BANDWIDTH, LINK = 312e12, 2.04e12, 300e9  # of an instance, 1/s and B/s: an A100's in bf16
+EXCHANGE_BYTES = 3_000_000  # what crosses a link in the 10 µs that an exchange takes anyway
+NEVER = 1 << 60  # ps
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,9 @@ class LakeConfig:
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances: int) -> int:
-        """Slab rows for KV that lives elsewhere: at most what an instance computes, which is its
-        share of prompt rows, its share of decode rows, and one segment (Balancer.reserve). A lake
-        of one has no elsewhere."""
-        decodes = -(-self.max_batch // num_instances)
-        return (self.chunk_tokens + decodes + self.segment_tokens) * (num_instances > 1)
+        """Slab rows for KV that lives elsewhere: at most what an instance computes, which is a
+        chunk of prompt rows, to a segment, and all decodes. A lake of one has no elsewhere."""
+        return (self.chunk_tokens + self.max_batch + self.segment_tokens) * (num_instances > 1)
 
 
 class TokenLake:
@@ -79,6 +79,7 @@ class TokenLake:
                                  config.replicate_factor)
         self.pool = self.index = None
         self.exchange_bytes = EXCHANGE_BYTES
+        self.weight_bytes = model.num_linear_parameters * dtype.itemsize
         # Rows from which on attention to a token costs more than reading it.
         self.ridge = max(1, round(FLOPS / BANDWIDTH * model.num_kv_heads / heads))
         groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
@@ -276,6 +277,16 @@ class TokenLake:
                                 moves, N)
         return plan, transfer, groups
 
+    def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
+        """[N, 3] what each instance does in an iteration: rows it computes, rows × tokens it
+        attends to, bytes it sends or receives, the larger."""
+        N, layers = len(self.instances), self.model.num_layers
+        rows = np.bincount(query_plan.instance, query_plan.rows, N).astype(np.int64)
+        kv = transfer_plan.moves.moved(N) + query_plan.pulls.moved(N)
+        sent = query_plan.shipped() * self.query_bytes + kv * self.kv_bytes
+        sent = layers * np.maximum(sent.sum(0), sent.sum(1))
+        return np.stack((rows, query_plan.pairs, sent), 1)
+
     # ── data plane ────────────────────────────────────────────────────────────────────────────
 
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
@@ -331,28 +342,83 @@ def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPl
     return digest.digest()
 
 
-@dataclass
-class Counters:
-    """What the control plane did, in rows, tokens and events."""
+def dynamic_program(time, R: int, N: int, slo: int | None = None):
+    """Batches of R requests and their DoPs on N instances (§6.2): over all ways to cut the
+    sequence, the least sum of (requests in the batch) · (its time), every time at most `slo`:
 
-    computed_tokens: int = 0
-    recomputed_tokens: int = 0  # rows that this request had computed before (preemption)
-    preemptions: int = 0
-    decode_puts: int = 0
-    decode_puts_local: int = 0
-    puts: int = 0
-    puts_local: int = 0
-    cached_tokens: dict[int, int] = field(default_factory=dict)  # request → at first admission
+        f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
+
+    time(i, dop) → [i] integer times of the batches j..i, j < i; NEVER forbids one. Returns
+    [(j, i, dop)], or None if nothing is allowed. N·R² steps, R·N of them in Python."""
+    best, choice = np.full((R + 1, N + 1), NEVER), np.zeros((R + 1, N + 1, 2), np.int64)
+    best[0] = 0
+    for i in range(1, R + 1):
+        for dop in range(1, N + 1):
+            t = time(i, dop)
+            allowed = (t < NEVER) & (t <= (slo or NEVER))
+            cost = np.where(allowed, t, 0) * np.arange(i, 0, -1)
+            total = np.where(allowed[:, None], best[:i, :N + 1 - dop] + cost[:, None], NEVER)
+            j, value = total.argmin(0), total.min(0)
+            better = np.flatnonzero(value < best[i, dop:])
+            best[i, dop + better] = value[better]
+            choice[i, dop + better, 0], choice[i, dop + better, 1] = j[better], dop
+    out, i, k = [], R, N
+    while i and best[R, N] < NEVER:
+        j, dop = choice[i, k].tolist()
+        out, i, k = [(j, i, dop), *out], j, k - dop
+    return None if i else out
+
+
+class TimeModel:
+    """The time of a group (§6.2), in ps: a + b·rows + c·rows·context + e·bytes sent, per instance.
+
+    Integers, so that ranks agree: a roofline at first, then what rank 0 fits and broadcasts."""
+
+    def __init__(self, lake: "TokenLake"):
+        m, self.samples = lake.model, []
+        self.bytes_per_row = m.num_layers * lake.kv_bytes
+        seconds = (lake.weight_bytes / BANDWIDTH, 2 * m.num_linear_parameters / FLOPS,
+                   4 * m.num_layers * m.num_heads * m.head_dim / FLOPS, 1 / LINK)
+        self.coefficients = [round(x * 1e12) for x in seconds]
+
+    def time(self, rows, pairs, sent):
+        """ps, for numbers or arrays of integers."""
+        a, b, c, e = self.coefficients
+        return a + b * rows + c * pairs + e * sent
+
+    def split(self, rows, pairs, dop):
+        """ps of rows split evenly over `dop` instances: fresh KV goes to half of the siblings."""
+        sent = rows * self.bytes_per_row * (dop - 1) // 2
+        return self.time(*(-(-x // dop) for x in (rows, pairs, sent)))
+
+    def measured(self, features, seconds: float):
+        """One iteration: [N, 3] rows, pairs and bytes by instance. In lock-step the slowest counts.
+        Every 32, a least squares fit of the last 256 without negative terms."""
+        slowest = features[np.argmax(self.time(*features.T))]
+        self.samples = [*self.samples[-255:], (1, *slowest.tolist(), seconds)]
+        if len(self.samples) % 32 == 0:
+            table = np.array(self.samples)
+            scale = table.max(0)[:4] + (table.max(0)[:4] == 0)
+            fitted = nnls(table[:, :4] / scale, table[:, 4])[0] / scale
+            self.coefficients = [round(x * 1e12) for x in fitted]
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, evenly split over the lake (§6, first part)."""
+    """Continuous batching with chunked prefill (§6), stateless: it keeps queues, not places.
 
-    def __init__(self, lake: TokenLake, eos: tuple = ()):
-        self.lake, self.balancer, self.eos = lake, lake.balancer, eos
+    policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
+    dynamic program over batches and DoPs; `pd:PxD` keeps P instances for prompts and D for decodes;
+    `auto` is `even`, which wins in lock-step (bench/). tbt_slo: ms between tokens, kept by fewer
+    prompt rows where that is possible at all."""
+
+    def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
+        self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
+        self.slo = tbt_slo and int(tbt_slo * 1e9)  # ps
+        self.model = TimeModel(lake)
         self.waiting: list[Request] = []  # by arrival: a preempted one is older than who waits
         self.running: list[Request] = []  # by admission, the youngest last
-        self.counters = Counters()
+        self.counters = Counter()
+        self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
         self._arrived = 0
 
     def add(self, request: Request):
@@ -380,7 +446,7 @@ class Scheduler:
                 break
             balancer.admit(request, matched)
             promised += grows(request)
-            self.counters.cached_tokens.setdefault(request.id, request.done)
+            self.cached_tokens.setdefault(request.id, request.done)
             self.waiting.remove(request)
             self.running.append(request)
 
@@ -388,40 +454,75 @@ class Scheduler:
         """The youngest starts over: what it published stays, and it will hit it."""
         request = self.running.pop()
         self.balancer.release(request)
-        self.counters.preemptions += 1
+        self.counters["preemptions"] += 1
         self.add(request)
 
+    def _groups(self, budget: int):
+        """Requests that run together, with `budget` prompt rows per instance that has any, as
+        ([(request, rows)], DoP) each, and the time of the slowest (ps)."""
+        N, slo = len(self.lake.instances), self.slo
+        decodes = [(r, 1) for r in self.running if r.remaining == 1]
+        pd = [int(x) for x in self.policy[3:].split("x")] if self.policy[:3] == "pd:" else None
+        left = budget * (pd[0] if pd else N - bool(decodes) if self.policy == "dp" and N > 1 else N)
+        prompts = []
+        for request in self.running:
+            if request.remaining > 1 and left > 0:
+                prompts.append((request, min(request.remaining, left)))
+                left -= prompts[-1][1]
+        groups = [(decodes + prompts, N)]
+        if pd:
+            groups = [(prompts, pd[0]), (decodes, pd[1])]
+        if self.policy == "dp":
+            items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
+            size = np.array([(n, n * (2 * r.done + n) // 2) for r, n in items]).reshape(-1, 2)
+            upto = np.concatenate(([[0, 0]], np.cumsum(size, 0)))
+
+            def time(i, dop):
+                rows, pairs = (upto[i] - upto[:i]).T
+                mixed = (np.arange(i) < len(decodes)) & (i > len(decodes))
+                wide = (dop > 1) if i <= len(decodes) else rows > dop * self.lake.config.chunk_tokens
+                return np.where(mixed | wide, NEVER, self.model.split(rows, pairs, dop))
+
+            cuts = dynamic_program(time, len(items), N, slo) or dynamic_program(time, len(items), N)
+            groups = [(items[j:i], dop) for j, i, dop in cuts] if cuts else groups
+        times = [self.model.split(sum(n for _, n in items),
+                                  sum(n * (2 * r.done + n) // 2 for r, n in items), dop)
+                 for items, dop in groups if items]
+        return groups, max(times, default=0)
+
     def schedule(self) -> tuple[list[list[Run]], list[int]]:
-        """Batches for the next iteration and their DoPs: one batch of DoP 1 per instance, of the
-        rows that live there. Slots are reserved; when all are pinned, the youngest is preempted."""
+        """Batches for the next iteration and their DoPs. Slots are reserved; when all are pinned,
+        the youngest is preempted. With the even split there is a batch per instance, of the rows
+        that live there."""
         self._admit()
         config, N = self.lake.config, len(self.lake.instances)
-        budget, rows = N * config.chunk_tokens, {}
-        for request in self.running:
-            rows[request.id] = 1 if request.remaining == 1 else min(request.remaining, budget)
-            budget -= rows[request.id] if request.remaining > 1 else 0
+        budget = config.chunk_tokens
+        groups, time = self._groups(budget)
+        if self.slo and time > self.slo and any(r.remaining == 1 for r in self.running):
+            # The most prompt rows that keep the SLO; if none does, it is dropped (§6.2).
+            fewer = bisect_left(range(budget), True,
+                                key=lambda n: self._groups(n)[1] > self.slo) - 1
+            groups = self._groups(fewer)[0] if fewer >= 0 else groups
+        even = len(groups) == 1 and groups[0][1] == N
+        rows = {request.id: n for items, _ in groups for request, n in items}
         planned, tails = [0] * N, self.balancer.open_tails(self.running)
-        most = -(-sum(rows.values()) // N) + config.segment_tokens
-        batches = [[] for _ in range(N)]
-        index = 0
+        most = -(-sum(rows.values()) // N) + config.segment_tokens if even else sum(rows.values())
+        reserved, index = {}, 0
         while index < len(self.running):
             request = self.running[index]
-            runs = self.balancer.reserve(request, rows[request.id], planned, tails, most)
+            runs = self.balancer.reserve(request, rows.get(request.id, 0), planned, tails, most)
             if runs is None:
-                self._preempt()  # never one that is in the batches already: those are older
+                self._preempt()  # never one whose rows are reserved: those are older
                 continue
-            for run in runs:
-                batches[run.instance].append(run)
+            reserved[request.id] = runs
             index += 1
-        return batches, [1] * N
-
-    def samples(self, query_plan: QueryPlan) -> list[list[Run]]:
-        """For each instance its runs whose last row gives a token, in the plan's order."""
-        out = [[] for _ in self.lake.instances]
-        for run, instance in zip(query_plan.runs, query_plan.instance.tolist()):
-            if run.samples:
-                out[instance].append(run)
-        return out
+        if even:
+            batches = [[] for _ in range(N)]
+            for run in chain.from_iterable(reserved.values()):
+                batches[run.instance].append(run)
+            return batches, [1] * N
+        batches = [[run for r, _ in items for run in reserved.get(r.id, ())] for items, _ in groups]
+        return batches, [dop for _, dop in groups]
 
     def update(self, query_plan: QueryPlan, tokens: dict[int, int]) -> list[Request]:
         """After the iteration: publishes what is full, appends the sampled tokens (by request id)
@@ -430,14 +531,14 @@ class Scheduler:
         placed = zip(query_plan.runs, query_plan.instance.tolist())
         for run, instance in sorted(placed, key=lambda item: (item[0].request.id,
                                                               item[0].position)):
-            counters.computed_tokens += run.rows
-            counters.recomputed_tokens += max(0, min(run.request.peak - run.position, run.rows))
+            counters["computed_tokens"] += run.rows
+            counters["recomputed_tokens"] += max(0, min(run.request.peak - run.position, run.rows))
             if run.puts:
                 local = run.rows * (run.slot // self.lake.config.slots == instance)
-                counters.puts += run.rows
-                counters.puts_local += local
-                counters.decode_puts += run.rows * run.decode
-                counters.decode_puts_local += local * run.decode
+                counters["puts"] += run.rows
+                counters["puts_local"] += local
+                counters["decode_puts"] += run.rows * run.decode
+                counters["decode_puts_local"] += local * run.decode
             self.balancer.commit(run.request, run.rows)
         for request in list(self.running):
             if request.id in tokens:
