@@ -209,7 +209,7 @@ class Balancer:
         self.tree = PrefixTree(64 * N)
         self.free = [list(range((i + 1) * S - 1, i * S - 1, -1)) for i in range(N)]
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
-        self.evictions = self.duplicates = self.copies = 0
+        self.evictions = self.duplicates = self.copies = self.replicas_max = 0
         self.load = np.zeros(N, np.int64)  # of each instance: work done, recent iterations more
         self.copying: dict[int, Segment] = {}  # slot → what this iteration copies there
         self._rng = np.random.Generator(np.random.PCG64(0))
@@ -283,6 +283,7 @@ class Balancer:
                 table[index] = segment.slot
                 request.held[slot // S] -= 1
                 request.held[segment.slot // S] += 1
+            self.replicas_max = max(self.replicas_max, 1)
             self.tree.pin(segment)
             request.segments.append(segment)
             self._forget(request, id)
@@ -406,6 +407,7 @@ class Balancer:
                 self._free(slot)
                 break
             segment.replicas[slot // S] = slot
+            self.replicas_max = max(self.replicas_max, len(segment.replicas))
             tree.extras[slot] = self.copying[slot] = segment
         self.copying = {slot: segment for slot, segment in self.copying.items()
                         if segment.replicas.get(slot // S) == slot}
@@ -454,51 +456,99 @@ class Balancer:
 
 # ── the replay: a trace through the control plane alone ───────────────────────────────────────
 
-def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = 131_072, block: int = 512,
-           window: float = 10_000.0) -> dict:
-    """Lines of (timestamp in ms, input_length, hash_ids), in order of time. Requests with one
-    timestamp form one iteration; each reads each of its hit segments once, at admission, and puts
-    the others; no decode. kv_bytes per token. Returns what `--json` prints; the load of an instance
-    is tokens of cache read, its CV the mean over windows (ms) in which something was."""
+BLOCK, WINDOW = 512, 10_000  # tokens per hash id of a trace; ms that a CV is taken over
+
+
+def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
+    """Lines (timestamp in ms, input_length, hash_ids) in order of time. Requests with one timestamp
+    form one iteration; each reads each of its hit segments once, at admission, and puts the others;
+    no decode. kv_bytes per token. Returns what `--json` prints; an instance's load is tokens of
+    cache read, its CV a mean over windows. Raises ValueError if an iteration does not fit."""
     N, S, C = balancer.sizes
-    hits = total = most_replicas = moved = 0
+    hits = total = put = 0
     windows, milliseconds = {}, []
     for timestamp, group in groupby(lines, key=lambda line: line[0]):
-        requests = [Request(0, (np.asarray(ids)[:, None] * block + np.arange(block)).ravel()[:n],
+        requests = [Request(0, (np.asarray(ids)[:, None] * BLOCK + np.arange(BLOCK)).ravel()[:n],
                             n) for _, n, ids in group]
         for request in requests:
             balancer.extend_ids(request)  # hashing is not planning
         started = time.perf_counter()
         balancer.replicate()
-        reads, planned, admitted = np.zeros(N, np.int64), [0] * N, []
-        share = -(-sum(len(request.tokens) for request in requests) // N)
+        reads, planned = np.zeros(N, np.int64), [0] * N
+        most = -(-sum(len(request.tokens) for request in requests) // N) + C
         for request in requests:
             balancer.admit(request, matched := balancer.match(request))
+            hits, total = hits + request.done, total + len(request.tokens)
             slots = request.table[:matched].astype(np.int64)
             hot, places = balancer.places(slots)
-            cold = np.delete(slots, hot)
-            reads += np.bincount(cold // S, minlength=N) * C
-            balancer.choose(places, np.full(len(hot), C), load := balancer.load + reads)
-            reads = load - balancer.load
-            hits, total = hits + request.done, total + len(request.tokens)
-            rows = request.remaining
-            runs = balancer.reserve(request, rows, planned, [0] * N, share + C)
+            slots[hot] = balancer.choose(places, np.full(len(hot), C), balancer.load + reads
+                                         + C * np.bincount(np.delete(slots, hot) // S, minlength=N))
+            reads += C * np.bincount(slots // S, minlength=N)
+            runs = balancer.reserve(request, request.remaining, planned, [0] * N, most)
             if runs is None:
-                raise ValueError(f"{N * S * C:,} tokens do not hold the requests of one time, "
-                                 f"{timestamp} ms; a larger --capacity-tokens is expected")
-            moved += sum(run.rows for run in runs if run.puts and run.instance != run.slot // S)
-            admitted.append((request, rows))
-        for request, rows in admitted:
-            balancer.commit(request, rows)
+                raise ValueError(f"the requests of {timestamp} ms need more than {N * S} segments")
+            put += sum(run.rows for run in runs if run.puts and run.instance != run.slot // S)
+        for request in requests:
+            balancer.commit(request, request.remaining)
             balancer.release(request)
         balancer.observe(reads)
         milliseconds.append((time.perf_counter() - started) * 1e3)
-        at = int(timestamp // window)
-        windows[at] = windows.get(at, 0) + reads
-        most_replicas = max([most_replicas, *(len(s.replicas) for s in balancer.copying.values())])
+        windows[timestamp // WINDOW] = windows.get(timestamp // WINDOW, 0) + reads
     varied = [float(w.std() / w.mean()) for w in windows.values() if w.any()]
     return dict(hit_rate=hits / total, cache_load_cv=float(np.mean(varied)) if varied else None,
-                replicas_max=max(most_replicas, int(total > 0)),
-                replica_segments=len(balancer.tree.extras), put_bytes=moved * kv_bytes,
-                replica_bytes=balancer.copies * C * kv_bytes,
+                replicas_max=balancer.replicas_max, replica_segments=len(balancer.tree.extras),
+                put_bytes=put * kv_bytes, replica_bytes=balancer.copies * C * kv_bytes,
                 plan_ms_median=float(np.median(milliseconds)), iterations=len(milliseconds))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="balancer.py", description="Replay a trace through the "
+                                     "control plane alone, for any number of instances.")
+    add = parser.add_argument
+    add("--trace", required=True, metavar="FILE", help="timestamp, input_length, hash_ids per line")
+    add("--instances", type=int, default=8, metavar="N", help="default 8")
+    add("--placement", choices=("stripe", "hash"), default="stripe")
+    add("--replicate-factor", type=float, default=3.0, metavar="c", help="0: no replicas; default 3")
+    add("--segment-tokens", type=int, default=512, metavar="C", help="default 512")
+    add("--capacity-tokens", type=int, metavar="T", help="of the whole pool; default: all fits")
+    add("--kv-bytes", type=int, default=131_072, metavar="B",
+        help="per token; default: 128 KiB, Llama-3.1-8B in 16 bits")
+    add("--json", action="store_true", help="print one JSON object")
+    options, lines = parser.parse_args(arguments), []
+    try:
+        for name in ("instances", "segment_tokens", "capacity_tokens", "kv_bytes"):
+            if (value := getattr(options, name)) is not None and not 0 < value < 2**40:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: a positive integer is expected")
+        if not 0 <= options.replicate_factor <= 1e6:
+            raise ValueError(f"--replicate-factor {options.replicate_factor}: a number from 0 is "
+                             "expected")
+        with open(options.trace, "rb") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    raw = json.loads(text)
+                    line = raw["timestamp"], raw["input_length"], raw["hash_ids"]
+                    sound = (0 < line[1] == int(line[1]) and len(line[2]) == -(-line[1] // BLOCK)
+                             and line[0] >= (lines[-1][0] if lines else 0)
+                             and all(type(id) is int and 0 <= id < 2**50 for id in line[2]))
+                except (ValueError, TypeError, KeyError):
+                    sound = False
+                if not sound:
+                    raise ValueError(f"{options.trace}:{number}: timestamp (ms, in order), "
+                                     "input_length and a hash id per 512 tokens are expected")
+                lines.append(line)
+        N, C = options.instances, options.segment_tokens
+        need = sum(-(-n // C) for _, n, _ in lines)
+        slots = -(-(options.capacity_tokens or 2 * need * C) // (N * C))
+        result = replay(lines, Balancer(N, slots, C, options.placement, options.replicate_factor),
+                        options.kv_bytes)
+    except (OSError, ValueError) as error:
+        print(f"balancer.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if options.json else "\n".join(
+        f"{key:>16}  {value:,.4g}" if isinstance(value, float) else f"{key:>16}  {value:,}"
+        for key, value in result.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -479,8 +479,9 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
         decode_puts_local=ratio(counters["decode_puts_local"], counters["decode_puts"]),
         cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
-        replicas_max=int(bool(lake.balancer.tree.segments)), iterations=engine.iterations,
-        idle_fraction=ratio(engine.busy[1] - engine.busy[0], engine.busy[1]), error=error, verified=None if gaps is None else len(gaps) - len(wrong),
+        replicas_max=lake.balancer.replicas_max, iterations=engine.iterations,
+        idle_fraction=ratio(engine.busy[1] - engine.busy[0], engine.busy[1]), error=error,
+        verified=None if gaps is None else len(gaps) - len(wrong),
         max_logit_gap=None if math.isnan(gap) else gap,
         config={k: v if v is None or isinstance(v, int) else str(v)
                 for k, v in vars(server.options).items()} | vars(lake.config) | dict(
