@@ -52,6 +52,7 @@ class Segment:
     children: dict[bytes, "Segment"] = field(default_factory=dict)
     pins: int = 0  # running requests that read it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
+    depth: int = 0  # of a path that ends here: segments
     heat: float = 0.0  # requests that hit it, recent ones weigh more; never less than a child's
 
     @property
@@ -81,7 +82,7 @@ class PrefixTree:
 
     def insert(self, id: bytes, parent: Segment | None, instance: int, slot: int) -> Segment:
         segment = self.segments[id] = Segment(id, parent or self.root, {instance: slot})
-        segment.parent.children[id] = segment
+        segment.parent.children[id], segment.depth = segment, segment.parent.depth + 1
         return segment
 
     def hit(self, segments: list[Segment]):
@@ -158,7 +159,7 @@ class Request:
     segments: list[Segment] = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
-    held: np.ndarray | None = None  # [N] segments with tokens written, by instance
+    line: int | None = None  # of Balancer.held, while it runs
     order: int | None = None  # of arrival
 
     def __post_init__(self):
@@ -212,9 +213,12 @@ class Balancer:
         self.evictions = self.duplicates = self.copies = self.replicas_max = 0
         self.load = np.zeros(N, np.int64)  # of each instance: work done, recent iterations more
         self.copying: dict[int, Segment] = {}  # slot → what this iteration copies there
+        self.held = np.zeros((0, N), np.int64)  # segments with tokens written, by Request.line
+        self._lines: list[int] = []  # of `held` that are free
         self._rng = np.random.Generator(np.random.PCG64(0))
         self._replicated = np.full(N * S, -1, np.int32)  # first replica's slot → line of
         self._places = np.zeros((0, N), np.int64)  # [segments with replicas, N] global slot or −1
+        self.deepest = 0  # segments of a path among which they are
 
     # ── a request's life ──────────────────────────────────────────────────────────────────────
 
@@ -254,8 +258,12 @@ class Balancer:
         self.tree.hit(request.segments)
         request.table = np.zeros(self.num_segments(request.max_tokens), np.int32)
         request.table[:matched] = [segment.slot for segment in request.segments]
-        request.held = np.bincount(request.table[:matched] // self.slots,
-                                   minlength=self.num_instances)
+        if not self._lines:
+            self._lines = list(range(len(self.held), len(self.held) * 2 + 8))
+            self.held = np.resize(self.held, (len(self.held) * 2 + 8, self.num_instances))
+        request.line = self._lines.pop()
+        self.held[request.line] = np.bincount(request.table[:matched] // self.slots,
+                                              minlength=self.num_instances)
         request.num_slots = matched
         request.done = min(matched * self.segment_tokens, len(request.tokens) - 1)
         for segment in request.segments:
@@ -266,9 +274,9 @@ class Balancer:
     def commit(self, request: Request, rows: int):
         """After the iteration: the rows are written, segments that are now full are published. One
         that another request published meanwhile replaces ours; nothing is moved."""
-        C, S, table = self.segment_tokens, self.slots, request.table
+        C, S, table, held = self.segment_tokens, self.slots, request.table, self.held[request.line]
         for index in range(self.num_segments(request.done), self.num_segments(request.done + rows)):
-            request.held[table[index] // S] += 1
+            held[table[index] // S] += 1
         request.done += rows
         request.peak = max(request.peak, request.done)
         while (index := len(request.segments)) < request.done // C:
@@ -281,8 +289,8 @@ class Balancer:
                 self._free(slot)
                 self.duplicates += 1
                 table[index] = segment.slot
-                request.held[slot // S] -= 1
-                request.held[segment.slot // S] += 1
+                held[slot // S] -= 1
+                held[segment.slot // S] += 1
             self.replicas_max = max(self.replicas_max, 1)
             self.tree.pin(segment)
             request.segments.append(segment)
@@ -297,6 +305,7 @@ class Balancer:
             self.tree.unpin(segment)
         for id in request.ids[len(request.segments):]:
             self._forget(request, id)
+        self._lines.append(request.line)
         request.segments, request.num_slots, request.done = [], 0, 0
 
     def _forget(self, request, id):
@@ -421,32 +430,34 @@ class Balancer:
         self._replicated[:] = -1
         self._replicated[[segment.slot for segment in segments]] = np.arange(len(segments))
         self._places = np.full((len(segments), self.num_instances), -1, np.int64)
+        self.deepest = 0
         for line, segment in enumerate(segments):
+            self.deepest = max(self.deepest, segment.depth)
             for instance, slot in segment.replicas.items():
                 if slot not in self.copying:
                     self._places[line, instance] = slot
 
-    def places(self, slots: np.ndarray):
-        """Which of the global slots [n] hold a segment with replicas → their indices [h], and
-        [h, N] the global slots where it can be read, −1 where not."""
-        hot = np.flatnonzero(self._replicated[slots] >= 0) if len(self._places) else slots[:0]
+    def places(self, slots: np.ndarray, among: np.ndarray):
+        """Which of the global slots, `among` these indices, hold a segment with replicas: indices
+        [h], and [h, N] the global slots where it can be read, −1 where not."""
+        hot = among[self._replicated[slots[among]] >= 0]
         return hot, self._places[self._replicated[slots[hot]]]
 
     def choose(self, places: np.ndarray, cost: np.ndarray, load: np.ndarray) -> np.ndarray:
         """Power of two choices (§4.4): for each read [h] of a segment at `places` [h, N], the less
         loaded of two replicas drawn at random → [h] global slot. Costs are added to load [N]
-        batch by batch of N reads, in place."""
+        4·N reads at a time, in place."""
         N, out = len(load), np.zeros(len(places), np.int64)
-        for start in range(0, len(places), N):
-            there = places[start:start + N]
+        for start in range(0, len(places), 4 * N):
+            there = places[start:start + 4 * N]
             line, rank = np.arange(len(there)), (there >= 0).cumsum(1)
             count = rank[:, -1]
             first = self._rng.integers(count)
             second = (first + 1 + self._rng.integers(np.maximum(count - 1, 1))) % count
             first, second = ((rank > n[:, None]).argmax(1) for n in (first, second))
             pick = np.where(load[second] < load[first], second, first)
-            out[start:start + N] = there[line, pick]
-            np.add.at(load, pick, cost[start:start + N])
+            out[start:start + 4 * N] = there[line, pick]
+            np.add.at(load, pick, cost[start:start + 4 * N])
         return out
 
     def observe(self, cost: np.ndarray):
@@ -480,7 +491,7 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
             balancer.admit(request, matched := balancer.match(request))
             hits, total = hits + request.done, total + len(request.tokens)
             slots = request.table[:matched].astype(np.int64)
-            hot, places = balancer.places(slots)
+            hot, places = balancer.places(slots, np.arange(matched))
             slots[hot] = balancer.choose(places, np.full(len(hot), C), balancer.load + reads
                                          + C * np.bincount(np.delete(slots, hot) // S, minlength=N))
             reads += C * np.bincount(slots // S, minlength=N)

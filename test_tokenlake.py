@@ -174,7 +174,7 @@ def check_invariants(server):
         owners.update(request.table[len(request.segments):request.num_slots].tolist())
         old = -(-request.done // C) if len(request.segments) * C <= request.done else (
             len(request.segments))
-        assert request.held.tolist() == np.bincount(request.table[:old] // S, minlength=N).tolist()
+        assert bal.held[request.line].tolist() == np.bincount(request.table[:old] // S, minlength=N).tolist()
         assert len(request.segments) * C <= request.done + 1
         assert request.done <= len(request.tokens)
     assert owners == Counter(range(N * S)), "a slot without an owner, or with two"

@@ -126,7 +126,7 @@ class TokenLake:
         at most one each, so that the fewest bytes travel. Replicas are chosen first, by load; one
         at the instance that computes is then taken instead. Old KV travels to a prompt's rows where
         that is fewer bytes than their queries and results. So does fresh KV between the parts of
-        one prompt; as that depends on pairs of parts, the matching counts it as read at home.
+        one prompt, which the matching leaves out, as it depends on pairs of parts.
         `tree` is as in Fig. 5. Raises LakeError if the DoPs ask for more instances than there are,
         or the tree is another lake's."""
         if tree is not self.balancer.tree:
@@ -140,25 +140,28 @@ class TokenLake:
         # Runs by request and position. A share is what a part has of a request.
         flat = [run for batch in batches for run in batch]
         B = len(flat)
-        ids, position, rows, slot, puts, decode, done = columns = [
+        ids, position, rows, slot, puts, decode, done, line = columns = [
             np.fromiter(map(attrgetter(name), flat), np.int64, B) for name in (
-                "request.id", "position", "rows", "slot", "puts", "decode", "request.done")]
+                "request.id", "position", "rows", "slot", "puts", "decode", "request.done",
+                "request.line")]
         part, order = cut(batches, dops, rows), np.lexsort((position, ids))
-        ids, position, rows, slot, puts, decode, done = (x[order] for x in columns)
+        ids, position, rows, slot, puts, decode, done, line = (x[order] for x in columns)
         part, home = part[order], slot // S
         request = np.cumsum(np.diff(ids, prepend=-1) != 0)
         _, head, share = np.unique(part * (B + 1) + request, return_index=True, return_inverse=True)
-        G, n, of_part = len(head), np.bincount(share, rows).astype(np.int64), part[head]
-        ship, prefill = n[:, None] * self.query_bytes, decode[head][:, None] == 0
+        G, of_part, requests = len(head), part[head], [flat[b].request for b in order[head]]
+        n = np.bincount(share, rows, G).astype(np.int64)
+        ship, weight = n * self.query_bytes, np.maximum(n, self.ridge)
 
-        # Old KV, replicas chosen (§4.4): tokens that a share reads at each holder.
-        old, requests = done[head] + 1 - puts[head], [flat[order[b]].request for b in head]
+        # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
+        old = done[head] + 1 - puts[head]
         count = -(-old // C)
-        held = np.array([r.held for r in requests], np.int64).reshape(G, N)
-        ref_slot = np.concatenate([r.table[:k] for r, k in zip(requests, count.tolist())]
-                                  or [slot]).astype(np.int64)
         end, some = np.cumsum(count), np.flatnonzero(count)
-        hot, places = bal.places(ref_slot)
+        nothing = np.zeros(0, np.int32)
+        held = bal.held[line[head]]
+        ref_slot = np.concatenate([r.table[:k] for r, k in zip(requests, count.tolist())]
+                                  + [nothing])
+        hot, places = bal.places(ref_slot, ranges(end - count, np.minimum(count, bal.deepest)))
         of = np.searchsorted(end, hot, side="right")
         np.subtract.at(held, (of, ref_slot[hot] // S), 1)  # the cold ones
 
@@ -169,113 +172,113 @@ class TokenLake:
             tokens[some, ref_slot[end[some] - 1] // S] -= (count * C - old)[some]
             return tokens
 
-        weight = np.maximum(n, self.ridge)
         tokens = read(bal.choose(places, C * weight[of], bal.load + C * (weight @ held)))
 
-        # Ship or pull, the largest savings first, as long as the part has room.
-        pulled = prefill & (tokens > 0) & (tokens * kv < ship)
-        g, w = np.nonzero(pulled)
-        by = np.lexsort(((tokens * kv - ship)[g, w], of_part[g]))
-        g, w = g[by], w[by]
-        upto = np.cumsum(tokens[g, w])
-        before = (upto - tokens[g, w])[np.searchsorted(of_part[g], of_part[g])]
-        full = upto - before > self.config.pull_tokens
-        pulled[g[full], w[full]] = False
+        # Ship or pull: a decode ships; a prompt pulls what it has room for.
+        prompt = np.flatnonzero(decode[head] == 0)
+        room = self.config.pull_tokens // np.maximum(1, np.bincount(of_part[prompt], minlength=N))
+        pulled, wanted = np.zeros((G, N), bool), tokens[prompt]
+        cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
+        cheap &= np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None]
+        pulled[prompt] = cheap
+        puller, source = prompt[np.nonzero(cheap)[0]], np.nonzero(cheap)[1]
 
-        # Fresh KV: a run reads what its request's runs write, up to its own.
-        before = np.arange(B) - np.searchsorted(request, request)
-        reader = np.repeat(np.arange(B), before + 1)
-        writer = ranges(np.searchsorted(request, request), before + 1)
-        reader, writer = reader[puts[writer] > 0], writer[puts[writer] > 0]
-
-        # Matching (§5): bytes of a part at each holder, saved if that computes the part, or who
-        # else has all that would be read there.
-        cost, cells = np.zeros((2, sum(dops), N), np.int64)
-        np.add.at(cells, of_part, np.where(pulled, tokens * kv, ship * (tokens > 0)))
-        across = part[reader] != part[writer]
-        np.add.at(cells, (part[reader[across]], home[writer[across]]), np.minimum(
-            rows[reader] * self.query_bytes, rows[writer] * kv)[across])
-        np.add.at(cost, part, (rows * puts * kv)[:, None] * (home[:, None] != each))
-        there, at = places >= 0, ref_slot[hot] // S
-        there[np.arange(len(hot)), at] = False  # counted already
-        p = pulled[of, at]
-        np.subtract.at(cost, of_part[of[p]], C * kv * there[p])
-        cell, index, number = np.unique((of * N + at)[~p], return_inverse=True, return_counts=True)
-        whole = np.ones((len(cell), N), bool)
-        np.logical_and.at(whole, index, there[~p])
+        # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
+        # and what else is saved where there are replicas of all that is read.
+        cells, saved = np.zeros((2, sum(dops), N), np.int64)
+        present, start = np.unique(of_part, return_index=True)
+        by_share = (tokens > 0) * ship[:, None]
+        by_share[puller, source] = tokens[puller, source] * kv
+        cells[present] = np.add.reduceat(by_share, start) if G else 0
+        np.add.at(cells, (part, home), rows * puts * kv)
+        at = ref_slot[hot] // S
+        there, p = (places >= 0) & (at[:, None] != each), pulled[of, at]
+        np.add.at(saved, of_part[of[p]], C * kv * there[p])
+        by = np.flatnonzero(~p)
+        by = by[np.argsort((of * N + at)[by])]
+        cell, start, number = np.unique((of * N + at)[by], return_index=True, return_counts=True)
         g, w = np.divmod(cell, N)
-        whole &= (tokens[g, w] == number * C)[:, None]
-        np.subtract.at(cost, of_part[g], ship[g] * whole)
-        cost += cells.sum(1, keepdims=True) - cells
+        if len(cell):
+            whole = np.logical_and.reduceat(there[by], start) & (tokens[g, w] == number * C)[:, None]
+            np.add.at(saved, of_part[g], ship[g, None] * whole)
+        cost = cells.sum(1, keepdims=True) - cells - saved
         best = linear_sum_assignment(cost)[1]
         if len(best) == N and not (puts * (home != part)).any():  # every row where it will live
             gain = cost[each, each].sum() - cost[each, best].sum()
             best = each if gain <= self.exchange_bytes else best
-        instance = best[part]
-
-        # Now by instance, then request, then position. Replicas at hand are taken (§4.4).
-        given, v = np.argsort(order), instance[head]
+        instance, v = best[part], best[of_part]
         groups = [group.tolist() for group in np.split(
-            instance[given], np.cumsum([len(batch) for batch in batches]))[:len(batches)]]
-        own = places[np.arange(len(hot)), v[of]]
-        tokens = read(np.where(own >= 0, own, ref_slot[hot]))
-        by_instance = np.argsort(instance, kind="stable")
-        instance, rows, position, slot, puts, home, share = (
-            x[by_instance] for x in (instance, rows, position, slot, puts, home, share))
-        reader, writer = (np.argsort(by_instance)[x] for x in (reader, writer))
-        before = np.cumsum(rows) - rows
-        start = np.searchsorted(instance, instance)
-        last = np.append(share[1:] != share[:-1], True)
+            instance[np.argsort(order)], np.cumsum([len(batch) for batch in batches]))[:len(dops)]]
+        own = places[np.arange(len(hot)), v[of]]  # a replica at hand is taken
+        tokens = read(np.where(own >= 0, own, ref_slot[hot])) if len(hot) else tokens
 
-        # Rows ship to old KV that is not pulled; and to fresh KV at its home, or that comes here.
-        ships = (tokens > 0) & ~pulled & (v[:, None] != each)
-        away = (instance[reader] != instance[writer]) & (instance[reader] != home[writer])
-        g, w, fresh = share[reader], home[writer], np.zeros((G, N), np.int64)
-        np.add.at(fresh, (g, w), rows[writer] * (away & last[reader]))
-        sibling = away & (prefill & ~ships & (fresh * kv < ship))[g, w]
+        # Now by instance, then request, then position. Fresh KV: a run reads what its request's
+        # runs write, up to itself.
+        before = np.arange(B) - np.searchsorted(request, request)
+        reader = np.repeat(np.arange(B), before + 1)
+        writer = ranges(np.searchsorted(request, request), before + 1)
+        order2 = np.argsort(instance, kind="stable")
+        place = np.argsort(order2)
+        reader, writer = place[reader[puts[writer] > 0]], place[writer[puts[writer] > 0]]
+        instance, rows, position, slot, puts, home, share = (
+            x[order2] for x in (instance, rows, position, slot, puts, home, share))
+        start = np.searchsorted(instance, instance)
+        first, last = np.cumsum(rows) - rows, np.append(share[1:] != share[:-1], True)
+
+        # Rows ship to old KV that is not pulled. They ship to fresh KV elsewhere too, or that
+        # travels to them, its siblings, if it is fewer bytes.
+        ships = tokens > 0
+        ships[puller, source] = ships[np.arange(G), v] = False
+        away = np.flatnonzero((instance[reader] != instance[writer])
+                              & (instance[reader] != home[writer]))
+        g, w = share[reader[away]], home[writer[away]]
+        cell, index = np.unique(g * N + w, return_inverse=True)
+        fresh = np.bincount(index, rows[writer[away]] * last[reader[away]], len(cell))
+        cheap = (decode[head][g] == 0) & ~ships[g, w] & (fresh[index] * kv < ship[g])
+        sibling, shipped = away[cheap], away[~cheap]
         ships = ships[share]
-        ships[reader[away & ~sibling], w[away & ~sibling]] = True
+        ships[reader[shipped], home[writer[shipped]]] = True
 
         # KV on the move: old to who pulls it; new to its home and to siblings; copies.
-        ref_share = np.repeat(np.arange(G), count) if pulled.any() else count[:0]
+        ref_share = np.repeat(np.arange(G), count) if len(puller) else count[:0]
         holder = ref_slot[:len(ref_share)] // S
         pull_ref = np.flatnonzero(pulled[ref_share, holder] & (holder != v[ref_share]))
-        g, source = ref_share[pull_ref], holder[pull_ref]
+        g = ref_share[pull_ref]
         length = np.minimum(old[g] - (pull_ref - (end - count)[g]) * C, C)
-        pulls = Moves.of((PULL, source, ref_slot[pull_ref] % S * C, v[g], -1, length))
+        pulls = Moves.of((PULL, holder[pull_ref], ref_slot[pull_ref] % S * C, v[g], -1, length))
         staged = rows * puts * (home != instance)
         kept, offset = slot % S * C + position % C, np.cumsum(staged) - staged
         written = np.where(staged > 0, S * C + offset - offset[start], kept)
-        to, at = np.flatnonzero(staged), np.flatnonzero(sibling & last[reader])
-        filled, copied = (np.array([*x], np.int64) for x in (copies.keys(), copies.values()))
+        to, once = np.flatnonzero(staged), sibling[last[reader[sibling]]]
+        c, filled, copied = writer[once], *np.array([*copies.items()], np.int64).reshape(-1, 2).T
         moves = Moves.of(
-            (PULL, instance[writer[at]], written[writer[at]], instance[reader[at]], -1,
-             rows[writer[at]]),
+            (PULL, instance[c], written[c], instance[reader[once]], -1, rows[c]),
             (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
             (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
-        key, row = share[reader] * B + writer, np.full(len(reader), -1)
-        by = np.argsort(key[at])
-        row[sibling] = moves.offsets()[by[np.searchsorted(key[at], key[sibling], sorter=by)]]
+        key, sibling_row = share[reader] * B + writer, np.full(len(reader), -1)
+        by = np.argsort(key[once])
+        sibling_row[sibling] = moves.offsets()[
+            by[np.searchsorted(key[once], key[sibling], sorter=by)]]
 
-        # Attention by where it is done (§4.3, §6), and cache read by holder, once a request (§7.2).
-        meet = np.where(instance[reader] == instance[writer], instance[reader], w)
+        # Attention where it is done, as rows × tokens (§6) and as load (§4.3); and cache reads by
+        # holder, once a request (§7.2).
+        meet = np.where(instance[reader] == instance[writer], instance[reader], home[writer])
         meet[sibling] = instance[reader[sibling]]
-        pairs = (n[:, None] * tokens * ~pulled).sum(0)
-        np.add.at(pairs, v, (n[:, None] * tokens * pulled).sum(1))
+        once = np.bincount(np.unique(request[head], return_index=True)[1], minlength=G)
+        pairs, load, reads = np.stack((n, weight, once)) @ tokens
+        for done_at, factor in ((pairs, n), (load, weight)):
+            np.add.at(done_at, v[puller], factor[puller] * tokens[puller, source])
+            np.subtract.at(done_at, source, factor[puller] * tokens[puller, source])
         np.add.at(pairs, meet, rows[reader] * rows[writer])
-        load = (weight[:, None] * tokens * ~pulled).sum(0)
-        np.add.at(load, v, (weight[:, None] * tokens * pulled).sum(1))
         bal.observe(load)
-        _, once = np.unique(request[head], return_index=True)
 
         plan = QueryPlan(
-            [flat[b] for b in order[by_instance]], instance, before - before[start], rows, position,
-            home, kept, written, share, old, ref_slot, pull_ref, pulls.offsets(), reader, writer,
-            row, ships, pulls, tokens[once].sum(0), pairs, bal.sizes)
-        kept_here = np.flatnonzero(puts)
-        transfer = TransferPlan(*(x[kept_here] for x in (instance, plan.first, written, rows)),
-                                moves, N)
-        return plan, transfer, groups
+            [flat[b] for b in order[order2]], instance, first - first[start], rows, position, home,
+            kept, written, share, old, ref_slot, pull_ref, pulls.offsets(), reader, writer,
+            sibling_row, ships, pulls, reads, pairs, bal.sizes)
+        put = np.flatnonzero(puts)
+        return plan, TransferPlan(*(x[put] for x in (instance, plan.first, written, rows)), moves,
+                                  N), groups
 
     def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
         """[N, 3] what each instance does in an iteration: rows it computes, rows × tokens it
