@@ -73,6 +73,7 @@ class PrefixTree:
         # ancestors too; so the oldest is always a leaf, and no child outlives its parent.
         self.lru: OrderedDict[bytes, Segment] = OrderedDict()  # no running request reads them
         self.extras: OrderedDict[int, Segment] = OrderedDict()  # slots of all replicas but first
+        self.shrunk = False  # extras left since this was last looked at
         self.half_life, self.clock, self.admissions = half_life, 0, 0
         self.weight, self.total = 1.0, 0.0  # of an admission, and of all hits
 
@@ -137,6 +138,7 @@ class PrefixTree:
         if extra and not (oldest and oldest.touched < extra.touched):
             del self.extras[slot]
             extra.replicas = {i: s for i, s in extra.replicas.items() if s != slot}
+            self.shrunk = True
         elif oldest:
             slot, oldest.replicas = oldest.slot, {}
             del self.lru[oldest.id], self.segments[oldest.id], oldest.parent.children[oldest.id]
@@ -398,7 +400,7 @@ class Balancer:
         stops copying, however much its sum fluctuates, and a segment on every request ends up
         everywhere."""
         N, S, _ = self.sizes
-        tree, heavy, self.copying = self.tree, self.num_heavy, {}
+        tree, heavy, readable, self.copying = self.tree, self.num_heavy, self.copying, {}
         hot = self.load * (10 * N) > self.load.sum() * 11
         ranked = np.argsort(self.load, kind="stable").tolist()
         wanted = ((segment, target) for segment in (tree.heaviest(heavy) if hot.any() else ())
@@ -421,12 +423,13 @@ class Balancer:
         self.copying = {slot: segment for slot, segment in self.copying.items()
                         if segment.replicas.get(slot // S) == slot}
         self.copies += len(self.copying)
-        self._index()
+        if readable or self.copying or tree.shrunk:
+            self._index()
         return {slot: segment.slot for slot, segment in self.copying.items()}
 
     def _index(self):
         """Where the segments with replicas can be read now, as arrays."""
-        segments = list(dict.fromkeys(self.tree.extras.values()))
+        segments, self.tree.shrunk = list(dict.fromkeys(self.tree.extras.values())), False
         self._replicated[:] = -1
         self._replicated[[segment.slot for segment in segments]] = np.arange(len(segments))
         self._places = np.full((len(segments), self.num_instances), -1, np.int64)

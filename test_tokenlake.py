@@ -1039,6 +1039,7 @@ def random_batches(rng, lake, replicated):
     bal._index()
     bal._places[bal._places >= 10**6] -= 10**6
     bal.deepest = 20  # they lie anywhere in the tables
+    cold = np.setdiff1d(np.arange(N * S), [segment.slot for segment in places])
     batches, dops = [], [2] + [1] * (N - 2)
     for number in range(len(dops)):
         batch = []
@@ -1046,7 +1047,7 @@ def random_batches(rng, lake, replicated):
             length, prompt = int(rng.integers(1, 40)), int(rng.integers(2))
             request = Request(len(batch) + 10 * number, [0] * (length + 1), length + 2)
             bal.admit(request, 0)
-            request.table = rng.integers(0, N * S, size=20).astype(np.int32)
+            request.table = rng.choice(cold, size=20).astype(np.int32)
             request.done = length - 1
             for segment in places[:int(rng.integers(6)) if length > 4 else 0]:
                 request.table[rng.integers(request.done // 4)] = segment.slot  # a full one
@@ -1070,7 +1071,8 @@ def test_matching_is_the_cheapest(replicated):
             config = LakeConfig(4, 50, replicate_factor=0)
             lake = TokenLake(list(range(N)), Config(), config)
             lake.query_bytes, lake.kv_bytes = 100, int(rng.integers(1, 400))
-            lake.exchange_bytes, bal, chosen = 0, lake.balancer, {}
+            lake.exchange_bytes, bal = 0, lake.balancer
+            bal.replicate = dict
             batches, dops = random_batches(rng, lake, replicated)
 
             def choose(places, cost, load):

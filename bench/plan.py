@@ -52,6 +52,7 @@ def scene(instances: int, requests: int, segments: int, shared: bool):
         if instance not in first.replicas:
             slot = first.replicas[instance] = balancer.free[instance].pop()
             balancer.tree.extras[slot] = first
+    balancer._index()
     return lake, running
 
 
