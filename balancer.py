@@ -131,16 +131,19 @@ class PrefixTree:
 
     def evict(self) -> int | None:
         """Takes the globally least recently used replica out (§4.4) and returns its global slot;
-        None when all are pinned. A pin holds the first replica; the others may always leave, and
-        at the same age leave first, so a segment that leaves has one."""
-        slot, extra = next(iter(self.extras.items()), (None, None))
+        None when all are pinned. A pin holds the first replica; the others may leave any time, and
+        of one segment they leave first."""
+        extra = next(iter(self.extras.values()), None)
         oldest = next(iter(self.lru.values()), None)
         if extra and not (oldest and oldest.touched < extra.touched):
+            oldest = extra
+        if oldest is None:
+            return None
+        slot = oldest.replicas.popitem()[1]
+        if oldest.replicas:
             del self.extras[slot]
-            extra.replicas = {i: s for i, s in extra.replicas.items() if s != slot}
             self.shrunk = True
-        elif oldest:
-            slot, oldest.replicas = oldest.slot, {}
+        else:
             del self.lru[oldest.id], self.segments[oldest.id], oldest.parent.children[oldest.id]
         return slot
 

@@ -333,7 +333,7 @@ class Engine:
             tokens = self._compute(batches, groups, query_plan, transfer_plan)
         cluster.confirm()
         padding, model = [0] * (max(map(len, samples)) - len(tokens)), self.scheduler.model
-        said = cluster.gather([time.monotonic_ns() - self.started, *model.coefficients, *tokens,
+        said = cluster.gather([time.monotonic_ns() - self.started, *model.fitted, *tokens,
                                *padding])
         before, self.clock, model.coefficients = self.clock, said[0][0], said[0][1:5]
         if query_plan.runs:

@@ -723,12 +723,34 @@ def test_random_oracle(tmp_path, seed):
     slots = -(-(-(-longest // C)) // ranks) + draw.choice([0, 0, 1, 4, 100])
     sampler = Sampler(draw.choice([0, 0.8]), seed)
     model = Llama(Config(), random_weights(Config(), seed, torch.float64, "cpu"))
+    policies = ["auto", "even", "dp"] + [f"pd:{p}x{ranks - p}" for p in range(1, ranks)]
+    slo = draw.choice([[], ["--tbt-slo-ms", 1e-6], ["--tbt-slo-ms", 5]])
     run = serve(tmp_path, lines, "--segment-tokens", C, "--slots", slots, "--placement",
                 draw.choice(["stripe", "hash"]), "--chunk-tokens", draw.choice([1, 5, 16, 64]),
                 "--max-batch", draw.choice([1, 2, 5, 32]), "--seed", seed, "--temperature",
-                sampler.temperature, "--verify", ranks=ranks)
+                sampler.temperature, "--verify", "--scheduler", draw.choice(policies), *slo,
+                "--replicate-factor", draw.choice([0, 3, 1000]), "--pull-tokens",
+                draw.choice([0, 7, 16384]), ranks=ranks, prelude="count_replicas")
     assert run.tokens == oracle(lines, model, sampler)
+    row = C * 2 * 4 * 16 * 8 * 3  # bytes of a segment: K and V, Hkv·D, float64, layers
+    assert run.summary["replica_bytes"] == run.seen[0]["copies"] * row
     assert run.summary["verified"] == len(lines) and run.summary["max_logit_gap"] == 0
+
+
+def count_replicas(rank, seen):
+    """Segments that appear in another place from one iteration to the next, and how often."""
+    seen["copies"], original = 0, Balancer.replicate
+
+    def replicate(self):
+        before = {slot: segment.id for slot, segment in self.tree.extras.items()}
+        copies = original(self)
+        after = {slot: segment.id for slot, segment in self.tree.extras.items()}
+        seen["copies"] += sum(before.get(slot) != id for slot, id in after.items())
+        for slot, source in copies.items():
+            assert self.tree.extras[slot].slot == source and slot // self.slots != (
+                source // self.slots)
+        return copies
+    Balancer.replicate = replicate
 
 
 def test_salts_share_nothing(tmp_path):

@@ -375,14 +375,15 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None):
 class TimeModel:
     """The time of a group (§6.2), in ps: a + b·rows + c·rows·context + e·bytes sent, per instance.
 
-    Integers, so that ranks agree: a roofline at first, then what rank 0 fits and broadcasts."""
+    Integers, so that ranks agree: a roofline at first; what rank 0 has `fitted` counts from when all
+    ranks have it."""
 
     def __init__(self, lake: "TokenLake"):
         m, self.samples = lake.model, []
         self.bytes_per_row = m.num_layers * lake.kv_bytes
         seconds = (lake.weight_bytes / BANDWIDTH, 2 * m.num_linear_parameters / FLOPS,
                    4 * m.num_layers * m.num_heads * m.head_dim / FLOPS, 1 / LINK)
-        self.coefficients = [round(x * 1e12) for x in seconds]
+        self.coefficients = self.fitted = [round(x * 1e12) for x in seconds]
 
     def time(self, rows, pairs, sent):
         """ps, for numbers or arrays of integers."""
@@ -403,7 +404,7 @@ class TimeModel:
             table = np.array(self.samples)
             scale = table.max(0)[:4] + (table.max(0)[:4] == 0)
             fitted = nnls(table[:, :4] / scale, table[:, 4])[0] / scale
-            self.coefficients = [round(x * 1e12) for x in fitted]
+            self.fitted = [round(x * 1e12) for x in fitted]
 
 
 class Scheduler:
