@@ -66,7 +66,7 @@ class PrefixTree:
 
     half_life: admissions after which one weighs half as much as a new one."""
 
-    def __init__(self, half_life: int = 512):
+    def __init__(self, half_life: int = 128):
         self.root = Segment(b"", None, {})
         self.segments: dict[bytes, Segment] = {}
         # Oldest first. A path enters leaf before parent, and whoever reads a segment reads its
@@ -212,7 +212,7 @@ class Balancer:
         self.placement = placement
         # Monte-Carlo over random homes puts the worst max/mean at 1.3 for c = 3, 1.6 for c = 1.
         self.num_heavy = math.ceil(factor * N * math.log(N))
-        self.tree = PrefixTree(64 * N)
+        self.tree = PrefixTree(16 * N)
         self.free = [list(range((i + 1) * S - 1, i * S - 1, -1)) for i in range(N)]
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
         self.evictions = self.duplicates = self.copies = self.replicas_max = 0
@@ -452,18 +452,18 @@ class Balancer:
     def choose(self, places: np.ndarray, cost: np.ndarray, load: np.ndarray) -> np.ndarray:
         """Power of two choices (§4.4): for each read [h] of a segment at `places` [h, N], the less
         loaded of two replicas drawn at random → [h] global slot. Costs are added to load [N]
-        4·N reads at a time, in place."""
+        N reads at a time, in place."""
         N, out = len(load), np.zeros(len(places), np.int64)
-        for start in range(0, len(places), 4 * N):
-            there = places[start:start + 4 * N]
+        for start in range(0, len(places), N):
+            there = places[start:start + N]
             line, rank = np.arange(len(there)), (there >= 0).cumsum(1)
             count = rank[:, -1]
             first = self._rng.integers(count)
             second = (first + 1 + self._rng.integers(np.maximum(count - 1, 1))) % count
             first, second = ((rank > n[:, None]).argmax(1) for n in (first, second))
             pick = np.where(load[second] < load[first], second, first)
-            out[start:start + 4 * N] = there[line, pick]
-            np.add.at(load, pick, cost[start:start + 4 * N])
+            out[start:start + N] = there[line, pick]
+            np.add.at(load, pick, cost[start:start + N])
         return out
 
     def observe(self, cost: np.ndarray):
