@@ -411,8 +411,8 @@ class Balancer:
                   for target in ranked if target not in segment.replicas
                   and segment.heat * heavy * N > tree.total * len(segment.replicas))
         for segment, target in wanted:
-            # An eighth of the pool at most is spent on replicas.
-            if len(self.copying) == N or len(tree.extras) >= N * S // 8:
+            # A sixteenth of the pool at most is spent on replicas.
+            if len(self.copying) == N or len(tree.extras) >= N * S // 16:
                 break
             slot = self._allocate(target)
             if slot is None:

@@ -1334,6 +1334,345 @@ def test_get_cache_load():
     assert fresh < expected < 1
 
 
+# ── balance ───────────────────────────────────────────────────────────────────────────────────
+
+
+def read_from(bal, times, rows):
+    """`times` iterations of requests [segments as id lists]: admitted, read once each, computed."""
+    for _ in range(times):
+        balancer.replay([(0, len(ids) * 512 + 1, [*ids, 10**9]) for ids in rows], bal, 1)
+
+
+def toolagent(windows, per_window, seed, families=(0, 1, 2), start=0):
+    """Lines of a workload of agents: a family's prefix of 12, 15 or 18 blocks, and an own part of
+    2,000 tokens in the mean."""
+    rng, lines, own = np.random.default_rng(seed), [], 10**6 * (seed + 1)
+    for window in range(windows):
+        for at in np.sort(rng.integers(10_000, size=max(16, rng.poisson(per_window)))).tolist():
+            family = rng.choice(3, p=(0.48, 0.38, 0.14))
+            prefix = [1000 * families[family] + i for i in range((12, 15, 18)[family])]
+            tail = int(np.clip(rng.lognormal(math.log(2000) - 0.32, 0.8), 1, 20_000))
+            blocks = -(-tail // 512)
+            lines.append((start + window * 10_000 + at, len(prefix) * 512 + tail,
+                          prefix + list(range(own, own + blocks))))
+            own += blocks
+    return lines
+
+
+@pytest.mark.parametrize("placement, factor, least, most", [
+    ("hash", 0, 0.2, 1), ("hash", 3, 0, 0.11), ("stripe", 3, 0, 0.06)])
+def test_shared_prefixes_are_read_evenly(placement, factor, least, most):
+    """Agents on 8 instances, 16 requests per window at least. Warm, the variation is small, and
+    copying has stopped but for stragglers; when other prefixes become popular, it is small again within 4
+    windows of 17 requests, which are 64 iterations."""
+    for seed in range(3):
+        bal = Balancer(8, 20_000, 512, placement, factor)
+        balancer.replay(toolagent(20, 17, seed), bal, 1)
+        warm = bal.copies
+        steady = balancer.replay(toolagent(40, 17, seed + 50, start=200_000), bal, 1)
+        assert least < steady["cache_load_cv"] < most
+        # 45 segments are shared, and 7 instances lack one; now and then one more is copied.
+        assert bal.copies - warm <= 0.1 * warm and bal.copies <= 7 * 45
+        assert (warm > 0) == (factor > 0)
+        if factor:
+            balancer.replay(toolagent(4, 17, seed + 90, (7, 8, 9), 600_000), bal, 1)
+            assert bal.copies > warm
+            again = balancer.replay(toolagent(20, 17, seed + 120, (7, 8, 9), 640_000), bal, 1)
+            assert again["cache_load_cv"] < most
+
+
+def test_variation_is_what_the_cold_segments_make_it():
+    """Random homes, hot segments read evenly: E[CV²] = (N−1)·Σ p² over the cold segments."""
+    N, p = 8, 1 / np.arange(1, 400) ** 0.8
+    p /= p.sum()
+    rng, found, hot = np.random.default_rng(0), [], 20
+    for _ in range(400):
+        homes = rng.integers(N, size=len(p))
+        bal = Balancer(N, 1000, 4, factor=0)
+        segments = [bal.tree.insert(bytes([i // 256, i % 256]), None, home, bal.free[home].pop())
+                    for i, home in enumerate(homes.tolist())]
+        for segment in segments[:hot]:
+            for i in range(N):
+                if i not in segment.replicas:
+                    slot = segment.replicas[i] = bal.free[i].pop()
+                    bal.tree.extras[slot] = segment
+        bal._index()
+        reads = np.repeat(np.arange(len(p)), np.round(p * 20_000).astype(int))
+        slots = np.array([segment.slot for segment in segments])[rng.permutation(reads)]
+        at, places = bal.places(slots, np.arange(len(slots)))
+        load = np.bincount(np.delete(slots, at) // 1000, minlength=N)
+        # Evenly, as the identity has it, not where it would even out the rest.
+        slots[at] = bal.choose(places, np.ones(len(at), np.int64), np.zeros(N, np.int64))
+        load = np.bincount(slots // 1000, minlength=N)
+        found.append((load.std() / load.mean()) ** 2)
+    expected = (N - 1) * (p[hot:] ** 2).sum()
+    assert np.mean(found) == pytest.approx(expected, abs=4 * np.std(found) / 20)
+    assert np.mean(found) == pytest.approx(expected, rel=0.15)
+
+
+def test_heavy_hitters_are_exact():
+    """Best-first search finds the k most read segments of a random tree; no child is read more
+    than its parent, also when the counts have been scaled down."""
+    rng = np.random.default_rng(0)
+    bal = Balancer(4, 3000, 1)
+    bal.tree.half_life = 2
+    for id in range(2000):
+        request = Request(id, np.minimum(rng.geometric(0.5, size=6), 9).tolist(), 7)
+        bal.admit(request, bal.match(request))
+        rows = request.remaining
+        assert bal.reserve(request, rows, [0] * 4, [0] * 4, 1000)
+        bal.commit(request, rows)
+        bal.release(request)
+    assert bal.tree.admissions == 2000 and bal.tree.weight < 2.0**501
+    heats = sorted((s.heat for s in bal.tree.segments.values()), reverse=True)
+    assert all(s.heat <= s.parent.heat for s in bal.tree.segments.values()
+               if s.parent is not bal.tree.root)
+    for count in (0, 1, 7, 50, 10**6):
+        assert [s.heat for s in bal.tree.heaviest(count)] == heats[:count]
+    assert heats[0] > heats[20] > 0
+
+
+@pytest.mark.parametrize("N", [2, 5, 8])
+def test_a_segment_on_every_request_is_everywhere(N):
+    """A shared first block ends up on every instance, at most N copies an iteration; in a pool of
+    few slots, a sixteenth is spent on replicas at most; with the factor 0 nothing is copied."""
+    lines = [(i, 1024 + 1, [0, i + 1, 10**6 + i]) for i in range(400)]
+    bal = Balancer(N, 300, 512)
+    original, most = bal.replicate, []
+    bal.replicate = lambda: most.append(len(copies := original())) or copies
+    result = balancer.replay(lines, bal, 1)
+    root, = (s for s in bal.tree.segments.values() if s.parent is bal.tree.root)
+    assert sorted(root.replicas) == list(range(N)) and result["replicas_max"] == N
+    assert 0 < max(most) <= N and result["replica_bytes"] == 512 * sum(most)
+    assert all(slot // 300 == instance for instance, slot in root.replicas.items())
+    small = Balancer(N, 12, 512)
+    balancer.replay(lines, small, 1)
+    assert 0 < len(small.tree.extras) <= 12 * N // 16
+    none = Balancer(N, 300, 512, factor=0)
+    assert balancer.replay(lines, none, 1)["replica_segments"] == 0 == none.copies
+
+
+def test_the_less_loaded_of_two_replicas_is_read():
+    """Never an instance without a replica, never the most loaded of all; and evenly in the end."""
+    bal = Balancer(4, 100, 4)
+    places = np.array([[5, 105, -1, 305]] * 300)
+    load = np.array([0, 0, 0, 10**6])
+    found = bal.choose(places, np.ones(300, np.int64), load)
+    counts = np.bincount(found // 100, minlength=4)
+    assert counts[2:].tolist() == [0, 0] and abs(counts[0] - counts[1]) < 30
+    assert load.tolist() == [counts[0], counts[1], 0, 10**6]
+    one = bal.choose(np.array([[-1, 105, -1, -1]] * 3), np.ones(3, np.int64), np.zeros(4, np.int64))
+    assert one.tolist() == [105] * 3
+
+
+def test_a_colder_replica_leaves_before_a_warmer_segment():
+    """Replicas are in the global LRU: one of a segment not read for long leaves before segments
+    that were; one of a segment just read stays, and the oldest segment goes."""
+    for read_again in (False, True):
+        bal = Balancer(2, 8, 4)
+        hot = prepared(bal, 0, tokens(4, 0))
+        bal.release(hot)
+        segment, = bal.tree.segments.values()
+        slot = segment.replicas[1 - segment.slot // 8] = bal.free[1 - segment.slot // 8].pop()
+        bal.tree.extras[slot] = segment
+        for id in range(1, 8):
+            bal.release(prepared(bal, id, tokens(8, id)))
+        assert not any(bal.free)
+        if read_again:
+            bal.release(prepared(bal, 9, tokens(4, 0), output=1))
+        before = set(bal.tree.segments)
+        victim = bal._allocate(0)
+        assert (victim == slot) != read_again
+        assert (before == set(bal.tree.segments)) != read_again
+
+
+@pytest.mark.parametrize("slots", [100, 200, 400])
+def test_the_pool_is_one_lru(slots):
+    """Token hit rate of 8 instances with replicas, against one ideal LRU over full segments of the
+    same total size: within a percentage point."""
+    from collections import OrderedDict
+    rng, lines = np.random.default_rng(0), []
+    for i in range(3000):
+        session = int(rng.zipf(1.3)) % 400
+        blocks = [0, 1] + [1000 * (session + 1) + j for j in range(2 + session % 9)]
+        lines.append((i, 512 * len(blocks) + 1, [*blocks, 10**7 + i]))
+    bal = Balancer(8, slots, 512)
+    found = balancer.replay(lines, bal, 1)
+    lru, hits, total = OrderedDict(), 0, 0
+    for _, length, ids in lines:
+        path = [tuple(ids[:k]) for k in range(1, length // 512 + 1)]
+        matched = next((k for k, p in enumerate(path) if p not in lru), len(path))
+        hits, total = hits + matched * 512, total + length
+        for p in reversed(path):
+            lru[p] = None
+            lru.move_to_end(p)
+        while len(lru) > 8 * slots:
+            lru.popitem(last=False)
+    assert bal.copies > 0 and 0.1 < hits / total < 0.99
+    assert found["hit_rate"] == pytest.approx(hits / total, abs=0.01)
+
+
+def test_replay_by_the_command_line(tmp_path, capsys):
+    """The lines as defined: one iteration per timestamp, each hit segment read once, the rest put;
+    wrong input is one line."""
+    path = tmp_path / "t.jsonl"
+    lines = [dict(timestamp=t, input_length=n, output_length=1, hash_ids=ids) for t, n, ids in (
+        (0, 1030, [1, 2, 3]), (0, 600, [1, 9]), (5000, 1030, [1, 2, 4]), (25000, 512, [1]))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert balancer.main(["--trace", str(path), "--instances", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["hit_rate"] == (1024 + 511) / sum(line["input_length"] for line in lines)
+    assert result["iterations"] == 3 and result["put_bytes"] == 0
+    # Blocks 1 and 2 are on different instances: reads of 512 on both, then of 512 on one.
+    assert result["cache_load_cv"] == pytest.approx(0.5)
+    assert set(result) == {"hit_rate", "cache_load_cv", "replicas_max", "replica_segments",
+                           "put_bytes", "replica_bytes", "plan_ms_median", "iterations"}
+    for arguments, said in (
+            (["--instances", "0"], "--instances 0: a positive integer"),
+            (["--replicate-factor", "-1"], "--replicate-factor -1.0: a number from 0"),
+            (["--capacity-tokens", "512", "--instances", "1"], "need more than 1 segments"),
+            (["--trace", str(tmp_path / "none")], "No such file")):
+        assert balancer.main(["--trace", str(path), *arguments]) == 2
+        assert said in (text := capsys.readouterr().err) and text.count("\n") == 1
+    path.write_text(path.read_text() + '{"timestamp": 1, "input_length": 5, "hash_ids": [1]}\n')
+    assert balancer.main(["--trace", str(path)]) == 2
+    assert "t.jsonl:5: timestamp (ms, in order)" in capsys.readouterr().err
+
+
+# ── schedulers ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_dynamic_program_equals_exhaustive_search(seed):
+    """Every way to cut a sequence in batches with DoPs, for random times, some forbidden."""
+    from itertools import combinations, product
+    rng = np.random.default_rng(seed)
+    R, N = int(rng.integers(1, 7)), int(rng.integers(1, 5))
+    table = rng.integers(1, 1000, size=(R + 1, R + 1, N + 1))
+    table[rng.random(table.shape) < 0.2] = tokenlake.NEVER
+    slo = int(rng.integers(300, 1200)) if seed % 2 else None
+    allowed, best = [], None
+    for parts in range(1, min(R, N) + 1):
+        for ends in combinations(range(1, R), parts - 1):
+            cuts = list(zip((0, *ends), (*ends, R)))
+            for dops in product(range(1, N + 1), repeat=parts):
+                times = [int(table[j, i, k]) for (j, i), k in zip(cuts, dops)]
+                if sum(dops) <= N and max(times) <= (slo or tokenlake.NEVER - 1):
+                    cost = sum((i - j) * t for (j, i), t in zip(cuts, times))
+                    best = cost if best is None else min(best, cost)
+    found = tokenlake.dynamic_program(lambda i, dop: table[:i, i, dop], R, N, slo)
+    if best is None:
+        assert found is None
+        return
+    assert [j for j, *_ in found] == [0, *(i for _, i, _ in found[:-1])] and found[-1][1] == R
+    assert sum(dop for *_, dop in found) <= N
+    times = [int(table[cut]) for cut in found]
+    assert sum((i - j) * t for (j, i, _), t in zip(found, times)) == best
+    assert max(times) <= (slo or tokenlake.NEVER - 1)
+
+
+def batches_of(policy, prompts, decodes=0, slo=None, ranks=4, coefficients=None):
+    """What a scheduler makes of prompts of these lengths and of decodes → (batches, DoPs,
+    scheduler)."""
+    lake = TokenLake(list(range(ranks)), Config(), LakeConfig(4, 500, chunk_tokens=16))
+    scheduler = Scheduler(lake, (), policy, slo)
+    for id in range(decodes):
+        request = prepared(lake.balancer, id, tokens(9, id), output=40)
+        request.tokens.append(1)
+        scheduler.running.append(request)
+    if coefficients:
+        scheduler.model.coefficients = coefficients
+    for id, length in enumerate(prompts):
+        scheduler.add(Request(100 + id, tokens(length, 100 + id), length + 5))
+    return *scheduler.schedule(), scheduler
+
+
+def test_policies_form_the_batches_they_promise():
+    """PD keeps P parts for prompts and D for decodes; the dynamic program never mixes them, gives
+    decodes one instance a batch, and no instance more prompt rows than a chunk; the even split
+    gives none more than an even share and a segment."""
+    for policy in ("even", "dp", "pd:3x1", "pd:2x2"):
+        batches, dops, scheduler = batches_of(policy, [30, 20, 50], decodes=6)
+        rows = [sum(run.rows for run in batch) for batch in batches]
+        assert sum(dops) <= 4
+        if policy == "even":
+            assert dops == [1] * 4 and sum(rows) == 64 + 6 and max(rows) <= -(-70 // 4) + 4
+            continue
+        for batch, dop, n in zip(batches, dops, rows):
+            assert len({run.decode for run in batch}) == 1
+            if policy == "dp":
+                assert n <= 16 * dop if not batch[0].decode else dop == 1
+        if policy != "dp":
+            assert dops == [int(x) for x in policy[3:].split("x")]
+            assert [batch[0].decode for batch in batches] == [False, True]
+            assert rows == [16 * dops[0], 6]
+
+
+def test_a_satisfiable_slo_is_kept():
+    """With decodes waiting, prompt rows are as many as keep the SLO, and not one fewer; what no
+    choice satisfies is dropped; without decodes there is no SLO."""
+    per_row = [0, 10**9, 0, 0]  # 1 ms per row, computed by the slowest instance
+    for policy in ("even", "dp", "pd:2x2"):
+        for slo, decodes, rows in ((6, 4, None), (0.5, 4, "all"), (6, 0, "all")):
+            batches, dops, scheduler = batches_of(policy, [60], decodes, slo, 4, per_row)
+            prompt = sum(run.rows for batch in batches for run in batch if not run.decode)
+            slowest = scheduler._groups(16)[1]
+            if rows == "all":
+                assert prompt == min(60, {"even": 64, "dp": 64 - 16 * bool(decodes),
+                                          "pd:2x2": 32}[policy])
+                continue
+            assert 0 < prompt < 48 and slowest > 6e9
+            budgets = [n for n in range(17) if scheduler._groups(n)[1] <= 6e9]
+            shares = {"even": 4, "dp": 3, "pd:2x2": 2}[policy]
+            assert prompt == max(budgets) * shares
+
+
+def test_time_model_fits_what_it_measures():
+    """Least squares over the slowest instance's work recover the coefficients; a fit counts only
+    from when it is shared."""
+    lake = TokenLake([0, 1], Config(), LakeConfig())
+    model, rng = Scheduler(lake).model, np.random.default_rng(0)
+    before, true = list(model.coefficients), (2e-3, 3e-5, 4e-8, 5e-10)
+    for _ in range(64):
+        features = rng.integers(1, 1000, size=(2, 3)) * (1, 1000, 10_000)
+        seconds = max(np.dot(true, (1, *line)) for line in features.tolist())
+        model.coefficients = [round(x * 1e12) for x in true]
+        model.measured(features, seconds)
+    assert [x / 1e12 for x in model.fitted] == pytest.approx(true, rel=0.02)
+    assert before != model.fitted
+
+
+@pytest.mark.parametrize("ranks, policy", [(1, "dp"), (2, "dp"), (4, "dp"), (2, "pd:1x1"),
+                                           (4, "pd:1x3"), (4, "pd:3x1")])
+def test_tokens_do_not_depend_on_the_scheduler(tmp_path, ranks, policy):
+    run = serve(tmp_path, CHAT, "--verify", "--scheduler", policy, "--tbt-slo-ms", 20,
+                "--segment-tokens", 4, "--chunk-tokens", 9, ranks=ranks)
+    assert run.tokens == chat_answers() and run.summary["verified"] == len(CHAT)
+    assert 0 <= run.summary["idle_fraction"] < 1
+
+
+def multi_query(rank, seen):
+    """The built-in model with one KV head for eight query heads."""
+    run_cluster.Config = lambda: Config(num_kv_heads=1)
+    count_bytes(rank, seen)
+
+
+def test_ship_or_pull_halves_the_bytes(tmp_path):
+    """H / Hkv = 8, prompts of 4 cached and 4 new segments, 8 generated tokens: at least 2 times
+    fewer bytes of queries and pulls than always shipping, tokens the same; counted independently."""
+    stem = tokens(64, 0)
+    lines = [dict(input_ids=stem, output_length=1)]
+    lines += [dict(input_ids=stem + tokens(64, i), output_length=8) for i in range(1, 9)]
+    moved = {}
+    for pull in (16384, 0):
+        run = serve(tmp_path, lines, "--pull-tokens", pull, "--replicate-factor", 0, "--max-batch",
+                    1, "--chunk-tokens", 16, ranks=4, prelude="multi_query")
+        s, seen = run.summary, run.seen[0]
+        assert [s["query_bytes"], s["pull_bytes"]] == [seen["query"], seen["pull"]]
+        moved[pull] = s["query_bytes"] + s["pull_bytes"], run.tokens
+    assert moved[0][1] == moved[16384][1] and moved[0][0] >= 2 * moved[16384][0] > 0
+
+
 # ── hazards ───────────────────────────────────────────────────────────────────────────────────
 
 
