@@ -20,9 +20,8 @@ parent's, or where its hash says. *Replication*: the few segments that many requ
 heavy hitters, are copied to others when their instance is overloaded. *Choice*: of two replicas
 drawn at random the less loaded is read. `python balancer.py --trace FILE` shows what each is worth.
 
-All of it is deterministic: the same calls in the same order give the same state on every rank, so
-every rank runs it and nobody asks anybody. Hence no sets, no `hash()`, no floats that one rank
-measured: loads are integers, and heat only ever adds and doubles.
+The same calls in the same order give the same state on every rank, so every rank runs it and nobody
+asks anybody: no sets, no `hash()`, integer loads, and heat that only ever adds and doubles.
 
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
@@ -38,6 +37,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -62,12 +62,11 @@ class Segment:
 
 
 class PrefixTree:
-    """All published segments (§4.1), the global LRU of what may leave, and what is read most.
-
-    half_life: admissions after which one weighs half as much as a new one."""
+    """All published segments (§4.1), the global LRU of what may leave, and what is read most; an
+    admission weighs half as much after `half_life` others."""
 
     def __init__(self, half_life: int = 128):
-        self.root = Segment(b"", None, {})
+        self.root = Segment(b"", None, {})  # of no tokens; its heat is that of all hits
         self.segments: dict[bytes, Segment] = {}
         # Oldest first. A path enters leaf before parent, and whoever reads a segment reads its
         # ancestors too; so the oldest is always a leaf, and no child outlives its parent.
@@ -75,7 +74,7 @@ class PrefixTree:
         self.extras: OrderedDict[int, Segment] = OrderedDict()  # slots of all replicas but first
         self.shrunk = False  # extras left since this was last looked at
         self.half_life, self.clock, self.admissions = half_life, 0, 0
-        self.weight, self.total = 1.0, 0.0  # of an admission, and of all hits
+        self.weight = 1.0  # of an admission
 
     def match(self, ids: list[bytes]) -> int:
         """How many of a request's segments, from its first on, are published."""
@@ -93,23 +92,21 @@ class PrefixTree:
         if self.admissions % self.half_life == 0:
             self.weight *= 2.0
             if self.weight > 2.0**500:
-                for segment in self.segments.values():
+                for segment in (self.root, *self.segments.values()):
                     segment.heat *= 2.0**-500
-                self.weight, self.total = self.weight * 2.0**-500, self.total * 2.0**-500
+                self.weight *= 2.0**-500
         for segment in segments:
             segment.heat += self.weight
-        self.total += self.weight * len(segments)
+        self.root.heat += self.weight * len(segments)
 
     def heaviest(self, count: int) -> list[Segment]:
         """The `count` most read segments, exactly: a child is never read more than its parent, so a
         best-first search from the root finds them in that many steps (§4.3)."""
-        found, heap = [self.root][:count], []
-        while len(found) <= count and found:
+        found, heap = [], [(0.0, b"", self.root)]
+        while heap and len(found) <= count:
+            found.append(heapq.heappop(heap)[2])
             for child in found[-1].children.values():
                 heapq.heappush(heap, (-child.heat, child.id, child))
-            if not heap:
-                break
-            found.append(heapq.heappop(heap)[2])
         return found[1:]
 
     def pin(self, segment: Segment):
@@ -200,10 +197,8 @@ def least(load, start: int) -> int:
 
 
 class Balancer:
-    """The pool's bookkeeping over N instances of S slots for segments of C tokens.
-
-    placement: `stripe` or `hash`. factor: c of the ceil(c·N·ln N) heavy hitters that may have
-    replicas; 0 is none."""
+    """The pool's bookkeeping over N instances of S slots for segments of C tokens. placement:
+    `stripe` or `hash`. factor: c of the ceil(c·N·ln N) heavy hitters that may have replicas."""
 
     def __init__(self, num_instances: int, slots: int, segment_tokens: int,
                  placement: str = "stripe", factor: float = 3.0):
@@ -225,16 +220,14 @@ class Balancer:
         self._places = np.zeros((0, N), np.int64)  # [segments with replicas, N] global slot or −1
         self.deepest = 0  # segments of a path among which they are
 
-    # ── a request's life ──────────────────────────────────────────────────────────────────────
-
     def extend_ids(self, request: Request):
         """Ids of the segments that `tokens` has filled since (§4.1: a chained hash)."""
         C, ids = self.segment_tokens, request.ids
         while (len(ids) + 1) * C <= len(request.tokens):
             tokens = np.asarray(request.tokens[len(ids) * C:(len(ids) + 1) * C], np.int64)
-            salt = request.salt.encode("utf-8", "surrogatepass")
-            parent = ids[-1] if ids else hashlib.blake2b(salt, digest_size=16,
-                                                         person=b"root").digest()
+            root = hashlib.blake2b(request.salt.encode("utf-8", "surrogatepass"), digest_size=16,
+                                   person=b"root")
+            parent = ids[-1] if ids else root.digest()
             ids.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
 
     def match(self, request: Request) -> int:
@@ -320,8 +313,6 @@ class Balancer:
     def _free(self, slot: int):
         self.free[slot // self.slots].append(slot)
 
-    # ── homes (§4.3): compute where it will live ──────────────────────────────────────────────
-
     def open_tails(self, running: list[Request]) -> list[int]:
         """[N] open tails that live at each instance."""
         N, S, C = self.sizes
@@ -333,13 +324,12 @@ class Balancer:
 
     def reserve(self, request: Request, rows: int, planned: list[int], tails: list[int],
                 most: int):
-        """Runs for the next `rows` tokens, each with a slot for its segment; None when every slot
-        is pinned (what was reserved stays with the request).
+        """Runs for the next `rows` tokens, each with a slot for its segment: compute where it will
+        live (§4.3). None when every slot is pinned (what was reserved stays with the request).
 
         planned [N]: rows that each instance has so far in this iteration; updated on success.
         tails [N]: open tails at each instance; updated where one is opened. An instance gets at
-        most `most` rows. With `most` ≥ the even share + C the least planned one always has room, so
-        that is also the bound of what an instance computes."""
+        most `most` rows; with at least the even share + C the least planned one has room."""
         C, S, load = self.segment_tokens, self.slots, list(planned)
         decode = request.remaining == 1 and len(request.tokens) > request.num_prompt
         runs, position, stop = [], request.done, request.done + rows
@@ -391,17 +381,14 @@ class Balancer:
         self.evictions += slot is not None
         return slot
 
-    # ── heavy hitters (§4.3) and the choice of a replica (§4.4) ───────────────────────────────
-
     def replicate(self) -> dict[int, int]:
-        """Copies for this iteration, to be read from the next one on: global slot to fill → global
-        slot to read. The heavy hitters of instances whose load is over 1.1 of the mean go to
-        the least loaded instances without a copy, N segments an iteration at most.
+        """Copies for this iteration, to be read from the next one on (§4.3): global slot to fill →
+        global slot to read. Heavy hitters of instances whose load is over 1.1 of the mean go to the
+        least loaded ones without a copy; N segments an iteration, a sixteenth of the pool in all.
 
-        A segment gets as many replicas as its heat asks for: another one while each of those it has
-        is worth more than 1/num_heavy of an instance's even share of all hits. So a steady load
-        stops copying, however much its sum fluctuates, and a segment on every request ends up
-        everywhere."""
+        A segment gets another replica while each that it has is worth more than 1/num_heavy of an
+        instance's even share of all hits. So a steady load stops copying, however it fluctuates,
+        and a segment on every request ends up everywhere."""
         N, S, _ = self.sizes
         tree, heavy, readable, self.copying = self.tree, self.num_heavy, self.copying, {}
         hot = self.load * (10 * N) > self.load.sum() * 11
@@ -409,9 +396,8 @@ class Balancer:
         wanted = ((segment, target) for segment in (tree.heaviest(heavy) if hot.any() else ())
                   if any(hot[i] for i in segment.replicas)
                   for target in ranked if target not in segment.replicas
-                  and segment.heat * heavy * N > tree.total * len(segment.replicas))
+                  and segment.heat * heavy * N > tree.root.heat * len(segment.replicas))
         for segment, target in wanted:
-            # A sixteenth of the pool at most is spent on replicas.
             if len(self.copying) == N or len(tree.extras) >= N * S // 16:
                 break
             slot = self._allocate(target)
@@ -479,8 +465,9 @@ BLOCK, WINDOW = 512, 10_000  # tokens per hash id of a trace; ms that a CV is ta
 def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
     """Lines (timestamp in ms, input_length, hash_ids) in order of time. Requests with one timestamp
     form one iteration; each reads each of its hit segments once, at admission, and puts the others;
-    no decode. kv_bytes per token. Returns what `--json` prints; an instance's load is tokens of
-    cache read, its CV a mean over windows. Raises ValueError if an iteration does not fit."""
+    no decode. An instance's load is tokens of cache read, its CV the mean over windows; bytes are
+    those that cross instances, kv_bytes per token. Raises ValueError if an iteration does not fit.
+    """
     N, S, C = balancer.sizes
     hits = total = put = 0
     windows, milliseconds = {}, []
@@ -498,8 +485,9 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
             hits, total = hits + request.done, total + len(request.tokens)
             slots = request.table[:matched].astype(np.int64)
             hot, places = balancer.places(slots, np.arange(matched))
-            slots[hot] = balancer.choose(places, np.full(len(hot), C), balancer.load + reads
-                                         + C * np.bincount(np.delete(slots, hot) // S, minlength=N))
+            cold = np.bincount(np.delete(slots, hot) // S, minlength=N)
+            slots[hot] = balancer.choose(places, np.full(len(hot), C),
+                                         balancer.load + reads + C * cold)
             reads += C * np.bincount(slots // S, minlength=N)
             runs = balancer.reserve(request, request.remaining, planned, [0] * N, most)
             if runs is None:
@@ -518,52 +506,52 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
                 plan_ms_median=float(np.median(milliseconds)), iterations=len(milliseconds))
 
 
+def read_line(text: bytes, after: float) -> tuple:
+    """(timestamp, input_length, hash_ids) of a trace's line. Raises ValueError or TypeError."""
+    at, length, ids = itemgetter("timestamp", "input_length", "hash_ids")(json.loads(text))
+    if not (at >= after and length > 0 and len(ids) == -(-length // BLOCK)
+            and all(type(id) is int and 0 <= id < 2**50 for id in (length, *ids))):
+        raise ValueError
+    return at, length, ids
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="balancer.py", description="Replay a trace through the "
                                      "control plane alone, for any number of instances.")
+    parser.print_usage = lambda *_: None  # an error is one line
     add = parser.add_argument
     add("--trace", required=True, metavar="FILE", help="timestamp, input_length, hash_ids per line")
     add("--instances", type=int, default=8, metavar="N", help="default 8")
-    add("--placement", choices=("stripe", "hash"), default="stripe")
-    add("--replicate-factor", type=float, default=3.0, metavar="c", help="0: no replicas; default 3")
+    add("--placement", choices=("stripe", "hash"), default="stripe", help="default stripe")
+    add("--replicate-factor", type=float, default=3.0, metavar="c", help="0: none; default 3")
     add("--segment-tokens", type=int, default=512, metavar="C", help="default 512")
     add("--capacity-tokens", type=int, metavar="T", help="of the whole pool; default: all fits")
     add("--kv-bytes", type=int, default=131_072, metavar="B",
         help="per token; default: 128 KiB, Llama-3.1-8B in 16 bits")
     add("--json", action="store_true", help="print one JSON object")
     options, lines = parser.parse_args(arguments), []
+    for name, value in vars(options).items():
+        least = 0 if name == "replicate_factor" else 1
+        if type(value) in (int, float) and not least <= value < 2**40:
+            parser.error(f"--{name.replace('_', '-')} {value}: a number from {least} is expected")
     try:
-        for name in ("instances", "segment_tokens", "capacity_tokens", "kv_bytes"):
-            if (value := getattr(options, name)) is not None and not 0 < value < 2**40:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: a positive integer is expected")
-        if not 0 <= options.replicate_factor <= 1e6:
-            raise ValueError(f"--replicate-factor {options.replicate_factor}: a number from 0 is "
-                             "expected")
         with open(options.trace, "rb") as file:
             for number, text in enumerate(file, 1):
                 try:
-                    raw = json.loads(text)
-                    line = raw["timestamp"], raw["input_length"], raw["hash_ids"]
-                    sound = (0 < line[1] == int(line[1]) and len(line[2]) == -(-line[1] // BLOCK)
-                             and line[0] >= (lines[-1][0] if lines else 0)
-                             and all(type(id) is int and 0 <= id < 2**50 for id in line[2]))
+                    lines.append(read_line(text, lines[-1][0] if lines else 0))
                 except (ValueError, TypeError, KeyError):
-                    sound = False
-                if not sound:
-                    raise ValueError(f"{options.trace}:{number}: timestamp (ms, in order), "
-                                     "input_length and a hash id per 512 tokens are expected")
-                lines.append(line)
+                    raise ValueError(f"{options.trace}:{number}: timestamp (ms, in order), input_"
+                                     "length and a hash id per 512 tokens are expected") from None
+        if not lines:
+            raise ValueError(f"{options.trace}: is empty; one JSON object per line is expected")
         N, C = options.instances, options.segment_tokens
-        need = sum(-(-n // C) for _, n, _ in lines)
-        slots = -(-(options.capacity_tokens or 2 * need * C) // (N * C))
-        result = replay(lines, Balancer(N, slots, C, options.placement, options.replicate_factor),
-                        options.kv_bytes)
+        room = options.capacity_tokens or 2 * C * sum(-(-n // C) for _, n, _ in lines)
+        result = replay(lines, Balancer(N, -(-room // (N * C)), C, options.placement,
+                                        options.replicate_factor), options.kv_bytes)
     except (OSError, ValueError) as error:
-        print(f"balancer.py: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     print(json.dumps(result) if options.json else "\n".join(
-        f"{key:>16}  {value:,.4g}" if isinstance(value, float) else f"{key:>16}  {value:,}"
-        for key, value in result.items()))
+        f"{key:>16}  {value:,.4g}" for key, value in result.items()))
     return 0
 
 

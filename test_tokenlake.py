@@ -1528,15 +1528,26 @@ def test_replay_by_the_command_line(tmp_path, capsys):
     assert set(result) == {"hit_rate", "cache_load_cv", "replicas_max", "replica_segments",
                            "put_bytes", "replica_bytes", "plan_ms_median", "iterations"}
     for arguments, said in (
-            (["--instances", "0"], "--instances 0: a positive integer"),
+            (["--instances", "0"], "--instances 0: a number from 1"),
             (["--replicate-factor", "-1"], "--replicate-factor -1.0: a number from 0"),
+            (["--segment-tokens", "x"], "--segment-tokens: invalid int value"),
             (["--capacity-tokens", "512", "--instances", "1"], "need more than 1 segments"),
             (["--trace", str(tmp_path / "none")], "No such file")):
-        assert balancer.main(["--trace", str(path), *arguments]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            balancer.main(["--trace", str(path), *arguments])
         assert said in (text := capsys.readouterr().err) and text.count("\n") == 1
-    path.write_text(path.read_text() + '{"timestamp": 1, "input_length": 5, "hash_ids": [1]}\n')
-    assert balancer.main(["--trace", str(path)]) == 2
-    assert "t.jsonl:5: timestamp (ms, in order)" in capsys.readouterr().err
+    good = path.read_text()
+    for line in ('{"timestamp": 1, "input_length": 5, "hash_ids": [1]}', "[]", "{", "",
+                 '{"timestamp": 30000, "input_length": 5, "hash_ids": [-1]}',
+                 '{"timestamp": 30000, "input_length": 0, "hash_ids": []}'):
+        path.write_text(good + line + "\n")
+        with pytest.raises(SystemExit, match="2"):
+            balancer.main(["--trace", str(path)])
+        assert "t.jsonl:5: timestamp (ms, in order)" in capsys.readouterr().err
+    path.write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        balancer.main(["--trace", str(path)])
+    assert "t.jsonl: is empty" in capsys.readouterr().err
 
 
 # ── schedulers ────────────────────────────────────────────────────────────────────────────────
