@@ -1614,9 +1614,9 @@ def test_policies_form_the_batches_they_promise():
             if policy == "dp":
                 assert n <= 16 * dop if not batch[0].decode else dop == 1
         if policy != "dp":
-            assert dops == [int(x) for x in policy[3:].split("x")]
-            assert [batch[0].decode for batch in batches] == [False, True]
-            assert rows == [16 * dops[0], 6]
+            assert dops == [int(x) for x in reversed(policy[3:].split("x"))]
+            assert [batch[0].decode for batch in batches] == [True, False]
+            assert rows == [6, 16 * dops[1]]
 
 
 def test_a_satisfiable_slo_is_kept():

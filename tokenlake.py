@@ -10,12 +10,10 @@ The interface is declarative: the scheduler says which rows run together, the en
 new KV into buffers, and neither knows where the cache is. A `TokenLake` is made over any list of
 instances. Over one it never communicates: a conventional instance is a lake of one.
 
-The scheduler is stateless in the paper's sense: it keeps queues, not places. Any row can run
-anywhere, so the *even split* simply gives every instance the same rows per iteration, to a segment,
-decode and prefill mixed; rows of one prompt on k instances are sequence parallelism, with no path
-of its own.
-
-Left out so far: the dynamic program of §6.2 over batches and degrees of parallelism (DoP).
+The scheduler keeps queues, not places: any row can run anywhere. So the *even split* gives every
+instance the same rows, to a segment, decode and prefill mixed; rows of one prompt on k instances
+are sequence parallelism, without a path of its own. The paper's dynamic program over batches and
+degrees of parallelism (DoP), and fixed PD, are here to compare: in lock-step the even split wins.
 
 Notation: N instances · C tokens per segment · T rows · H query heads · Hkv KV heads · D head dim.
 """
@@ -55,8 +53,8 @@ class LakeConfig:
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances: int) -> int:
-        """Slab rows for KV that lives elsewhere: at most what an instance computes, which is a
-        chunk of prompt rows, to a segment, and all decodes. A lake of one has no elsewhere."""
+        """Slab rows for KV that lives elsewhere: what an instance computes at most, a chunk (to a
+        segment) and all decodes. A lake of one has no elsewhere."""
         return (self.chunk_tokens + self.max_batch + self.segment_tokens) * (num_instances > 1)
 
 
@@ -71,24 +69,23 @@ class TokenLake:
         if instances != sorted(set(instances)):
             raise LakeError(f"instances {instances}: distinct, ascending ranks are expected")
         self.instances, self.model, self.config = instances, model, config
-        N, wide = len(instances), torch.promote_types(dtype, torch.float32)
-        heads = model.num_heads
-        self.query_bytes = heads * (model.head_dim * (dtype.itemsize + wide.itemsize) + wide.itemsize)
-        self.kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+        N, H, D = len(instances), model.num_heads, model.head_dim
+        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        # Per row or token, and layer: Q on its way, O and LSE on the way back; K and V.
+        self.query_bytes, self.kv_bytes = H * (D * (size + wide) + wide), (
+            2 * model.num_kv_heads * D * size)
+        self.exchange_bytes = EXCHANGE_BYTES
+        self.weight_bytes = model.num_linear_parameters * size
         self.balancer = Balancer(N, config.slots, config.segment_tokens, config.placement,
                                  config.replicate_factor)
-        self.pool = self.index = None
-        self.exchange_bytes = EXCHANGE_BYTES
-        self.weight_bytes = model.num_linear_parameters * dtype.itemsize
         # Rows from which on attention to a token costs more than reading it.
-        self.ridge = max(1, round(FLOPS / BANDWIDTH * model.num_kv_heads / heads))
+        self.ridge = max(1, round(FLOPS / BANDWIDTH * model.num_kv_heads / H))
+        self.pool = self.index = None
         groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
         if cluster and cluster.rank in instances:
             self.index = instances.index(cluster.rank)
             self.pool = Pool(cluster, groups, model, config.slots, config.segment_tokens,
                              config.staging(N), dtype, device)
-
-    # ── control plane ─────────────────────────────────────────────────────────────────────────
 
     def get_prefix_tree(self) -> PrefixTree:
         """The published segments. Read it; the calls below change it."""
@@ -97,26 +94,22 @@ class TokenLake:
     def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = FLOPS,
                        bandwidth: float = BANDWIDTH) -> float:
         """The share of the cluster that reading the cache itself would cost for these requests
-        (§6.1), between 0 and 1: the larger of its memory and its compute share.
-
-        flops [1/s] and bandwidth [B/s] of one instance; the defaults are an A100's. Differs from
-        the paper: 4·d·prefix·input FLOPs (a score and a weighted sum, two each), KV bytes at the
-        model's true width, and both over all layers."""
-        m, N = self.model, len(self.instances)
-        memory = compute = linear = 0.0
+        (§6.1), between 0 and 1: the larger of its memory and its compute share. flops [1/s] and
+        bandwidth [B/s] of an instance. Differs from the paper: 4·d·prefix·input FLOPs (a score and
+        a weighted sum, two each), KV bytes at the true width, and both over all layers."""
+        m = self.model
+        tokens = compute = linear = 0.0
         for request in reqs:
             self.balancer.extend_ids(request)
             prefix = request.done or tree.match(request.ids) * self.config.segment_tokens
             prefix = min(prefix, len(request.tokens) - 1)
             new = len(request.tokens) - prefix
-            memory += m.num_layers * self.kv_bytes * (prefix + new)
+            tokens += prefix + new
             compute += m.num_layers * 4.0 * m.num_heads * m.head_dim * prefix * new
-            linear += 2.0 * m.num_linear_parameters * new
-        if not linear:
-            return 0.0
-        ideal = linear / (N * flops)
-        return max(memory / (memory + N * bandwidth * ideal),
-                   compute / (compute + N * flops * ideal))
+            linear += 2.0 * m.num_linear_parameters * new  # in the ideal time of N instances
+        memory = m.num_layers * self.kv_bytes * tokens
+        return max(memory / (memory + linear / flops * bandwidth),
+                   compute / (compute + linear)) if reqs else 0.0
 
     def gen_plans(self, batches: list[list[Run]], dops: list[int], tree: PrefixTree):
         """Plans of an iteration (§5): batches of runs with their degrees of parallelism → query
@@ -125,10 +118,9 @@ class TokenLake:
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
         at most one each, so that the fewest bytes travel. Replicas are chosen first, by load; one
         at the instance that computes is then taken instead. Old KV travels to a prompt's rows where
-        that is fewer bytes than their queries and results. So does fresh KV between the parts of
-        one prompt, which the matching leaves out, as it depends on pairs of parts.
-        `tree` is as in Fig. 5. Raises LakeError if the DoPs ask for more instances than there are,
-        or the tree is another lake's."""
+        that is fewer bytes than their queries and results; so does fresh KV between the parts of
+        one prompt, which the matching leaves out, as it depends on pairs of parts. Raises LakeError
+        if the DoPs ask for more instances than there are, or the tree is another lake's."""
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
         if sum(dops) > len(self.instances) or any(b and k < 1 for b, k in zip(batches, dops)):
@@ -156,11 +148,9 @@ class TokenLake:
         # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
         old = done[head] + 1 - puts[head]
         count = -(-old // C)
-        end, some = np.cumsum(count), np.flatnonzero(count)
-        nothing = np.zeros(0, np.int32)
-        held = bal.held[line[head]]
-        ref_slot = np.concatenate([r.table[:k] for r, k in zip(requests, count.tolist())]
-                                  + [nothing])
+        end, some, held = np.cumsum(count), np.flatnonzero(count), bal.held[line[head]]
+        ref_slot = np.concatenate([np.zeros(0, np.int32),
+                                   *(r.table[:k] for r, k in zip(requests, count.tolist()))])
         hot, places = bal.places(ref_slot, ranges(end - count, np.minimum(count, bal.deepest)))
         of = np.searchsorted(end, hot, side="right")
         np.subtract.at(held, (of, ref_slot[hot] // S), 1)  # the cold ones
@@ -179,9 +169,9 @@ class TokenLake:
         room = self.config.pull_tokens // np.maximum(1, np.bincount(of_part[prompt], minlength=N))
         pulled, wanted = np.zeros((G, N), bool), tokens[prompt]
         cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
-        cheap &= np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None]
-        pulled[prompt] = cheap
-        puller, source = prompt[np.nonzero(cheap)[0]], np.nonzero(cheap)[1]
+        pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
+        index, source = np.nonzero(pulled[prompt])
+        puller = prompt[index]
 
         # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
         # and what else is saved where there are replicas of all that is read.
@@ -197,10 +187,10 @@ class TokenLake:
         by = np.flatnonzero(~p)
         by = by[np.argsort((of * N + at)[by])]
         cell, start, number = np.unique((of * N + at)[by], return_index=True, return_counts=True)
-        g, w = np.divmod(cell, N)
         if len(cell):
-            whole = np.logical_and.reduceat(there[by], start) & (tokens[g, w] == number * C)[:, None]
-            np.add.at(saved, of_part[g], ship[g, None] * whole)
+            g, w = np.divmod(cell, N)
+            whole = np.logical_and.reduceat(there[by], start).T & (tokens[g, w] == number * C)
+            np.add.at(saved, of_part[g], (ship[g] * whole).T)
         cost = cells.sum(1, keepdims=True) - cells - saved
         best = linear_sum_assignment(cost)[1]
         if len(best) == N and not (puts * (home != part)).any():  # every row where it will live
@@ -218,24 +208,23 @@ class TokenLake:
         reader = np.repeat(np.arange(B), before + 1)
         writer = ranges(np.searchsorted(request, request), before + 1)
         order2 = np.argsort(instance, kind="stable")
-        place = np.argsort(order2)
-        reader, writer = place[reader[puts[writer] > 0]], place[writer[puts[writer] > 0]]
+        reader, writer = (np.argsort(order2)[b[puts[writer] > 0]] for b in (reader, writer))
         instance, rows, position, slot, puts, home, share = (
             x[order2] for x in (instance, rows, position, slot, puts, home, share))
-        start = np.searchsorted(instance, instance)
-        first, last = np.cumsum(rows) - rows, np.append(share[1:] != share[:-1], True)
+        first, start = np.cumsum(rows) - rows, np.searchsorted(instance, instance)
 
-        # Rows ship to old KV that is not pulled. They ship to fresh KV elsewhere too, or that
-        # travels to them, its siblings, if it is fewer bytes.
+        # Rows ship to old KV that is not pulled. They ship to fresh KV elsewhere too, or what run c
+        # writes comes to share g, a sibling, if that is fewer bytes.
         ships = tokens > 0
         ships[puller, source] = ships[np.arange(G), v] = False
         away = np.flatnonzero((instance[reader] != instance[writer])
                               & (instance[reader] != home[writer]))
-        g, w = share[reader[away]], home[writer[away]]
-        cell, index = np.unique(g * N + w, return_inverse=True)
-        fresh = np.bincount(index, rows[writer[away]] * last[reader[away]], len(cell))
-        cheap = (decode[head][g] == 0) & ~ships[g, w] & (fresh[index] * kv < ship[g])
-        sibling, shipped = away[cheap], away[~cheap]
+        key, index = np.unique(share[reader[away]] * B + writer[away], return_inverse=True)
+        g, c = np.divmod(key, B)
+        cell, at = np.unique(g * N + home[c], return_inverse=True)
+        fresh = np.bincount(at, rows[c], len(cell))[at] * kv
+        comes = (decode[head][g] == 0) & ~ships[g, home[c]] & (fresh < ship[g])
+        sibling, shipped = away[comes[index]], away[~comes[index]]
         ships = ships[share]
         ships[reader[shipped], home[writer[shipped]]] = True
 
@@ -243,22 +232,20 @@ class TokenLake:
         ref_share = np.repeat(np.arange(G), count) if len(puller) else count[:0]
         holder = ref_slot[:len(ref_share)] // S
         pull_ref = np.flatnonzero(pulled[ref_share, holder] & (holder != v[ref_share]))
-        g = ref_share[pull_ref]
-        length = np.minimum(old[g] - (pull_ref - (end - count)[g]) * C, C)
-        pulls = Moves.of((PULL, holder[pull_ref], ref_slot[pull_ref] % S * C, v[g], -1, length))
+        to = ref_share[pull_ref]
+        length = np.minimum(old[to] - (pull_ref - (end - count)[to]) * C, C)
+        pulls = Moves.of((PULL, holder[pull_ref], ref_slot[pull_ref] % S * C, v[to], -1, length))
         staged = rows * puts * (home != instance)
         kept, offset = slot % S * C + position % C, np.cumsum(staged) - staged
         written = np.where(staged > 0, S * C + offset - offset[start], kept)
-        to, once = np.flatnonzero(staged), sibling[last[reader[sibling]]]
-        c, filled, copied = writer[once], *np.array([*copies.items()], np.int64).reshape(-1, 2).T
+        to, g, c = np.flatnonzero(staged), g[comes], c[comes]
+        filled, copied = np.array([*copies.items()], np.int64).reshape(-1, 2).T
         moves = Moves.of(
-            (PULL, instance[c], written[c], instance[reader[once]], -1, rows[c]),
+            (PULL, instance[c], written[c], v[g], -1, rows[c]),
             (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
             (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
-        key, sibling_row = share[reader] * B + writer, np.full(len(reader), -1)
-        by = np.argsort(key[once])
-        sibling_row[sibling] = moves.offsets()[
-            by[np.searchsorted(key[once], key[sibling], sorter=by)]]
+        sibling_row, line = np.full(len(reader), -1), np.cumsum(comes) - 1
+        sibling_row[sibling] = moves.offsets()[line[index[comes[index]]]]
 
         # Attention where it is done, as rows × tokens (§6) and as load (§4.3); and cache reads by
         # holder, once a request (§7.2).
@@ -290,8 +277,6 @@ class TokenLake:
         sent = layers * np.maximum(sent.sum(0), sent.sum(1))
         return np.stack((rows, query_plan.pairs, sent), 1)
 
-    # ── data plane ────────────────────────────────────────────────────────────────────────────
-
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
         in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
@@ -308,13 +293,9 @@ class TokenLake:
         return self.pool.query(q_buf)
 
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
-        """The buffer for new K and V of the rows that this instance computes; rows of `batch` that
-        only want logits of published tokens are not put. `kv_buf.write(layer, k, v)`, each
-        [T, Hkv, D]."""
-        kv_buf = KVBuffer(transfer_plan, self.index, self.pool.rows, self.pool.device)
-        if len(kv_buf.fresh) > sum(run.rows for run in batch if run.puts):
-            raise LakeError(f"instance {self.index} is to put rows of another batch")
-        return kv_buf
+        """The buffer for new K and V of those rows: `kv_buf.write(layer, k, v)`, [T, Hkv, D] each.
+        Rows of `batch` that only want logits of published tokens are not put."""
+        return KVBuffer(transfer_plan, self.index, self.pool.rows, self.pool.device)
 
     def put(self, kv_buf: KVBuffer):
         """Writes the layer's new KV to its homes: at once here, elsewhere behind `query`, which
@@ -333,26 +314,24 @@ def cut(batches, dops, rows) -> np.ndarray:
 
 
 def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
-    """16 bytes that two ranks share only if they planned the same: who computes what, which slots
-    are read, what travels where."""
+    """16 bytes that two ranks share only if they planned the same: every array of the plans."""
     digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
-    requests = np.array([run.request.id for run in query_plan.runs], np.int64)
-    moves = [part for table in (query_plan.pulls, transfer_plan.moves)
-             for part in (table.source, table.leave, table.target, table.arrive, table.length)]
-    for part in (requests, query_plan.instance, query_plan.rows, query_plan.position,
-                 query_plan.ref_slot, query_plan.ships, query_plan.written, *moves):
-        digest.update(np.ascontiguousarray(part).tobytes() + b"|")
+    digest.update(repr([run.request.id for run in query_plan.runs]).encode())
+    for table in (query_plan, query_plan.pulls, transfer_plan, transfer_plan.moves):
+        for array in vars(table).values():
+            if isinstance(array, np.ndarray):
+                digest.update(array.tobytes() + b"|")
     return digest.digest()
 
 
 def dynamic_program(time, R: int, N: int, slo: int | None = None):
-    """Batches of R requests and their DoPs on N instances (§6.2): over all ways to cut the
-    sequence, the least sum of (requests in the batch) · (its time), every time at most `slo`:
+    """Batches of R requests and their DoPs on N instances (§6.2): of all ways to cut the sequence
+    with every time at most `slo`, the one with the least
 
         f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
 
     time(i, dop) → [i] integer times of the batches j..i, j < i; NEVER forbids one. Returns
-    [(j, i, dop)], or None if nothing is allowed. N·R² steps, R·N of them in Python."""
+    [(j, i, dop)], or None if nothing is allowed."""
     best, choice = np.full((R + 1, N + 1), NEVER), np.zeros((R + 1, N + 1, 2), np.int64)
     best[0] = 0
     for i in range(1, R + 1):
@@ -373,10 +352,8 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None):
 
 
 class TimeModel:
-    """The time of a group (§6.2), in ps: a + b·rows + c·rows·context + e·bytes sent, per instance.
-
-    Integers, so that ranks agree: a roofline at first; what rank 0 has `fitted` counts from when all
-    ranks have it."""
+    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·bytes sent. Integers,
+    so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
 
     def __init__(self, lake: "TokenLake"):
         m, self.samples = lake.model, []
@@ -396,8 +373,8 @@ class TimeModel:
         return self.time(*(-(-x // dop) for x in (rows, pairs, sent)))
 
     def measured(self, features, seconds: float):
-        """One iteration: [N, 3] rows, pairs and bytes by instance. In lock-step the slowest counts.
-        Every 32, a least squares fit of the last 256 without negative terms."""
+        """An iteration with `features` [N, 3]; in lock-step the slowest instance counts. Every 32,
+        a least squares fit of the last 256, without negative terms."""
         slowest = features[np.argmax(self.time(*features.T))]
         self.samples = [*self.samples[-255:], (1, *slowest.tolist(), seconds)]
         if len(self.samples) % 32 == 0:
@@ -411,9 +388,8 @@ class Scheduler:
     """Continuous batching with chunked prefill (§6), stateless: it keeps queues, not places.
 
     policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
-    dynamic program over batches and DoPs; `pd:PxD` keeps P instances for prompts and D for decodes;
-    `auto` is `even`, which wins in lock-step (bench/). tbt_slo: ms between tokens, kept by fewer
-    prompt rows where that is possible at all."""
+    dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
+    tbt_slo: ms between tokens, kept by fewer prompt rows where that is possible at all."""
 
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
@@ -464,53 +440,51 @@ class Scheduler:
     def _groups(self, budget: int):
         """Requests that run together, with `budget` prompt rows per instance that has any, as
         ([(request, rows)], DoP) each, and the time of the slowest (ps)."""
-        N, slo = len(self.lake.instances), self.slo
+        N = len(self.lake.instances)
         decodes = [(r, 1) for r in self.running if r.remaining == 1]
         pd = [int(x) for x in self.policy[3:].split("x")] if self.policy[:3] == "pd:" else None
-        left = budget * (pd[0] if pd else N - bool(decodes) if self.policy == "dp" and N > 1 else N)
-        prompts = []
+        dp = self.policy == "dp" and N > 1
+        prompts, left = [], budget * (pd[0] if pd else N - (dp and bool(decodes)))
         for request in self.running:
             if request.remaining > 1 and left > 0:
                 prompts.append((request, min(request.remaining, left)))
                 left -= prompts[-1][1]
-        groups = [(decodes + prompts, N)]
+        items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
+        size = [(0, 0), *((n, n * (2 * r.done + n) // 2) for r, n in items)]  # rows, × context
+        upto, D = np.cumsum(size, 0), len(decodes)
+
+        def time(i, dop):
+            """Of the batches j..i, j < i, of the same kind and within a chunk per instance."""
+            rows, pairs = (upto[i] - upto[:i]).T
+            wide = dop > 1 if i <= D else rows > dop * self.lake.config.chunk_tokens
+            mixed = (np.arange(i) < D) & (i > D)
+            return np.where(mixed | wide, NEVER, self.model.split(rows, pairs, dop))
+
+        cuts = [(0, len(items), N)]
         if pd:
-            groups = [(prompts, pd[0]), (decodes, pd[1])]
-        if self.policy == "dp":
-            items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-            size = np.array([(n, n * (2 * r.done + n) // 2) for r, n in items]).reshape(-1, 2)
-            upto = np.concatenate(([[0, 0]], np.cumsum(size, 0)))
-
-            def time(i, dop):
-                rows, pairs = (upto[i] - upto[:i]).T
-                mixed = (np.arange(i) < len(decodes)) & (i > len(decodes))
-                wide = (dop > 1) if i <= len(decodes) else rows > dop * self.lake.config.chunk_tokens
-                return np.where(mixed | wide, NEVER, self.model.split(rows, pairs, dop))
-
-            cuts = dynamic_program(time, len(items), N, slo) or dynamic_program(time, len(items), N)
-            groups = [(items[j:i], dop) for j, i, dop in cuts] if cuts else groups
-        times = [self.model.split(sum(n for _, n in items),
-                                  sum(n * (2 * r.done + n) // 2 for r, n in items), dop)
-                 for items, dop in groups if items]
-        return groups, max(times, default=0)
+            cuts = [(0, D, pd[1]), (D, len(items), pd[0])]
+        elif dp:
+            cuts = (dynamic_program(time, len(items), N, self.slo)
+                    or dynamic_program(time, len(items), N) or cuts)
+        slowest = max(self.model.split(*(upto[i] - upto[j]).tolist(), dop) for j, i, dop in cuts)
+        return [(items[j:i], dop) for j, i, dop in cuts], slowest
 
     def schedule(self) -> tuple[list[list[Run]], list[int]]:
         """Batches for the next iteration and their DoPs. Slots are reserved; when all are pinned,
         the youngest is preempted. With the even split there is a batch per instance, of the rows
         that live there."""
         self._admit()
-        config, N = self.lake.config, len(self.lake.instances)
-        budget = config.chunk_tokens
+        budget, N = self.lake.config.chunk_tokens, len(self.lake.instances)
         groups, time = self._groups(budget)
         if self.slo and time > self.slo and any(r.remaining == 1 for r in self.running):
-            # The most prompt rows that keep the SLO; if none does, it is dropped (§6.2).
-            fewer = bisect_left(range(budget), True,
-                                key=lambda n: self._groups(n)[1] > self.slo) - 1
-            groups = self._groups(fewer)[0] if fewer >= 0 else groups
+            # The most prompt rows that keep the SLO; if none do, it is dropped (§6.2).
+            late = bisect_left(range(budget), 1, key=lambda n: self._groups(n)[1] > self.slo)
+            groups = self._groups(late - 1)[0] if late else groups
         even = len(groups) == 1 and groups[0][1] == N
         rows = {request.id: n for items, _ in groups for request, n in items}
         planned, tails = [0] * N, self.balancer.open_tails(self.running)
-        most = -(-sum(rows.values()) // N) + config.segment_tokens if even else sum(rows.values())
+        most = sum(rows.values())
+        most = -(-most // N) + self.lake.config.segment_tokens if even else most
         reserved, index = {}, 0
         while index < len(self.running):
             request = self.running[index]
@@ -531,25 +505,21 @@ class Scheduler:
     def update(self, query_plan: QueryPlan, tokens: dict[int, int]) -> list[Request]:
         """After the iteration: publishes what is full, appends the sampled tokens (by request id)
         and releases the requests that end. Returns those."""
-        counters, ended = self.counters, []
-        placed = zip(query_plan.runs, query_plan.instance.tolist())
-        for run, instance in sorted(placed, key=lambda item: (item[0].request.id,
-                                                              item[0].position)):
-            counters["computed_tokens"] += run.rows
-            counters["recomputed_tokens"] += max(0, min(run.request.peak - run.position, run.rows))
-            if run.puts:
-                local = run.rows * (run.slot // self.lake.config.slots == instance)
-                counters["puts"] += run.rows
-                counters["puts_local"] += local
-                counters["decode_puts"] += run.rows * run.decode
-                counters["decode_puts_local"] += local * run.decode
+        for run, local in zip(query_plan.runs, (query_plan.instance == query_plan.home).tolist()):
+            put = run.rows * run.puts
+            self.counters.update(
+                computed_tokens=run.rows, puts=put, puts_local=put * local,
+                decode_puts=put * run.decode, decode_puts_local=put * run.decode * local,
+                recomputed_tokens=max(0, min(run.request.peak - run.position, run.rows)))
+        for run in sorted(query_plan.runs, key=lambda run: (run.request.id, run.position)):
             self.balancer.commit(run.request, run.rows)
-        for request in list(self.running):
+        ended = []
+        for request in self.running:
             if request.id in tokens:
                 request.tokens.append(tokens[request.id])
                 self.balancer.extend_ids(request)
                 if len(request.tokens) == request.max_tokens or tokens[request.id] in self.eos:
-                    self.running.remove(request)
                     self.balancer.release(request)
                     ended.append(request)
+        self.running = [request for request in self.running if request not in ended]
         return ended
