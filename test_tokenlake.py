@@ -606,6 +606,11 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--num-requests", "0"], "--num-requests"), (["--trace", ""], "a path is expected"),
     (["--segment-tokens", "9999999"], "8192 positions"), (["--seed", "9" * 30], "--seed"),
     (["--chunk-tokens", "1e9"], "--chunk-tokens"),
+    (["--replicate-factor", "-1"], "--replicate-factor: '-1': a number from 0 is expected"),
+    (["--pull-tokens", "-1"], "--pull-tokens"), (["--tbt-slo-ms", "0"], "--tbt-slo-ms: '0': a pos"),
+    (["--tbt-slo-ms", "nan"], "--tbt-slo-ms"), (["--scheduler", "pd"], "dp or pd:PxD is expected"),
+    (["--scheduler", "pd:3x2"], "--scheduler pd:3x2: 5 instances, there are 1; as many are exp"),
+    (["--scheduler", "pd:0x1"], "--scheduler"), (["--scheduler", "fast"], "--scheduler"),
     (["--stop-at-eos", "--model", "{tmp}/model", "--random-weights"], "no eos_token_id"),
     (["--trace", "{tmp}/ids", "--trace-scale", "2"], "cannot be scaled")])
 def test_bad_option_is_named(tmp_path, arguments, said):
@@ -623,6 +628,8 @@ def test_bad_option_is_named(tmp_path, arguments, said):
 
 def test_bad_input_with_several_ranks_is_said_once(tmp_path):
     refused(tmp_path, "--slots", 0, ranks=3)
+    assert "--scheduler pd:3x2: 5 instances, there are 3" in refused(
+        tmp_path, "--scheduler", "pd:3x2", ranks=3)
     refused(tmp_path, "--trace", tmp_path / "missing", ranks=3)
     assert "staging" in refused(tmp_path, "--max-batch", 99999999999, ranks=2)
 
@@ -2108,3 +2115,42 @@ def test_modules_stay_small():
         sizes[name] = len(lines)
         assert max(map(len, lines)) <= 100, name
     assert max(sizes.values()) <= 500 and sum(sizes.values()) <= 2500, sizes
+    bench = [path.read_text().splitlines() for path in (HERE / "bench").glob("*.py")]
+    assert sum(map(len, bench)) <= 1500 and max(len(line) for text in bench for line in text) <= 100
+
+
+@pytest.mark.parametrize("command, said", [
+    (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
+    (["simulate.py", "--workload", "toolagent", "--scheduler", "dp", "--num-requests", 8],
+     '"requests": 8'),
+    (["simulate.py", "--workload", "demo", "--model", "tiny", "--scheduler", "pd:2x2",
+      "--num-requests", 9], '"requests": 9'),
+    (["workloads.py", "sharegpt", "--num-requests", 3], '"hash_ids": [0, 1, 2, ')])
+def test_benchmarks_run(tmp_path, command, said):
+    script, *arguments = map(str, command)
+    done = subprocess.run([sys.executable, HERE / "bench" / script, *arguments], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
+def test_generated_loads_share_what_they_say():
+    """Turns, shares and lengths of the generated loads, and the same again for the same seed."""
+    sys.path.insert(0, str(HERE / "bench"))
+    from workloads import WORKLOADS, generate
+    for name in WORKLOADS:
+        lines = list(generate(name, 2000, 5.0, 1))
+        assert lines == list(generate(name, 2000, 5.0, 1)) != list(generate(name, 2000, 5.0, 2))
+        assert len(run_cluster.read_trace(map(json.dumps, lines), name)) == 2000
+        assert lines[-1]["timestamp"] / 2000 == pytest.approx(200, rel=0.1)
+        heads = Counter(line["hash_ids"][0] for line in lines)
+        if name == "sharegpt":
+            assert heads == {0: 2000} and max(x["input_length"] for x in lines) <= 1536 + 2400
+        elif name == "toolagent":
+            assert sorted(n / 2000 for n in heads.values()) == pytest.approx(
+                [0.14, 0.38, 0.48], abs=0.04)
+            own = [x["input_length"] % 512 + 512 * (len(x["hash_ids"]) - 13) for x in lines
+                   if x["hash_ids"][0] == 0]
+            assert 1500 < np.mean(own) < 2500
+        else:
+            assert 200 < len(heads) < 2000 / 4 and max(heads.values()) <= 12
+            assert 20_000 < np.mean([x["input_length"] for x in lines]) < 28_000
