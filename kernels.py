@@ -135,9 +135,15 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
     q [T, H, D], k and v [slab rows, Hkv, D] → o [P, H, D], lse [P, H], in float32 (float64 for
     float64 input). Every partial row is written; without a visible key it is o = 0, lse = −inf.
     What lies in slab rows outside the spans is never used, NaN included."""
-    if use_triton(q, backend):
-        return _partial_attention_triton(q, k, v, work, scale)
     H, D, Hkv = q.shape[1], q.shape[2], k.shape[1]
+    if use_triton(q, backend):
+        o, lse = (torch.empty(work.num_partials, *shape, dtype=torch.float32, device=q.device)
+                  for shape in ((H, D), (H,)))
+        if work.num_partials:
+            _partial_attention_kernel[len(work.blocks), Hkv](
+                q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
+                **attention_config(work.lanes, H, Hkv, D, k.element_size()))
+        return o, lse
     wide = torch.promote_types(q.dtype, torch.float32)
     # One row more than asked for: padding is written there.
     o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
@@ -167,11 +173,16 @@ def merge(o, lse, parts, backend: str = "auto"):
     o [P, H, D], lse [P, H], parts [rows, max_parts] int32, −1 where a row has fewer parts → o
     [rows, H, D], lse [rows, H], of the input's type. o is not read where its lse is −inf. Rows
     whose parts are all empty, or that have none, come out empty: o = 0, lse = −inf."""
+    (rows, num_parts), (_, H, D) = parts.shape, o.shape
     if use_triton(o, backend):
-        return _merge_triton(o, lse, parts)
-    rows, num_parts = parts.shape
+        out, out_lse = o.new_empty(rows, H, D), lse.new_empty(rows, H)
+        if rows:
+            _merge_kernel[rows,](o.contiguous(), lse.contiguous(), parts.contiguous(), out, out_lse,
+                                 num_parts, H=H, D=D, HPAD=triton.next_power_of_2(H),
+                                 DPAD=triton.next_power_of_2(D))
+        return out, out_lse
     if not o.shape[0] or not num_parts:
-        return o.new_zeros(rows, *o.shape[1:]), lse.new_full((rows, lse.shape[1]), -math.inf)
+        return o.new_zeros(rows, H, D), lse.new_full((rows, H), -math.inf)
     index = parts.clamp(min=0).long()
     part = lse[index].masked_fill((parts < 0)[:, :, None], -math.inf)  # [rows, max_parts, H]
     top = part.amax(1, keepdim=True)
@@ -274,24 +285,3 @@ def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, items
     stages = min(3 if many else 5, max(1, 168_000 // (2 * TILE * width * itemsize)))
     return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width,
                 UPCAST=INTERPRETED, num_warps=8 if many else 4, num_stages=stages)
-
-
-def _partial_attention_triton(q, k, v, work, scale):
-    (_, H, D), Hkv = q.shape, k.shape[1]
-    o, lse = (torch.empty(work.num_partials, *shape, dtype=torch.float32, device=q.device)
-              for shape in ((H, D), (H,)))
-    if work.num_partials:
-        _partial_attention_kernel[len(work.blocks), Hkv](
-            q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
-            **attention_config(work.lanes, H, Hkv, D, k.element_size()))
-    return o, lse
-
-
-def _merge_triton(o, lse, parts):
-    (rows, num_parts), (_, H, D) = parts.shape, o.shape
-    out, out_lse = o.new_empty(rows, H, D), lse.new_empty(rows, H)
-    if rows:
-        _merge_kernel[rows,](o.contiguous(), lse.contiguous(), parts.contiguous(), out, out_lse,
-                             num_parts, H=H, D=D, HPAD=triton.next_power_of_2(H),
-                             DPAD=triton.next_power_of_2(D))
-    return out, out_lse

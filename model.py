@@ -13,8 +13,7 @@ where its keys and values live, on the other a pool that does not know what a la
 `causal_attend` is the attend of one sequence alone. With it `generate` recomputes everything for
 each token, without any cache: slow, obvious, and the oracle of every test.
 
-Left out: tensor parallelism, quantisation, attention biases, sliding windows; such checkpoints are
-refused by name, never half understood.
+Left out, and refused by name: tensor parallelism, quantisation, attention biases, sliding windows.
 
 Notation: T rows · V vocabulary · L layers · H query heads · Hkv KV heads · D head dim.
 """
@@ -29,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-# Keys of config.json that change what is computed: the one value each may have, and has if absent
-# (but the model_type is to be there).
+# Keys of config.json that change what is computed: the one value each may have, also if absent.
 SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
                  quantization_config=None, sliding_window=None, partial_rotary_factor=1)
 
@@ -67,9 +65,8 @@ class Config:
     @property
     def num_linear_parameters(self) -> int:
         """Weights that every row is multiplied with (the P of a roofline)."""
-        shapes = tensor_shapes(self)
-        head = self.vocab_size * self.hidden_size
-        return head + sum(math.prod(s) for n, s in shapes.items() if "layers" in n and len(s) == 2)
+        linear = (s for n, s in tensor_shapes(self).items() if "layers" in n and len(s) == 2)
+        return self.vocab_size * self.hidden_size + sum(map(math.prod, linear))
 
 
 def load_config(folder: Path) -> Config:
@@ -79,25 +76,22 @@ def load_config(folder: Path) -> Config:
     try:
         raw = json.loads(file.read_text())
     except OSError as error:
-        raise ModelError(f"{file}: {error.strerror} (a Hugging Face model folder has this file)"
-                         ) from None
+        said = f"{error.strerror} (a Hugging Face model folder has this file)"
+        raise ModelError(f"{file}: {said}") from None
     except ValueError as error:
         raise ModelError(f"{file}: not readable as JSON: {error}") from None
 
     def get(key, kind, default=None, source=raw):
-        value = source.get(key)
-        value = default if value is None else value
-        if kind is float and type(value) is int:
-            value = float(value)
+        value = default if source.get(key) is None else source[key]
+        value = float(value) if kind is float and type(value) is int else value
         wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}
         require(type(value) is kind and (kind not in (int, float) or 0 < value < math.inf), file,
                 f"{key} is {value!r}; {wanted.get(kind, 'a string')} expected")
         return value
-
     require(isinstance(raw, dict), file, "a JSON object is expected")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     require(isinstance(rope, dict), file, f"rope parameters are {rope!r}; an object is expected")
-    settings = {"model_type": None} | raw | rope
+    settings = {"model_type": None} | raw | rope  # the model_type is to be there
     for key, only in SUPPORTED.items():
         value = settings.get(key, only)
         require(value == only, file, f"{key} {value!r} is not supported (only {only!r} is)")
@@ -118,15 +112,12 @@ def load_config(folder: Path) -> Config:
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     require(all(type(token) is int and token >= 0 for token in eos), file,
             f"eos_token_id is {eos!r}; null, token ids or one are expected")
-    return Config(
-        vocab_size=get("vocab_size", int), hidden_size=hidden,
-        intermediate_size=get("intermediate_size", int), num_layers=get("num_hidden_layers", int),
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_scaling=scaling,
-        rope_theta=get("rope_theta", float, 10_000.0, source=settings),
-        tie_word_embeddings=get("tie_word_embeddings", bool, False),
-        max_positions=get("max_position_embeddings", int, 2048), eos_token_ids=tuple(eos),
-        dtype=get("dtype", str, raw.get("torch_dtype") or "float32"))
+    return Config(  # in the order of its fields
+        get("vocab_size", int), hidden, get("intermediate_size", int),
+        get("num_hidden_layers", int), heads, kv_heads, head_dim, get("rms_norm_eps", float, 1e-6),
+        get("rope_theta", float, 10_000.0, source=settings), scaling,
+        get("tie_word_embeddings", bool, False), get("max_position_embeddings", int, 2048),
+        tuple(eos), get("dtype", str, raw.get("torch_dtype") or "float32"))
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple]:
@@ -146,25 +137,20 @@ def tensor_shapes(config: Config) -> dict[str, tuple]:
 
 
 def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
-    """Seeded weights, the same numbers for every dtype and device.
-
-    Queries and keys get three times the usual scale: attention is then peaky, so a token depends
-    on single far positions and a lost or doubled segment shows in the output."""
-    generator, weights = torch.Generator().manual_seed(seed), {}
+    """Seeded weights, the same numbers for every dtype and device. Queries and keys get thrice the
+    usual scale: attention is then peaky, so that a lost or doubled segment shows in the output."""
+    rng, weights = torch.Generator().manual_seed(seed), {}
     for name, shape in tensor_shapes(config).items():
-        scale = 3.0 if "q_proj" in name or "k_proj" in name else 1.0
-        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(
-            shape, generator=generator) * (scale / math.sqrt(shape[-1]))
+        scale = (3.0 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(shape[-1])
+        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=rng) * scale
         weights[name] = weight.to(device, dtype)
     return weights
 
 
 def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch.Tensor]:
-    """Reads `model.safetensors`, or where there is none the shards of
-    `model.safetensors.index.json`. Raises ModelError for a missing, misshapen or unknown tensor, a
-    damaged file, or an index that leaves the folder."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    """`model.safetensors`, or else the shards of `model.safetensors.index.json`. ModelError: a
+    missing, misshapen or unknown tensor, a damaged file, an index that leaves the folder."""
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists() and not (folder / files[0]).exists():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -215,8 +201,7 @@ class Llama:
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         frequency = 1.0 / config.rope_theta ** half
         if config.rope_scaling:
-            # llama3: stretch the wavelengths longer than the original context by `factor`, keep
-            # the short ones, and blend linearly in between.
+            # llama3: stretch waves longer than the original context, keep short ones, else blend.
             factor, low, high, original = config.rope_scaling
             turns = original * frequency / (2 * math.pi)
             keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -267,9 +252,8 @@ class Llama:
 
     def score_gap(self, sampler, tokens: list[int], num_prompt: int, request: int) -> float:
         """The oracle in one forward: how far, at worst, a served token is below the best one, in
-        logits, when the model sees `tokens` (prompt and answer) alone and without a cache. 0 says
-        that every token is a best one, and so, but for ties, what `generate` gives. The hotter the
-        sampling, the less a token depends on the logits, and the less this can notice."""
+        logits, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: each is
+        a best one, but for ties what `generate` gives. Hotter sampling lets this notice less."""
         at = range(num_prompt, len(tokens))
         logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
         scores = sampler.scores(logits, [(request, p) for p in at])
@@ -300,8 +284,7 @@ class Sampler:
 
 
 def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler(), request=0):
-    """The oracle: `num_tokens` tokens after `prompt`, each from a forward over everything so far.
-    `request` only seeds the sampling noise."""
+    """The oracle: each token from a forward over all so far. `request` only seeds the noise."""
     tokens = list(prompt)
     for _ in range(num_tokens):
         logits = model.forward_alone(tokens, rows=[-1])

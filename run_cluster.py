@@ -4,23 +4,21 @@
                  ▲                                                                            │
                  └──────────── finished: next turn of the session, requests.jsonl ◀───────────┘
 
-Every rank runs this same loop over the same trace. Rank 0 owns the clock, the progress bar and the
-output; each rank computes the rows the plan gives it, and the sampled tokens cross at the end of an
-iteration. With `--verify` every answer is then recomputed without a cache and compared.
+Every rank runs this loop over the same trace; rank 0 owns clock, progress bar and output.
+Each computes the rows the plan gives it, and the sampled tokens cross at the end of an iteration.
+With `--verify` every answer is then recomputed without a cache and compared.
 """
 
 import argparse
 import contextlib
 import heapq
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -39,13 +37,14 @@ CV_WINDOW = 32  # iterations
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
 
-# Fields of a trace: what they must be, in code and in words.
+# Fields of a trace: what they must be, in code and in words, and the default where there is one.
 TIME = lambda x: type(x) in (int, float) and 0 <= x < 2**53, "a number of ms from 0 up"
 LENGTH = lambda x: type(x) is int and 0 < x < 2**53, "a positive integer"
 IDS = (lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < 2**63 for i in x),
        "a list of integers from 0 up")
-TEXT = lambda x: type(x) is str, "a string"
 SESSION = lambda x: x is None or type(x) in (str, int), "a string or an integer"
+FIELDS = dict(timestamp=TIME, output_length=LENGTH, salt=(lambda x: type(x) is str, "a string", ""),
+              think_ms=(*TIME, 0))
 
 
 class InputError(ValueError):
@@ -57,41 +56,39 @@ def require(ok, message: str):
         raise InputError(message)
 
 
-# ── the trace ─────────────────────────────────────────────────────────────────────────────────
-
 @dataclass
 class Line:
     """A request of a trace, lengths scaled, and what became of it."""
 
     index: int  # request id: which request of the trace, from 0
     where: str  # file:line
-    timestamp: float  # ms
-    total: int  # prompt (with all before it in the session: an upper bound until sent) and answer
-    output_length: int
-    input_ids: list[int] | None
-    hash_ids: list[int] | None
-    salt: str
-    think: float  # ms
     previous: "Line | None" = field(repr=False)  # of the session
+    total: int  # prompt (with all before it in the session: an upper bound until sent) and answer
+    keys: dict  # of the trace, checked: FIELDS and those of its form; output_length is scaled
     request: Request | None = None  # from its arrival on
     times: list[int] = field(default_factory=list)  # of arrival and tokens: rank 0's ns since start
 
-    def prompt(self, vocab: int, block: int, seed: int) -> list[int]:
-        """A hash id's block of tokens comes from a generator seeded by (seed, id)."""
-        if self.input_ids is not None:
-            return (self.previous.request.tokens if self.previous else []) + self.input_ids
-        blocks = [np.random.default_rng((seed, id)).integers(vocab, size=block)
-                  for id in self.hash_ids]
-        return np.concatenate(blocks)[:self.total - self.output_length].tolist()
+    def arrive(self, time: int, vocab: int, block: int, seed: int) -> Request:
+        """Its request. A hash id's block of tokens comes from a generator seeded by (seed, id)."""
+        keys, before = self.keys, self.previous.request.tokens if self.previous else []
+        if "input_ids" in keys:
+            prompt = before + keys["input_ids"]
+        else:
+            generators = (np.random.default_rng((seed, id)) for id in keys["hash_ids"])
+            blocks = np.concatenate([rng.integers(vocab, size=block) for rng in generators])
+            prompt = blocks[:self.total - keys["output_length"]].tolist()
+        self.times = [time]
+        length = len(prompt) + keys["output_length"]
+        self.request = Request(self.index, prompt, length, keys["salt"])
+        return self.request
 
     def record(self, cached_tokens: int) -> dict:
         """Its line of requests.jsonl."""
-        times, num_prompt = self.times, self.request.num_prompt
+        times, n = self.times, self.request.num_prompt
         first, *gaps = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
         return dict(request_id=self.index, status="completed", arrival_s=times[0] / 1e9,
-                    input_length=num_prompt, cached_tokens=cached_tokens,
-                    output_ids=self.request.tokens[num_prompt:], ttft_ms=first,
-                    tpot_ms=round(sum(gaps) / len(gaps), 3) if gaps else None,
+                    input_length=n, cached_tokens=cached_tokens, output_ids=self.request.tokens[n:],
+                    ttft_ms=first, tpot_ms=round(sum(gaps) / len(gaps), 3) if gaps else None,
                     itl_ms=gaps, finished_s=times[-1] / 1e9)
 
 
@@ -105,36 +102,30 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
         except (ValueError, RecursionError):
             raise InputError(f"{where}: not JSON; one object per line is expected") from None
         require(isinstance(raw, dict), f"{where}: a JSON object is expected")
-
-        def get(key, ok, expected, default=None):
-            value = raw.get(key, default)
-            if not ok(value):
-                found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
-                raise InputError(f"{where}: {key} {found}; {expected} is expected")
-            return value
-
-        session = get("session_id", *SESSION)
-        previous = sessions.get(session)
-        if "input_ids" in raw:
-            require(not raw.keys() & {"hash_ids", "input_length"}, f"{where}: input_ids stands in "
-                    "place of input_length and hash_ids; one or the other is expected")
-            require(scale == 1, f"{where}: input_ids cannot be scaled; drop --trace-scale")
-            input_ids, hash_ids = get("input_ids", *IDS), None
-            length = len(input_ids) + (previous.total if previous else 0)
+        by_ids = "input_ids" in raw
+        require(not (by_ids and raw.keys() & {"hash_ids", "input_length"}), f"{where}: input_ids "
+                "stands in place of input_length and hash_ids; one or the other is expected")
+        require(not by_ids or scale < 2, f"{where}: input_ids cannot be scaled; drop --trace-scale")
+        form = dict(input_ids=IDS) if by_ids else dict(input_length=LENGTH, hash_ids=IDS)
+        keys = {}
+        for key, (ok, expected, *default) in dict(session_id=SESSION, **form, **FIELDS).items():
+            value = keys[key] = raw.get(key, *default)
+            found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
+            require(ok(value), f"{where}: {key} {found}; {expected} is expected")
+        previous = None if keys["session_id"] is None else sessions.get(keys["session_id"])
+        if by_ids:
+            length = len(keys["input_ids"]) + (previous.total if previous else 0)
         else:
-            length, input_ids, hash_ids = get("input_length", *LENGTH), None, get("hash_ids", *IDS)
+            length, found = keys["input_length"], len(keys["hash_ids"])
             blocks = -(-length // BLOCK)
-            require(len(hash_ids) == blocks, f"{where}: hash_ids lists {len(hash_ids)} blocks; "
-                    f"input_length {length} makes {blocks} of {BLOCK} tokens")
-            length = -(-length // scale)
-        timestamp, output = get("timestamp", *TIME), -(-get("output_length", *LENGTH) // scale)
-        line = Line(len(lines), where, timestamp, length + output, output, input_ids, hash_ids,
-                    get("salt", *TEXT, ""), get("think_ms", *TIME, 0), previous)
-        last = lines[-1].timestamp if lines else 0
-        require(timestamp >= last, f"{where}: timestamp {timestamp} is before the previous line's "
-                f"{last}; lines in order of time are expected")
-        if session is not None:
-            sessions[session] = line
+            require(found == blocks, f"{where}: hash_ids lists {found} blocks; input_length "
+                    f"{length} makes {blocks} of {BLOCK} tokens")
+        output = keys["output_length"] = -(-keys["output_length"] // scale)
+        line = Line(len(lines), where, previous, -(-length // scale) + output, keys)
+        sessions[keys["session_id"]] = line
+        now, last = keys["timestamp"], lines[-1].keys["timestamp"] if lines else 0
+        require(now >= last, f"{where}: timestamp {now} is before the previous line's {last}; "
+                "lines in order of time are expected")
         lines.append(line)
     require(lines, f"{name}: is empty; one JSON object per line is expected")
     return lines
@@ -153,34 +144,30 @@ def demo_trace(num_requests: int, vocab: int, seed: int):
                               output_length=int(rng.integers(8, 25)), think_ms=100))
 
 
-# ── set-up ────────────────────────────────────────────────────────────────────────────────────
-
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises InputError naming the option."""
-
-    def parse(kind, ok, expected, text):
-        with contextlib.suppress(ValueError):
-            if ok(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
-
-    def add(name, kind, metavar, help, default=None):
-        plain(name, type=partial(parse, *kind), metavar=metavar, help=help, default=default)
-
     path = Path, lambda x: x != Path(), "a path"
     count = int, lambda x: 0 < x < 2**48, "a positive integer"
+    num = int, lambda x: 0 <= x < 2**48, "a number of tokens from 0"
     seed = int, lambda x: 0 <= x < 2**63, "a seed from 0"
     divisor = int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"
     heat = float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"
+    fac = float, lambda x: 0 <= x <= 1e6, "a number from 0"
     speed = float, lambda x: x >= 1e-6, "a positive number"
-    factor = float, lambda x: 0 <= x <= 1e6, "a number from 0"
-    tokens = int, lambda x: 0 <= x < 2**48, "a number of tokens from 0"
     slo = float, lambda x: 0 < x < 1e9, "a positive number of ms"
-    policy = (str, lambda x: re.fullmatch(r"auto|even|dp|pd:[1-9]\d{0,3}x[1-9]\d{0,3}", x),
-              "auto, even, dp or pd:PxD")
     wait = float, lambda x: 1 <= x < 1e9, "a number from 1"
-    parser = argparse.ArgumentParser(
-        prog="run_cluster.py", description="Serve a trace on a pooled prefix cache.")
+    policy = (str, re.compile(r"auto|even|dp|pd:[1-9]\d{0,3}x[1-9]\d{0,3}").fullmatch,
+              "auto, even, dp or pd:PxD")
+
+    def add(name, kind, metavar, help, default=None):
+        def read(text, of, ok, expected):
+            with contextlib.suppress(ValueError):
+                if ok(value := of(text)):
+                    return value
+            raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
+        plain(name, type=lambda x: read(x, *kind), metavar=metavar, help=help, default=default)
+    about = "Serve a trace on a pooled prefix cache."
+    parser = argparse.ArgumentParser("run_cluster.py", description=about)
     parser.error = lambda message: require(False, message.removeprefix("argument "))
     plain = parser.add_argument
     add("--trace", path, "FILE", "JSON lines; default: a multi-turn demo")
@@ -198,10 +185,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
     plain("--placement", choices=("stripe", "hash"), default="stripe",
           help="homes of segments: one after another along a prefix (default), or by hash")
-    add("--replicate-factor", factor, "c", "replicate c·N·ln N hot segments (default 3; 0: none)",
-        3.0)
-    add("--pull-tokens", tokens, "T", "KV that an instance pulls per iteration (default 16384)",
-        16_384)
+    add("--replicate-factor", fac, "c", "replicate c·N·ln N hot segments (default 3; 0: none)", 3.0)
+    add("--pull-tokens", num, "T", "KV that an instance pulls per iteration (default 16384)", 16384)
     add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
     add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), the paper's dynamic "
@@ -228,7 +213,8 @@ def prepare(options, cluster: Cluster, device, memory: int):
         require(not os.path.exists(options.output / name),
                 f"--output {options.output}: already holds {name}; a new folder is expected")
     config = load_config(options.model) if options.model else Config()
-    demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
+    V, P = config.vocab_size, config.max_positions
+    demo = demo_trace(options.num_requests or 48, V, options.seed)
     try:
         with open(options.trace, "rb") if options.trace else contextlib.closing(demo) as source:
             lines = read_trace(source, str(options.trace or "demo"), options.trace_scale or 1,
@@ -244,28 +230,24 @@ def prepare(options, cluster: Cluster, device, memory: int):
     name = options.dtype or (config.dtype if real else "float32")
     require(name in DTYPES, f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
     dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
-    require(C <= config.max_positions, f"--segment-tokens {C}: no more than the model's "
-            f"{config.max_positions} positions is expected")
+    require(C <= P, f"--segment-tokens {C}: no more than the model's {P} positions is expected")
     lake = LakeConfig(C, 0, options.placement, options.replicate_factor, options.pull_tokens,
                       options.chunk_tokens or 4 * C, options.max_batch)
-    bytes_of = partial(Pool.bytes_needed, config, C, lake.staging(cluster.size), dtype)
-    sharing, slots = cluster.ranks_per_device(device), options.slots
-    room = memory // sharing
-    if slots is None:  # half of what is there is left for weights and activations
-        slots = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
-        slots = slots if device.type == "cuda" else min(slots, -(-32_768 // C))
-    require(bytes_of(slots) <= room,
-            f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
-            f"{sharing} ranks need {sharing * bytes_of(slots):,} bytes on {device}, "
-            f"{memory:,} are there")
+    bytes_of = lambda n: Pool.bytes_needed(config, C, lake.staging(cluster.size), dtype, n)
+    sharing = cluster.ranks_per_device(device)
+    room = memory // sharing  # half of it is left for weights and activations
+    fit = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
+    slots = options.slots or (fit if device.type == "cuda" else min(fit, -(-32_768 // C)))
+    require(bytes_of(slots) <= room, f"--slots {slots} of {C} tokens, with staging for "
+            f"--chunk-tokens and --max-batch: {sharing} ranks need {sharing * bytes_of(slots):,} "
+            f"bytes on {device}, {memory:,} are there")
     for line in lines:
-        highest = max(line.input_ids or [0])
-        require(highest < config.vocab_size, f"{line.where}: input_ids has the token {highest}; "
-                f"ids below the vocabulary's {config.vocab_size} are expected")
+        highest = max(line.keys.get("input_ids", [0]))
+        require(highest < V, f"{line.where}: input_ids has the token {highest}; ids below the "
+                f"vocabulary's {V} are expected")
     line = max(lines, key=lambda line: line.total)
-    require(line.total <= config.max_positions,
-            f"{line.where}: prompt and answer are {line.total} tokens, the model has "
-            f"{config.max_positions} positions (--trace-scale makes a trace smaller)")
+    require(line.total <= P, f"{line.where}: prompt and answer are {line.total} tokens, the "
+            f"model has {P} positions (--trace-scale makes a trace smaller)")
     needed, there = -(-(line.total - 1) // C), slots * cluster.size
     require(needed <= there, f"{line.where}: the request needs {needed} segments, the pool has "
             f"{there}; more --slots are expected")
@@ -286,19 +268,14 @@ def open_output(folder: Path | None, cluster: Cluster):
         raise InputError(f"--output {folder}: {error.strerror}") from None
 
 
-# ── serving ───────────────────────────────────────────────────────────────────────────────────
-
 class Engine:
-    """One rank of the compute engine (Fig. 5): the loop body that every rank of the cluster runs
-    alike, also one that is not in the lake.
-
-    model and sampler: a Llama and a Sampler of model.py, or what has their methods."""
+    """One rank of the compute engine (Fig. 5): the loop body of every rank of the cluster, also of
+    one that is not in the lake. model, sampler: those of model.py, or what has their methods."""
 
     def __init__(self, cluster: Cluster, lake: TokenLake, scheduler: Scheduler, model, sampler):
         self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
         self.model, self.sampler = model, sampler
-        self.clock = 0  # ns since the start, rank 0's; the same everywhere
-        self.iterations = 0
+        self.clock = self.iterations = 0  # the clock: ns since the start, rank 0's on every rank
         self.stop = False  # set by a signal; travels with the next digest
         self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
         self.busy = np.zeros(2)  # time of the iterations by the model: mean over instances, longest
@@ -309,58 +286,47 @@ class Engine:
         self.started = time.monotonic_ns()
 
     def step(self, pause: float = 0.0) -> tuple[dict[int, int], list[Request]]:
-        """One iteration: plan, agree, compute, exchange tokens and clock, publish. Without
-        anything to run it sleeps, `pause` seconds at most. Returns the sampled tokens by request
-        id and the requests that ended. Raises LakeError, Stopped."""
-        cluster, lake = self.cluster, self.lake
+        """One iteration: plan, agree, compute, exchange, publish; with nothing to run, a sleep of
+        `pause` seconds at most. Returns the sampled tokens by request id and the requests that
+        ended. Raises LakeError, Stopped."""
+        cluster, lake, model, tokens = self.cluster, self.lake, self.scheduler.model, {}
         try:
             batches, dops = self.scheduler.schedule()
-            query_plan, transfer_plan, groups = lake.gen_plans(batches, dops,
-                                                               lake.get_prefix_tree())
+            plan, transfer_plan, groups = lake.gen_plans(batches, dops, lake.get_prefix_tree())
         except Exception:
             with contextlib.suppress(LakeError):  # the others stop too, and say so
                 cluster.announce(bytes(16), self.stop, fault=True)
                 cluster.confirm()
             raise
-        cluster.announce(plan_digest(self.iterations, query_plan, transfer_plan), self.stop)
-        samples, tokens = [[] for _ in lake.instances], []
-        for run, instance in zip(query_plan.runs, query_plan.instance.tolist()):
-            if run.samples:
-                samples[instance].append(run)
-        if not query_plan.runs:  # signals are looked at in between
+        cluster.announce(plan_digest(self.iterations, plan, transfer_plan), self.stop)
+        if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif lake.pool:
-            tokens = self._compute(batches, groups, query_plan, transfer_plan)
+            tokens = self._compute(batches, groups, plan, transfer_plan)
         cluster.confirm()
-        padding, model = [0] * (max(map(len, samples)) - len(tokens)), self.scheduler.model
-        said = cluster.gather([time.monotonic_ns() - self.started, *model.fitted, *tokens,
-                               *padding])
-        before, self.clock, model.coefficients = self.clock, said[0][0], said[0][1:5]
-        if query_plan.runs:
+        # A token of each request that samples, from the rank that computes it; others say 0.
+        samples = [(run.request.id, lake.instances[v])
+                   for run, v in zip(plan.runs, plan.instance.tolist()) if run.samples]
+        now = time.monotonic_ns() - self.started
+        if plan.runs:
             self.iterations += 1
-            self.reads.append(query_plan.reads)
-            features = lake.features(query_plan, transfer_plan)
+            self.reads.append(plan.reads)
+            features = lake.features(plan, transfer_plan)
             times = model.time(*features.T)
-            self.busy += np.array((times.mean(), times.max()))
-            if cluster.rank == 0:
-                model.measured(features, (self.clock - before) / 1e9)
-        sampled = {run.request.id: token for rank, runs in zip(lake.instances, samples)
-                   for run, token in zip(runs, said[rank][5:])}
-        return sampled, self.scheduler.update(query_plan, sampled)
+            self.busy += times.mean(), times.max()
+            if cluster.rank == 0:  # the others hear of it, and all plan with the same model
+                model.measured(features, (now - self.clock) / 1e9)
+        said = cluster.gather([now, *model.fitted, *(tokens.get(id, 0) for id, _ in samples)])
+        self.clock, model.coefficients = said[0][0], said[0][1:5]
+        sampled = {id: said[rank][5 + i] for i, (id, rank) in enumerate(samples)}
+        return sampled, self.scheduler.update(plan, sampled)
 
-    def _compute(self, batches, groups, query_plan, transfer_plan) -> list[int]:
-        """This rank's rows through the model → the tokens that its runs give, in their order."""
+    def _compute(self, batches, groups, plan, transfer_plan) -> dict[int, int]:
+        """This rank's rows through the model → the tokens that they give, by request id."""
         lake = self.lake
-        batch, group = next(((batch, group) for batch, group in zip(batches, groups)
-                             if lake.index in group), ([], []))
-        mine = np.flatnonzero(query_plan.instance == lake.index)
-        runs = [query_plan.runs[b] for b in mine]
-        tokens = [token for run in runs
-                  for token in run.request.tokens[run.position:run.position + run.rows]]
-        positions = [p for run in runs for p in range(run.position, run.position + run.rows)]
-        ends = np.cumsum([run.rows for run in runs]).tolist()
-        rows = [end - 1 for run, end in zip(runs, ends) if run.samples]
-        q_buf = lake.init_query(batch, group, query_plan)
+        tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=lake.pool.device)
+        batch, group = next((at for at in zip(batches, groups) if lake.index in at[1]), ([], []))
+        q_buf = lake.init_query(batch, group, plan)
         kv_buf = lake.init_transfer(batch, transfer_plan)
 
         def attend(layer, q, k, v):
@@ -369,12 +335,14 @@ class Engine:
             lake.put(kv_buf)
             q_buf.write(layer, q)
             return lake.query(q_buf)
-
-        tokens, positions, rows = (torch.tensor(x, dtype=torch.int64, device=lake.pool.device)
-                                   for x in (tokens, positions, rows))
-        logits = self.model.forward(tokens, positions, attend, rows)
-        return self.sampler.sample(logits, [(run.request.id, len(run.request.tokens))
-                                            for run in runs if run.samples])
+        runs = (plan.runs[b] for b in np.flatnonzero(plan.instance == lake.index))
+        rows = [(run.request, p) for run in runs
+                for p in range(run.position, run.position + run.rows)]
+        last = [i for i, (request, p) in enumerate(rows) if p + 1 == len(request.tokens)]
+        logits = self.model.forward(tensor([request.tokens[p] for request, p in rows]),
+                                    tensor([p for _, p in rows]), attend, tensor(last))
+        keys = [(rows[i][0].id, rows[i][1] + 1) for i in last]
+        return dict(zip((id for id, _ in keys), self.sampler.sample(logits, keys)))
 
     def verify(self, requests: list[Request], progress) -> dict[int, float]:
         """Recomputes finished requests without a cache, one per rank and round: the gap of each in
@@ -396,49 +364,40 @@ class Server:
         self.options, self.cluster, self.lines, self.model = options, cluster, lines, model
         self.lake = TokenLake(list(range(cluster.size)), model.config, lake_config, cluster,
                               model.dtype, model.device)
-        self.scheduler = Scheduler(
-            self.lake, model.config.eos_token_ids if options.stop_at_eos else (),
-            options.scheduler, options.tbt_slo_ms)
+        eos = model.config.eos_token_ids if options.stop_at_eos else ()
+        self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
         self.engine = Engine(cluster, self.lake, self.scheduler, model,
                              Sampler(options.temperature, options.seed))
+        block = BLOCK // (options.trace_scale or 1)
+        self.drawn = model.config.vocab_size, block, options.seed  # what hash ids stand for
         self.records: dict[int, dict] = {}  # of finished requests, by request id
-        self.arrivals: list[tuple[int, int]] = []  # heap of (time, index)
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
-        for line in lines:
-            if not line.previous:
-                self._expect(line, 0)
+        self.ns = ns = lambda ms: int(ms * 1e6 / options.speed)
+        # A heap of (time, index): sorted, as the lines are.
+        self.arrivals = [(ns(x.keys["timestamp"]), x.index) for x in lines if not x.previous]
 
-    def _expect(self, line: Line, earliest: int):
-        scheduled = int(line.timestamp * 1e6 / self.options.speed)
-        heapq.heappush(self.arrivals, (max(scheduled, earliest), line.index))
+    def serve(self, file, bar, on_iteration):
+        """Until all is finished: hands the scheduler what has arrived, runs an iteration, writes
+        the records of the requests that it finished. Raises LakeError, Stopped."""
+        engine, arrivals, scheduler = self.engine, self.arrivals, self.scheduler
+        engine.start()
+        while arrivals or scheduler.waiting or scheduler.running:
+            while arrivals and arrivals[0][0] <= engine.clock:
+                arrival, index = heapq.heappop(arrivals)
+                scheduler.add(self.lines[index].arrive(arrival, *self.drawn))
+            tokens, ended = engine.step((arrivals[0][0] - engine.clock) / 1e9 if arrivals else 0)
+            for id in tokens:
+                self.lines[id].times.append(engine.clock)
+            finished = [self.lines[r.id].record(scheduler.cached_tokens[r.id]) for r in ended]
+            for record in finished:
+                self.records[record["request_id"]] = record
+                print(json.dumps(record), file=file, flush=True)
+                if turn := self.next_turn.get(record["request_id"]):
+                    due, think = self.ns(turn.keys["timestamp"]), self.ns(turn.keys["think_ms"])
+                    heapq.heappush(arrivals, (max(due, engine.clock + think), turn.index))
+            bar.update(len(finished))
+            on_iteration(self, finished)
 
-    def step(self) -> list[dict]:
-        """Hands the scheduler what has arrived, runs one iteration, and returns the records of the
-        requests that it finished."""
-        options, vocab = self.options, self.model.config.vocab_size
-        while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
-            arrival, index = heapq.heappop(self.arrivals)
-            line = self.lines[index]
-            line.times.append(arrival)
-            prompt = line.prompt(vocab, BLOCK // (options.trace_scale or 1), options.seed)
-            line.request = Request(index, prompt, len(prompt) + line.output_length, line.salt)
-            self.scheduler.add(line.request)
-        pause = self.arrivals[0][0] - self.engine.clock if self.arrivals else 0
-        tokens, finished = self.engine.step(pause / 1e9)
-        for index in tokens:
-            self.lines[index].times.append(self.engine.clock)
-        return [self._finish(request) for request in finished]
-
-    def _finish(self, request: Request) -> dict:
-        cached_tokens = self.scheduler.cached_tokens[request.id]
-        record = self.records[request.id] = self.lines[request.id].record(cached_tokens)
-        if following := self.next_turn.get(request.id):
-            think = int(following.think * 1e6 / self.options.speed)
-            self._expect(following, self.engine.clock + think)
-        return record
-
-
-# ── the report ────────────────────────────────────────────────────────────────────────────────
 
 def variation(reads: list[np.ndarray]) -> float | None:
     """Coefficient of variation over instances of cache tokens read: the mean over windows of
@@ -456,33 +415,26 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
     inputs, cached = (sum(r[key] for r in records) for key in ("input_length", "cached_tokens"))
     outputs = sum(len(r["output_ids"]) for r in records)
     seconds = engine.clock / 1e9 - min((r["arrival_s"] for r in records), default=0.0)
-    measured = seconds if records else None  # no throughput of nothing
-
-    def ratio(part, whole):
-        return part / whole if whole else None
-
-    s = dict(completed=len(records), duration=seconds, total_input_tokens=inputs,
-             total_output_tokens=outputs, request_throughput=ratio(len(records), measured),
-             output_throughput=ratio(outputs, measured),
-             total_token_throughput=ratio(inputs + outputs, measured))
+    amounts = dict(request=len(records), output=outputs, total_token=inputs + outputs)
+    ratio = lambda part, whole: part / whole if whole else None
+    s = {f"{kind}_throughput": ratio(n, records and seconds) for kind, n in amounts.items()}
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         values = [v for r in records for v in np.atleast_1d(r[name]) if v is not None]
         found = [np.mean(values), *np.percentile(values, (50, 90, 99))] if values else [None] * 4
-        s |= dict(zip((f"mean_{name}", f"median_{name}", f"p90_{name}", f"p99_{name}"), found))
+        s |= zip((f"{kind}_{name}" for kind in ("mean", "median", "p90", "p99")), found)
     s |= {f"{kind}_bytes": sum(bytes[kind] for bytes in ranks) for kind in lake.pool.bytes}
-    gap = max(gaps.values(), key=lambda gap: (math.isnan(gap), gap)) if gaps else math.nan
+    s |= {key: counters[key] for key in ("computed_tokens", "recomputed_tokens", "preemptions")}
+    s |= {f"{k}_local": ratio(counters[f"{k}_local"], counters[k]) for k in ("puts", "decode_puts")}
+    gap = float(np.max([*gaps.values()])) if gaps else np.nan  # NaN if one is
+    s |= dict(completed=len(records), duration=seconds, total_input_tokens=inputs,
+              total_output_tokens=outputs, hit_rate=ratio(cached, inputs), error=error)
     return s | dict(
-        **{key: counters[key] for key in ("computed_tokens", "recomputed_tokens", "preemptions")},
-        evictions=lake.balancer.evictions,
-        hit_rate=ratio(cached, inputs), cache_load_cv=variation(engine.reads),
-        puts_local=ratio(counters["puts_local"], counters["puts"]),
-        decode_puts_local=ratio(counters["decode_puts_local"], counters["decode_puts"]),
+        evictions=lake.balancer.evictions, replicas_max=lake.balancer.replicas_max,
         cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
-        replicas_max=lake.balancer.replicas_max, iterations=engine.iterations,
-        idle_fraction=ratio(engine.busy[1] - engine.busy[0], engine.busy[1]), error=error,
+        idle_fraction=ratio(np.ptp(engine.busy), engine.busy[1]), iterations=engine.iterations,
+        cache_load_cv=variation(engine.reads), max_logit_gap=None if np.isnan(gap) else gap,
         verified=None if gaps is None else len(gaps) - len(wrong),
-        max_logit_gap=None if math.isnan(gap) else gap,
         config={k: v if v is None or isinstance(v, int) else str(v)
                 for k, v in vars(server.options).items()} | vars(lake.config) | dict(
             ranks=server.cluster.size, torch=torch.__version__, device=str(server.model.device),
@@ -502,7 +454,6 @@ p90 {p90_tpot_ms:,.0f}  p99 {p99_tpot_ms:,.0f}
        moved  queries and partial results {query_mb:,.1f} MB, new KV {put_mb:,.1f} MB \
 ({puts_local:.1%} was computed where it lives)
     pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
-VERIFIED = "\n    verified  {verified}/{completed} "
 EXACT = "equal recomputation without a cache, token for token"
 CLOSE = "within rounding of recomputation without a cache; largest gap {max_logit_gap:.1e} logits"
 
@@ -511,26 +462,24 @@ def table(s: dict) -> str:
     """The report that ends a run, from its summary. What was not measured is a dash."""
     form, reads = REPORT, s["cache_reads"]
     if s["verified"] is not None:
-        form += VERIFIED + (EXACT if s["max_logit_gap"] == 0 else CLOSE)
-    values = {key: math.nan if value is None else value for key, value in s.items()}
-    text = form.format(shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
-                       window=CV_WINDOW, query_mb=s["query_bytes"] / 1e6,
-                       put_mb=s["put_bytes"] / 1e6, **values)
+        form += "\n    verified  {verified}/{completed} "
+        form += EXACT if s["max_logit_gap"] == 0 else CLOSE
+    values = {key: np.nan if value is None else value for key, value in s.items()}
+    text = form.format(
+        shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads), window=CV_WINDOW,
+        query_mb=s["query_bytes"] / 1e6, put_mb=s["put_bytes"] / 1e6, **values)
     return text.replace("nan%", "–").replace("nan", "–")
 
 
-# ── the program ───────────────────────────────────────────────────────────────────────────────
-
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
     """The whole program on one rank; returns its exit status. One rank says what went wrong."""
-    timeout = 60.0
-    quiet = open(os.devnull, "w") if os.environ.get("RANK", "0") != "0" else sys.stdout  # --help
-    with contextlib.suppress(InputError), contextlib.redirect_stdout(quiet):  # errors: said below
+    timeout, error, first = 60.0, None, os.environ.get("RANK", "0") == "0"
+    with (contextlib.suppress(InputError),  # said below, once; and so is --help
+          contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w"))):
         timeout = parse_options(arguments).timeout
     cluster = Cluster(timeout)
     if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
-    error = None
     try:
         options = cluster.together(parse_options, arguments)
         device, memory = cluster.together(cluster.find_device, options.device)
@@ -552,33 +501,25 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
 def serve(server: Server, file, on_iteration) -> str | None:
     """Serves, verifies and reports; returns what is wrong with the result. Finished records go to
     `file`; `on_iteration(server, finished records)` follows each iteration."""
-    first = server.cluster.rank == 0
+    first, lines, records = server.cluster.rank == 0, server.lines, server.records
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
     error, gaps, wrong = None, None, []
-    with file, tqdm(total=len(server.lines), unit="request", leave=False,
-                    disable=not first) as bar:
+    with file, tqdm(total=len(lines), unit="request", leave=False, disable=not first) as bar:
         try:
-            server.engine.start()
-            while server.arrivals or server.scheduler.waiting or server.scheduler.running:
-                finished = server.step()
-                for record in finished:
-                    bar.update()
-                    print(json.dumps(record), file=file, flush=True)
-                on_iteration(server, finished)
+            server.serve(file, bar, on_iteration)
         except Stopped as stopped:
-            error = f"{stopped}; {len(server.records)} of {len(server.lines)} are finished"
+            error = f"{stopped}; {len(records)} of {len(lines)} are finished"
         if server.options.verify and not error:
             bar.set_description("verifying")
-            bar.reset(len(server.records))
-            gaps = server.engine.verify(
-                [server.lines[index].request for index in sorted(server.records)], bar.update)
+            bar.reset(len(records))
+            gaps = server.engine.verify([lines[id].request for id in sorted(records)], bar.update)
             limit = TOLERANCE[server.model.dtype]
-            wrong = sorted(index for index, gap in gaps.items() if not gap <= limit)  # NaN is
+            wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # NaN is
             if wrong:
                 error = f"request {wrong[0]} differs from recomputation without a cache"
-            elif len(gaps) < len(server.records):
-                error = f"stopped by a signal; {len(gaps)} of {len(server.records)} are verified"
+            elif len(gaps) < len(records):
+                error = f"stopped by a signal; {len(gaps)} of {len(records)} are verified"
     summary = summarise(server, gaps, wrong, error)
     if first:
         print(table(summary), flush=True)
