@@ -462,6 +462,12 @@ class Balancer:
 BLOCK, WINDOW = 512, 10_000  # tokens per hash id of a trace; ms that a CV is taken over
 
 
+def variation(windows) -> float | None:
+    """Coefficient of variation over instances, the mean over windows in which there is any load."""
+    values = [float(w.std() / w.mean()) for w in windows if w.any()]
+    return sum(values) / len(values) if values else None
+
+
 def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
     """Lines (timestamp in ms, input_length, hash_ids) in order of time. Requests with one timestamp
     form one iteration; each reads each of its hit segments once, at admission, and puts the others;
@@ -499,8 +505,7 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
         balancer.observe(reads)
         milliseconds.append((time.perf_counter() - started) * 1e3)
         windows[timestamp // WINDOW] = windows.get(timestamp // WINDOW, 0) + reads
-    varied = [float(w.std() / w.mean()) for w in windows.values() if w.any()]
-    return dict(hit_rate=hits / total, cache_load_cv=float(np.mean(varied)) if varied else None,
+    return dict(hit_rate=hits / total, cache_load_cv=variation(windows.values()),
                 replicas_max=balancer.replicas_max, replica_segments=len(balancer.tree.extras),
                 put_bytes=put * kv_bytes, replica_bytes=balancer.copies * C * kv_bytes,
                 plan_ms_median=float(np.median(milliseconds)), iterations=len(milliseconds))

@@ -4,9 +4,8 @@
                  ▲                                                                            │
                  └──────────── finished: next turn of the session, requests.jsonl ◀───────────┘
 
-Every rank runs this loop over the same trace; rank 0 owns clock, progress bar and output.
-Each computes the rows the plan gives it, and the sampled tokens cross at the end of an iteration.
-With `--verify` every answer is then recomputed without a cache and compared.
+Every rank runs this loop over the same trace; rank 0 owns clock, progress bar and output. Each
+computes the rows the plan gives it, and the sampled tokens cross at the end of an iteration.
 """
 
 import argparse
@@ -26,13 +25,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from balancer import Request
+from balancer import BLOCK, Request, variation
 from model import Config, Llama, Sampler, load_config, load_weights, random_weights
 from pool import Cluster, LakeError, Pool, SetupError, Stopped
 from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
 
-BLOCK = 512  # tokens per hash id of a trace
 CV_WINDOW = 32  # iterations
+KINDS = ("mean", "median", "p90", "p99")  # of times
 # A served token passes --verify if its score is this close to the best: rounding, not choice.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
@@ -152,7 +151,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     seed = int, lambda x: 0 <= x < 2**63, "a seed from 0"
     divisor = int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"
     heat = float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"
-    fac = float, lambda x: 0 <= x <= 1e6, "a number from 0"
     speed = float, lambda x: x >= 1e-6, "a positive number"
     slo = float, lambda x: 0 < x < 1e9, "a positive number of ms"
     wait = float, lambda x: 1 <= x < 1e9, "a number from 1"
@@ -160,14 +158,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
               "auto, even, dp or pd:PxD")
 
     def add(name, kind, metavar, help, default=None):
-        def read(text, of, ok, expected):
+        def read(text):
+            of, ok, expected = kind
             with contextlib.suppress(ValueError):
                 if ok(value := of(text)):
                     return value
             raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
-        plain(name, type=lambda x: read(x, *kind), metavar=metavar, help=help, default=default)
-    about = "Serve a trace on a pooled prefix cache."
-    parser = argparse.ArgumentParser("run_cluster.py", description=about)
+        plain(name, type=read, metavar=metavar, help=help, default=default)
+    parser = argparse.ArgumentParser("run_cluster.py", description="Serve a trace on a pool.")
     parser.error = lambda message: require(False, message.removeprefix("argument "))
     plain = parser.add_argument
     add("--trace", path, "FILE", "JSON lines; default: a multi-turn demo")
@@ -181,21 +179,18 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--temperature", heat, "T", "0 (the default) is greedy", 0.0)
     plain("--stop-at-eos", action="store_true", help="the model's end token ends a request early")
     add("--segment-tokens", count, "C", "default: 16; --model on a GPU: 512")
-    add("--slots", count, "S",
-        "segments per instance; default: half the memory, on a CPU at most 32,768 tokens")
-    plain("--placement", choices=("stripe", "hash"), default="stripe",
-          help="homes of segments: one after another along a prefix (default), or by hash")
-    add("--replicate-factor", fac, "c", "replicate c·N·ln N hot segments (default 3; 0: none)", 3.0)
+    add("--slots", count, "S", "segments per instance; default: half the memory (CPU: 32k tokens)")
+    plain("--placement", choices=("stripe", "hash"), default="stripe", help="homes of segments")
+    add("--replicate-factor", heat, "c", "of c·N·ln N hot segments (default 3; 0: none)", 3.0)
     add("--pull-tokens", num, "T", "KV that an instance pulls per iteration (default 16384)", 16384)
     add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
-    add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), the paper's dynamic "
-        "program, or P instances for prompts and D for decodes", "auto")
+    add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), §6.2, or P + D", "auto")
     add("--tbt-slo-ms", slo, "MS", "fewer prompt rows where that keeps time between tokens below")
     add("--speed", speed, "X", "arrivals and think times X times faster; inf: all at once", 1.0)
     add("--timeout", wait, "SECONDS", "after which a silent rank is given up (default 300)", 300.0)
     plain("--verify", action=argparse.BooleanOptionalAction,
-          help="recompute every answer without a cache; default: for the demo on its own model")
+          help="recompute every answer without a cache; default: for the built-in demo")
     add("--output", path, "DIR", "write requests.jsonl and summary.json")
     options = parser.parse_args(arguments)
     require(options.model or not options.random_weights,
@@ -226,14 +221,14 @@ def prepare(options, cluster: Cluster, device, memory: int):
     kinds = [int(n) for n in re.findall(r"\d+", options.scheduler)] or [cluster.size]
     require(sum(kinds) == cluster.size, f"--scheduler {options.scheduler}: {sum(kinds)} instances, "
             f"there are {cluster.size}; as many are expected")
-    real = options.model and device.type == "cuda"
-    name = options.dtype or (config.dtype if real else "float32")
+    usual = (config.dtype, 512) if options.model and device.type == "cuda" else ("float32", 16)
+    name, C = options.dtype or usual[0], options.segment_tokens or usual[1]
     require(name in DTYPES, f"--dtype: config.json says {name!r}; one of {DTYPES} is expected")
-    dtype, C = getattr(torch, name), options.segment_tokens or (512 if real else 16)
     require(C <= P, f"--segment-tokens {C}: no more than the model's {P} positions is expected")
     lake = LakeConfig(C, 0, options.placement, options.replicate_factor, options.pull_tokens,
                       options.chunk_tokens or 4 * C, options.max_batch)
-    bytes_of = lambda n: Pool.bytes_needed(config, C, lake.staging(cluster.size), dtype, n)
+    dtype, staging = getattr(torch, name), lake.staging(cluster.size)
+    bytes_of = lambda n: Pool.bytes_needed(config, C, staging, dtype, n)
     sharing = cluster.ranks_per_device(device)
     room = memory // sharing  # half of it is left for weights and activations
     fit = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
@@ -251,9 +246,9 @@ def prepare(options, cluster: Cluster, device, memory: int):
     needed, there = -(-(line.total - 1) // C), slots * cluster.size
     require(needed <= there, f"{line.where}: the request needs {needed} segments, the pool has "
             f"{there}; more --slots are expected")
-    made = options.random_weights or not options.model
-    weights = (random_weights(config, options.seed, dtype, device) if made
-               else load_weights(options.model, config, dtype, device))
+    weights = (load_weights(options.model, config, dtype, device)
+               if options.model and not options.random_weights
+               else random_weights(config, options.seed, dtype, device))
     return lines, replace(lake, slots=slots), Llama(config, weights)
 
 
@@ -276,7 +271,7 @@ class Engine:
         self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
         self.model, self.sampler = model, sampler
         self.clock = self.iterations = 0  # the clock: ns since the start, rank 0's on every rank
-        self.stop = False  # set by a signal; travels with the next digest
+        self.stop = False  # set by a signal
         self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
         self.busy = np.zeros(2)  # time of the iterations by the model: mean over instances, longest
 
@@ -399,15 +394,6 @@ class Server:
             on_iteration(self, finished)
 
 
-def variation(reads: list[np.ndarray]) -> float | None:
-    """Coefficient of variation over instances of cache tokens read: the mean over windows of
-    iterations (a last, shorter one counts only if it is alone)."""
-    windows = [sum(reads[i:i + CV_WINDOW]) for i in range(0, len(reads), CV_WINDOW)]
-    windows = windows[:len(reads) // CV_WINDOW] or windows
-    values = [w.std() / w.mean() for w in windows if w.any()]
-    return float(np.mean(values)) if values else None
-
-
 def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None) -> dict:
     """summary.json: names as in vLLM's and SGLang's serving benchmarks, then ours. Collective."""
     engine, lake, counters = server.engine, server.lake, server.scheduler.counters
@@ -421,11 +407,13 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
         values = [v for r in records for v in np.atleast_1d(r[name]) if v is not None]
         found = [np.mean(values), *np.percentile(values, (50, 90, 99))] if values else [None] * 4
-        s |= zip((f"{kind}_{name}" for kind in ("mean", "median", "p90", "p99")), found)
+        s |= zip((f"{kind}_{name}" for kind in KINDS), found)
     s |= {f"{kind}_bytes": sum(bytes[kind] for bytes in ranks) for kind in lake.pool.bytes}
     s |= {key: counters[key] for key in ("computed_tokens", "recomputed_tokens", "preemptions")}
     s |= {f"{k}_local": ratio(counters[f"{k}_local"], counters[k]) for k in ("puts", "decode_puts")}
     gap = float(np.max([*gaps.values()])) if gaps else np.nan  # NaN if one is
+    windows = [sum(engine.reads[i:i + CV_WINDOW]) for i in range(0, len(engine.reads), CV_WINDOW)]
+    windows = windows[:len(engine.reads) // CV_WINDOW] or windows  # a shorter one only if alone
     s |= dict(completed=len(records), duration=seconds, total_input_tokens=inputs,
               total_output_tokens=outputs, hit_rate=ratio(cached, inputs), error=error)
     return s | dict(
@@ -433,7 +421,7 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
         cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
         idle_fraction=ratio(np.ptp(engine.busy), engine.busy[1]), iterations=engine.iterations,
-        cache_load_cv=variation(engine.reads), max_logit_gap=None if np.isnan(gap) else gap,
+        cache_load_cv=variation(windows), max_logit_gap=None if np.isnan(gap) else gap,
         verified=None if gaps is None else len(gaps) - len(wrong),
         config={k: v if v is None or isinstance(v, int) else str(v)
                 for k, v in vars(server.options).items()} | vars(lake.config) | dict(
@@ -447,12 +435,10 @@ REPORT = """\
     computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for \
 ({recomputed_tokens:,} again, after preemption)
   cache load  {shares} of reads per instance; CV within {window} iterations {cache_load_cv:.2f}
-     TTFT ms  mean {mean_ttft_ms:,.0f}  median {median_ttft_ms:,.0f}  \
-p90 {p90_ttft_ms:,.0f}  p99 {p99_ttft_ms:,.0f}
-     TPOT ms  mean {mean_tpot_ms:,.0f}  median {median_tpot_ms:,.0f}  \
-p90 {p90_tpot_ms:,.0f}  p99 {p99_tpot_ms:,.0f}
-       moved  queries and partial results {query_mb:,.1f} MB, new KV {put_mb:,.1f} MB \
-({puts_local:.1%} was computed where it lives)
+     TTFT ms  {ttft}
+     TPOT ms  {tpot}
+       moved  {moved}
+  new KV was  {puts_local:.1%} computed where it lives
     pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
 EXACT = "equal recomputation without a cache, token for token"
 CLOSE = "within rounding of recomputation without a cache; largest gap {max_logit_gap:.1e} logits"
@@ -464,10 +450,13 @@ def table(s: dict) -> str:
     if s["verified"] is not None:
         form += "\n    verified  {verified}/{completed} "
         form += EXACT if s["max_logit_gap"] == 0 else CLOSE
-    values = {key: np.nan if value is None else value for key, value in s.items()}
+    s = {key: np.nan if value is None else value for key, value in s.items()}
+    kinds = dict(query="queries and results", pull="pulled KV", put="new KV", replica="replicas")
     text = form.format(
-        shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads), window=CV_WINDOW,
-        query_mb=s["query_bytes"] / 1e6, put_mb=s["put_bytes"] / 1e6, **values)
+        **s, shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads), window=CV_WINDOW,
+        moved=", ".join(f"{kinds[k]} {s[f'{k}_bytes'] / 1e6:,.1f} MB" for k in kinds),
+        ttft="  ".join(f"{kind} {s[f'{kind}_ttft_ms']:,.0f}" for kind in KINDS),
+        tpot="  ".join(f"{kind} {s[f'{kind}_tpot_ms']:,.0f}" for kind in KINDS))
     return text.replace("nan%", "–").replace("nan", "–")
 
 
@@ -515,8 +504,7 @@ def serve(server: Server, file, on_iteration) -> str | None:
             bar.reset(len(records))
             gaps = server.engine.verify([lines[id].request for id in sorted(records)], bar.update)
             limit = TOLERANCE[server.model.dtype]
-            wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # NaN is
-            if wrong:
+            if wrong := [id for id in sorted(gaps) if not gaps[id] <= limit]:  # NaN is
                 error = f"request {wrong[0]} differs from recomputation without a cache"
             elif len(gaps) < len(records):
                 error = f"stopped by a signal; {len(gaps)} of {len(records)} are verified"

@@ -22,9 +22,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from balancer import Request  # noqa: E402
+from balancer import BLOCK  # noqa: E402
 from model import Config  # noqa: E402
-from run_cluster import BLOCK, demo_trace, read_trace  # noqa: E402
+from run_cluster import demo_trace, read_trace  # noqa: E402
 from tokenlake import LakeConfig, Scheduler, TokenLake  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
@@ -59,17 +59,15 @@ def simulate(lines, lake, policy="auto", slo=None, hardware="a100", block=BLOCK,
     """Serves checked lines of a trace on a lake without tensors. Times in s."""
     scheduler, clock = Scheduler(lake, (), policy, slo), 0.0
     following = {line.previous.index: line for line in lines if line.previous}
-    arrivals = [(line.timestamp / 1e3 / speed, line.index) for line in lines if not line.previous]
-    heapq.heapify(arrivals)
+    seconds_of = lambda line, key: line.keys[key] / 1e3 / speed
+    arrivals = [(seconds_of(x, "timestamp"), x.index) for x in lines if not x.previous]
     arrived, times, busy, prompts = {}, {}, np.zeros(2), 0
     while arrivals or scheduler.waiting or scheduler.running:
         while arrivals and arrivals[0][0] <= clock:
             at, index = heapq.heappop(arrivals)
-            line, arrived[index] = lines[index], at
-            prompt = line.prompt(lake.model.vocab_size, block, 0)
-            line.request = Request(index, prompt, len(prompt) + line.output_length, line.salt)
-            prompts += len(prompt)
-            scheduler.add(line.request)
+            arrived[index] = at
+            scheduler.add(lines[index].arrive(0, lake.model.vocab_size, block, 0))
+            prompts += lines[index].request.num_prompt
         plan, transfer, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
         if not plan.runs:
             clock = max(clock, arrivals[0][0])
@@ -84,7 +82,7 @@ def simulate(lines, lake, policy="auto", slo=None, hardware="a100", block=BLOCK,
             times.setdefault(index, []).append(clock)
         for request in scheduler.update(plan, sampled):
             if line := following.get(request.id):
-                at = max(line.timestamp / 1e3 / speed, clock + line.think / 1e3 / speed)
+                at = max(seconds_of(line, "timestamp"), clock + seconds_of(line, "think_ms"))
                 heapq.heappush(arrivals, (at, line.index))
     ttft = [times[i][0] - arrived[i] for i in times]
     gaps = [g for i in times for g in np.diff(times[i])] or [0.0]
