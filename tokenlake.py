@@ -88,7 +88,7 @@ class TokenLake:
                              config.staging(N), dtype, device)
 
     def get_prefix_tree(self) -> PrefixTree:
-        """The published segments. Read it; the calls below change it."""
+        """The published segments, to be read."""
         return self.balancer.tree
 
     def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = FLOPS,
@@ -127,7 +127,7 @@ class TokenLake:
             raise LakeError(f"DoPs {dops} for {len(batches)} batches on {len(self.instances)} "
                             "instances; one at least for each batch, and no more than there are")
         bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
-        copies, each = bal.replicate(), np.arange(len(self.instances))
+        copies, each = bal.replicate(), np.arange(N)
 
         # Runs by request and position. A share is what a part has of a request.
         flat = [run for batch in batches for run in batch]
@@ -164,21 +164,20 @@ class TokenLake:
 
         tokens = read(bal.choose(places, C * weight[of], bal.load + C * (weight @ held)))
 
-        # Ship or pull: a decode ships; a prompt pulls what it has room for.
-        prompt = np.flatnonzero(decode[head] == 0)
+        # Ship or pull: a decode ships; a prompt pulls what it has room for in its part.
+        prompt, pulled = np.flatnonzero(decode[head] == 0), np.zeros((G, N), bool)
         room = self.config.pull_tokens // np.maximum(1, np.bincount(of_part[prompt], minlength=N))
-        pulled, wanted = np.zeros((G, N), bool), tokens[prompt]
+        wanted = tokens[prompt]
         cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
         pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
-        index, source = np.nonzero(pulled[prompt])
-        puller = prompt[index]
+        puller, source = np.nonzero(pulled) if len(prompt) else (prompt, prompt)
 
         # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
         # and what else is saved where there are replicas of all that is read.
         cells, saved = np.zeros((2, sum(dops), N), np.int64)
-        present, start = np.unique(of_part, return_index=True)
         by_share = (tokens > 0) * ship[:, None]
         by_share[puller, source] = tokens[puller, source] * kv
+        present, start = np.unique(of_part, return_index=True)
         cells[present] = np.add.reduceat(by_share, start) if G else 0
         np.add.at(cells, (part, home), rows * puts * kv)
         at = ref_slot[hot] // S
@@ -197,8 +196,8 @@ class TokenLake:
             gain = cost[each, each].sum() - cost[each, best].sum()
             best = each if gain <= self.exchange_bytes else best
         instance, v = best[part], best[of_part]
-        groups = [group.tolist() for group in np.split(
-            instance[np.argsort(order)], np.cumsum([len(batch) for batch in batches]))[:len(dops)]]
+        given = iter(instance[np.argsort(order)].tolist())
+        groups = [list(islice(given, len(batch))) for batch in batches]
         own = places[np.arange(len(hot)), v[of]]  # a replica at hand is taken
         tokens = read(np.where(own >= 0, own, ref_slot[hot])) if len(hot) else tokens
 
@@ -263,9 +262,8 @@ class TokenLake:
             [flat[b] for b in order[order2]], instance, first - first[start], rows, position, home,
             kept, written, share, old, ref_slot, pull_ref, pulls.offsets(), reader, writer,
             sibling_row, ships, pulls, reads, pairs, bal.sizes)
-        put = np.flatnonzero(puts)
-        return plan, TransferPlan(*(x[put] for x in (instance, plan.first, written, rows)), moves,
-                                  N), groups
+        writes = (x[puts > 0] for x in (instance, plan.first, written, rows))
+        return plan, TransferPlan(*writes, moves, N), groups
 
     def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
         """[N, 3] what each instance does in an iteration: rows it computes, rows × tokens it
@@ -274,8 +272,8 @@ class TokenLake:
         rows = np.bincount(query_plan.instance, query_plan.rows, N).astype(np.int64)
         kv = transfer_plan.moves.moved(N) + query_plan.pulls.moved(N)
         sent = query_plan.shipped() * self.query_bytes + kv * self.kv_bytes
-        sent = layers * np.maximum(sent.sum(0), sent.sum(1))
-        return np.stack((rows, query_plan.pairs, sent), 1)
+        most = np.maximum(sent.sum(0), sent.sum(1))
+        return np.stack((rows, query_plan.pairs, layers * most), 1)
 
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
@@ -288,8 +286,8 @@ class TokenLake:
         return q_buf
 
     def query(self, q_buf: QueryBuffer):
-        """Attention of the rows in the buffer over prefix and new KV → [T, H, D]. Every instance
-        of the lake calls it for every layer, with or without rows, after `put`."""
+        """Attention of the buffer's rows over prefix and new KV → [T, H, D]. Every instance of the
+        lake calls it for every layer, with or without rows, after `put`."""
         return self.pool.query(q_buf)
 
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
@@ -363,7 +361,7 @@ class TimeModel:
         self.coefficients = self.fitted = [round(x * 1e12) for x in seconds]
 
     def time(self, rows, pairs, sent):
-        """ps, for numbers or arrays of integers."""
+        """ps, for integers or arrays of them."""
         a, b, c, e = self.coefficients
         return a + b * rows + c * pairs + e * sent
 
@@ -432,10 +430,9 @@ class Scheduler:
 
     def _preempt(self):
         """The youngest starts over: what it published stays, and it will hit it."""
-        request = self.running.pop()
-        self.balancer.release(request)
+        self.balancer.release(self.running[-1])
         self.counters["preemptions"] += 1
-        self.add(request)
+        self.add(self.running.pop())
 
     def _groups(self, budget: int):
         """Requests that run together, with `budget` prompt rows per instance that has any, as
@@ -485,15 +482,14 @@ class Scheduler:
         planned, tails = [0] * N, self.balancer.open_tails(self.running)
         most = sum(rows.values())
         most = -(-most // N) + self.lake.config.segment_tokens if even else most
-        reserved, index = {}, 0
-        while index < len(self.running):
-            request = self.running[index]
+        reserved = {}
+        while len(reserved) < len(self.running):
+            request = self.running[len(reserved)]
             runs = self.balancer.reserve(request, rows.get(request.id, 0), planned, tails, most)
             if runs is None:
                 self._preempt()  # never one whose rows are reserved: those are older
-                continue
-            reserved[request.id] = runs
-            index += 1
+            else:
+                reserved[request.id] = runs
         if even:
             batches = [[] for _ in range(N)]
             for run in chain.from_iterable(reserved.values()):

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     sizes = options.instances, options.requests, options.segments
     if min(*sizes, options.repeat) < 1:
-        parser.error("--instances, --requests, --segments, --repeat: positive integers are expected")
+        parser.error("positive integers are expected")
     rows = [sizes]
     if options.table:
         rows = [(8, 64, 200), (64, 8, 200), (64, 64, 20), (64, 64, 200), (64, 64, 800),

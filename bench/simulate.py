@@ -1,10 +1,10 @@
 """How long would it take? The scheduler and the balancer as they are, a roofline for the tensors.
 
     python bench/simulate.py --workload loogle --scheduler dp --instances 4 --rate 2
-    python bench/simulate.py --table                       # even split, DP and fixed PD, side by side
+    python bench/simulate.py --table        # even split, DP and fixed PD, side by side
 
 A lake is one clock: an iteration lasts as long as its slowest instance. That one computes its rows
-(MFU 0.6), attends to what is read there, reads weights and KV from memory (at 0.8 of the bandwidth),
+(MFU 0.6), attends to what is read there, reads weights and KV (at 0.8 of the memory's bandwidth),
 and exchanges: a latency α per exchange and layer, and its bytes over the link, behind the
 computation as far as that goes. The scheduler's time model is fitted to these times as it is to
 measured ones. `demo` is what run_cluster.py serves without options; a file is read as a trace.
@@ -106,9 +106,9 @@ def load(name: str, num_requests: int, rate: float, seed: int, vocab: int):
 def run(options, name, policy, rate, model=None) -> dict:
     model = MODELS[model or options.model]
     C = 16 if model is MODELS["tiny"] else 512
-    lake = TokenLake(list(range(options.instances)), model, LakeConfig(
-        C, -(-options.capacity_tokens // (C * options.instances)), chunk_tokens=options.chunk_tokens,
-        max_batch=options.max_batch), dtype=torch.bfloat16)
+    slots = -(-options.capacity_tokens // (C * options.instances))
+    config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens, max_batch=options.max_batch)
+    lake = TokenLake(list(range(options.instances)), model, config, dtype=torch.bfloat16)
     lines = load(name, options.num_requests, rate, options.seed, model.vocab_size)
     return simulate(lines, lake, policy, options.tbt_slo_ms, options.hardware)
 

@@ -1,4 +1,4 @@
-"""Generated loads, written as traces: JSON lines of timestamp, input_length, output_length, hash_ids.
+"""Generated loads, written as traces: JSON lines, a request each.
 
     python bench/workloads.py loogle --rate 1 --num-requests 300 --seed 0 > t.jsonl
 
