@@ -266,7 +266,7 @@ class QueryPlan:
     ships: np.ndarray  # [B, N] whether the run's rows travel to that instance
     pulls: Moves  # of old KV
     reads: np.ndarray  # [N] tokens of old KV read at each holder, once a request (§7.2)
-    pairs: np.ndarray  # [N] rows × tokens of attention done there
+    load: np.ndarray  # [N] attention done there, rows × tokens; what is memory-bound weighs more
     sizes: tuple[int, int, int]  # N, S, C
 
     def references(self, index: int):

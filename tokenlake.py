@@ -246,34 +246,32 @@ class TokenLake:
         sibling_row, line = np.full(len(reader), -1), np.cumsum(comes) - 1
         sibling_row[sibling] = moves.offsets()[line[index[comes[index]]]]
 
-        # Attention where it is done, as rows × tokens (§6) and as load (§4.3); and cache reads by
-        # holder, once a request (§7.2).
+        # Attention where it is done, for the load (§4.3); cache reads by holder, once a request.
         meet = np.where(instance[reader] == instance[writer], instance[reader], home[writer])
         meet[sibling] = instance[reader[sibling]]
         once = np.bincount(np.unique(request[head], return_index=True)[1], minlength=G)
-        pairs, load, reads = np.stack((n, weight, once)) @ tokens
-        for done_at, factor in ((pairs, n), (load, weight)):
-            np.add.at(done_at, v[puller], factor[puller] * tokens[puller, source])
-            np.subtract.at(done_at, source, factor[puller] * tokens[puller, source])
-        np.add.at(pairs, meet, rows[reader] * rows[writer])
+        load, reads = np.stack((weight, once)) @ tokens
+        moved = weight[puller] * tokens[puller, source]
+        np.add.at(load, np.concatenate((meet, v[puller], source)),
+                  np.concatenate((rows[reader] * rows[writer], moved, -moved)))
         bal.observe(load)
 
         plan = QueryPlan(
             [flat[b] for b in order[order2]], instance, first - first[start], rows, position, home,
             kept, written, share, old, ref_slot, pull_ref, pulls.offsets(), reader, writer,
-            sibling_row, ships, pulls, reads, pairs, bal.sizes)
+            sibling_row, ships, pulls, reads, load, bal.sizes)
         writes = (x[puts > 0] for x in (instance, plan.first, written, rows))
         return plan, TransferPlan(*writes, moves, N), groups
 
     def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
-        """[N, 3] what each instance does in an iteration: rows it computes, rows × tokens it
-        attends to, bytes it sends or receives, the larger."""
+        """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
+        QueryPlan.load), bytes it sends or receives, the larger."""
         N, layers = len(self.instances), self.model.num_layers
         rows = np.bincount(query_plan.instance, query_plan.rows, N).astype(np.int64)
         kv = transfer_plan.moves.moved(N) + query_plan.pulls.moved(N)
         sent = query_plan.shipped() * self.query_bytes + kv * self.kv_bytes
         most = np.maximum(sent.sum(0), sent.sum(1))
-        return np.stack((rows, query_plan.pairs, layers * most), 1)
+        return np.stack((rows, query_plan.load, layers * most), 1)
 
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
@@ -447,7 +445,7 @@ class Scheduler:
                 prompts.append((request, min(request.remaining, left)))
                 left -= prompts[-1][1]
         items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-        size = [(0, 0), *((n, n * (2 * r.done + n) // 2) for r, n in items)]  # rows, × context
+        size = [(0, 0), *((n, max(n, self.lake.ridge) * (r.done + n // 2)) for r, n in items)]
         upto, D = np.cumsum(size, 0), len(decodes)
 
         def time(i, dop):

@@ -4,10 +4,10 @@
     python bench/simulate.py --table        # even split, DP and fixed PD, side by side
 
 A lake is one clock: an iteration lasts as long as its slowest instance. That one computes its rows
-(MFU 0.6), attends to what is read there, reads weights and KV (at 0.8 of the memory's bandwidth),
-and exchanges: a latency α per exchange and layer, and its bytes over the link, behind the
-computation as far as that goes. The scheduler's time model is fitted to these times as it is to
-measured ones. `demo` is what run_cluster.py serves without options; a file is read as a trace.
+(MFU 0.6) or reads the weights (at 0.8 of the bandwidth), attends, and exchanges: a latency α per
+exchange and layer, and its bytes over the link, behind the computation as far as that goes. The
+scheduler's time model is fitted to these times as it is to measured ones. `demo` is what
+run_cluster.py serves without options; any other name that is no load is a trace's file.
 """
 
 import argparse
@@ -44,19 +44,18 @@ MFU, OF_BANDWIDTH, ALPHA = 0.6, 0.8, 10e-6
 def seconds(lake, query_plan, transfer_plan, hardware) -> np.ndarray:
     """[N] time of an iteration at each instance."""
     flops, bandwidth, link = HARDWARE[hardware]
-    m, (rows, pairs, sent) = lake.model, lake.features(query_plan, transfer_plan).T
-    compute = (2 * m.num_linear_parameters * rows
-               + 4 * m.num_layers * m.num_heads * m.head_dim * pairs) / (flops * MFU)
-    kv = query_plan.reads * lake.kv_bytes * m.num_layers
-    memory = (lake.weight_bytes + kv) / (bandwidth * OF_BANDWIDTH)
+    m, (rows, load, sent) = lake.model, lake.features(query_plan, transfer_plan).T
+    linear = np.maximum(2 * m.num_linear_parameters * rows / (flops * MFU),
+                        lake.weight_bytes / (bandwidth * OF_BANDWIDTH))
+    # A row that attends alone waits for memory: it weighs as many rows as that takes (lake.ridge).
+    attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / (flops * MFU)
     exchanges = 2 * query_plan.ships.any() + bool(len(transfer_plan.moves.kind)) + bool(
         len(query_plan.pulls.kind))
-    return np.maximum(np.maximum(compute, memory), sent / link) + (
-        exchanges * m.num_layers * ALPHA)
+    return np.maximum(linear + attention, sent / link) + exchanges * m.num_layers * ALPHA
 
 
 def simulate(lines, lake, policy="auto", slo=None, hardware="a100", block=BLOCK, speed=1.0) -> dict:
-    """Serves checked lines of a trace on a lake without tensors. Times in s."""
+    """Serves checked lines of a trace on a lake without tensors."""
     scheduler, clock = Scheduler(lake, (), policy, slo), 0.0
     following = {line.previous.index: line for line in lines if line.previous}
     seconds_of = lambda line, key: line.keys[key] / 1e3 / speed
@@ -84,10 +83,10 @@ def simulate(lines, lake, policy="auto", slo=None, hardware="a100", block=BLOCK,
             if line := following.get(request.id):
                 at = max(seconds_of(line, "timestamp"), clock + seconds_of(line, "think_ms"))
                 heapq.heappush(arrivals, (at, line.index))
-    ttft = [times[i][0] - arrived[i] for i in times]
+    ttft = [1e3 * (times[i][0] - arrived[i]) for i in times]
     gaps = [g for i in times for g in np.diff(times[i])] or [0.0]
-    return dict(requests=len(times), duration_s=clock, ttft_s=float(np.mean(ttft)),
-                p90_ttft_s=float(np.percentile(ttft, 90)), tbt_ms=1e3 * float(np.mean(gaps)),
+    return dict(requests=len(times), duration_s=clock, ttft_ms=float(np.mean(ttft)),
+                p90_ttft_ms=float(np.percentile(ttft, 90)), tbt_ms=1e3 * float(np.mean(gaps)),
                 p99_tbt_ms=1e3 * float(np.percentile(gaps, 99)),
                 idle_fraction=float(1 - busy[0] / busy[1]),
                 hit_rate=sum(scheduler.cached_tokens.values()) / prompts)
@@ -135,13 +134,13 @@ def main(arguments: list[str]) -> int:
     loads = [("demo", 1.0, "tiny"), ("loogle", options.rate, None),
              ("sharegpt", 6 * options.rate, None)]
     loads += [(options.trace, 1.0, None)] if options.trace else []
-    print(f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT s':>8} {'p90':>8} "
+    print(f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
           f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}")
     for name, rate, model in loads:
         for policy in ("even", "dp", *(f"pd:{p}x{N - p}" for p in {1, N // 2, N - 1})):
             r = run(options, name, policy, rate, model)
             print(f"{Path(name).stem[:12]:>12} {policy:>10} {r['duration_s']:>10.3f} "
-                  f"{r['ttft_s']:>8.4f} {r['p90_ttft_s']:>8.4f} {r['tbt_ms']:>8.3f} "
+                  f"{r['ttft_ms']:>10,.2f} {r['p90_ttft_ms']:>10,.2f} {r['tbt_ms']:>8.3f} "
                   f"{r['p99_tbt_ms']:>8.2f} {r['idle_fraction']:>6.1%} {r['hit_rate']:>6.1%}",
                   flush=True)
     return 0
