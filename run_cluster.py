@@ -46,13 +46,10 @@ FIELDS = dict(timestamp=TIME, output_length=LENGTH, salt=(lambda x: type(x) is s
               think_ms=(*TIME, 0))
 
 
-class InputError(ValueError):
-    """A user's mistake: one line, exit status 2."""
-
-
 def require(ok, message: str):
+    """A ValueError is a user's mistake: one line, exit status 2."""
     if not ok:
-        raise InputError(message)
+        raise ValueError(message)
 
 
 @dataclass
@@ -70,15 +67,13 @@ class Line:
     def arrive(self, time: int, vocab: int, block: int, seed: int) -> Request:
         """Its request. A hash id's block of tokens comes from a generator seeded by (seed, id)."""
         keys, before = self.keys, self.previous.request.tokens if self.previous else []
-        if "input_ids" in keys:
-            prompt = before + keys["input_ids"]
-        else:
-            generators = (np.random.default_rng((seed, id)) for id in keys["hash_ids"])
-            blocks = np.concatenate([rng.integers(vocab, size=block) for rng in generators])
-            prompt = blocks[:self.total - keys["output_length"]].tolist()
+        blocks = [np.random.default_rng((seed, id)).integers(vocab, size=block)
+                  for id in keys.get("hash_ids", ())]
+        prompt = before + keys["input_ids"] if "input_ids" in keys else (
+            np.concatenate(blocks)[:self.total - keys["output_length"]].tolist())
         self.times = [time]
-        length = len(prompt) + keys["output_length"]
-        self.request = Request(self.index, prompt, length, keys["salt"])
+        self.request = Request(self.index, prompt, len(prompt) + keys["output_length"],
+                               keys["salt"])
         return self.request
 
     def record(self, cached_tokens: int) -> dict:
@@ -99,7 +94,7 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError):
-            raise InputError(f"{where}: not JSON; one object per line is expected") from None
+            raise ValueError(f"{where}: not JSON; one object per line is expected") from None
         require(isinstance(raw, dict), f"{where}: a JSON object is expected")
         by_ids = "input_ids" in raw
         require(not (by_ids and raw.keys() & {"hash_ids", "input_length"}), f"{where}: input_ids "
@@ -112,13 +107,11 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
             found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
             require(ok(value), f"{where}: {key} {found}; {expected} is expected")
         previous = None if keys["session_id"] is None else sessions.get(keys["session_id"])
-        if by_ids:
-            length = len(keys["input_ids"]) + (previous.total if previous else 0)
-        else:
-            length, found = keys["input_length"], len(keys["hash_ids"])
-            blocks = -(-length // BLOCK)
-            require(found == blocks, f"{where}: hash_ids lists {found} blocks; input_length "
-                    f"{length} makes {blocks} of {BLOCK} tokens")
+        length = keys["input_length"] if not by_ids else (
+            len(keys["input_ids"]) + (previous.total if previous else 0))
+        found, blocks = len(keys.get("hash_ids", ())), -(-length // BLOCK)
+        require(by_ids or found == blocks, f"{where}: hash_ids lists {found} blocks; input_length "
+                f"{length} makes {blocks} of {BLOCK} tokens")
         output = keys["output_length"] = -(-keys["output_length"] // scale)
         line = Line(len(lines), where, previous, -(-length // scale) + output, keys)
         sessions[keys["session_id"]] = line
@@ -144,7 +137,7 @@ def demo_trace(num_requests: int, vocab: int, seed: int):
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Raises InputError naming the option."""
+    """The command line. Raises ValueError naming the option."""
     path = Path, lambda x: x != Path(), "a path"
     count = int, lambda x: 0 < x < 2**48, "a positive integer"
     num = int, lambda x: 0 <= x < 2**48, "a number of tokens from 0"
@@ -203,7 +196,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def prepare(options, cluster: Cluster, device, memory: int):
     """Reads and checks all that the user gave → (lines, LakeConfig, Llama). memory: bytes available
-    on a device, the least over the ranks. Raises InputError or ModelError."""
+    on a device, the least over the ranks. Raises ValueError or ModelError."""
     for name in ("requests.jsonl", "summary.json") if options.output else ():
         require(not os.path.exists(options.output / name),
                 f"--output {options.output}: already holds {name}; a new folder is expected")
@@ -215,7 +208,7 @@ def prepare(options, cluster: Cluster, device, memory: int):
             lines = read_trace(source, str(options.trace or "demo"), options.trace_scale or 1,
                                options.num_requests)
     except OSError as error:
-        raise InputError(f"--trace {options.trace}: {error.strerror}") from None
+        raise ValueError(f"--trace {options.trace}: {error.strerror}") from None
     require(config.eos_token_ids or not options.stop_at_eos,
             "--stop-at-eos: the model's config.json has no eos_token_id")
     kinds = [int(n) for n in re.findall(r"\d+", options.scheduler)] or [cluster.size]
@@ -260,7 +253,7 @@ def open_output(folder: Path | None, cluster: Cluster):
         folder.mkdir(parents=True, exist_ok=True)
         return open(folder / "requests.jsonl", "x")
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}") from None
+        raise ValueError(f"--output {folder}: {error.strerror}") from None
 
 
 class Engine:
@@ -363,8 +356,8 @@ class Server:
         self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
         self.engine = Engine(cluster, self.lake, self.scheduler, model,
                              Sampler(options.temperature, options.seed))
-        block = BLOCK // (options.trace_scale or 1)
-        self.drawn = model.config.vocab_size, block, options.seed  # what hash ids stand for
+        self.drawn = (model.config.vocab_size, BLOCK // (options.trace_scale or 1),
+                      options.seed)  # what hash ids stand for
         self.records: dict[int, dict] = {}  # of finished requests, by request id
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
         self.ns = ns = lambda ms: int(ms * 1e6 / options.speed)
@@ -463,7 +456,7 @@ def table(s: dict) -> str:
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
     """The whole program on one rank; returns its exit status. One rank says what went wrong."""
     timeout, error, first = 60.0, None, os.environ.get("RANK", "0") == "0"
-    with (contextlib.suppress(InputError),  # said below, once; and so is --help
+    with (contextlib.suppress(ValueError),  # said below, once; and so is --help
           contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w"))):
         timeout = parse_options(arguments).timeout
     cluster = Cluster(timeout)
