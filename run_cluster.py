@@ -140,8 +140,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError naming the option."""
     path = Path, lambda x: x != Path(), "a path"
     count = int, lambda x: 0 < x < 2**48, "a positive integer"
-    num = int, lambda x: 0 <= x < 2**48, "a number of tokens from 0"
-    seed = int, lambda x: 0 <= x < 2**63, "a seed from 0"
+    natural = int, lambda x: 0 <= x < 2**63, "an integer from 0"
     divisor = int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"
     heat = float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"
     speed = float, lambda x: x >= 1e-6, "a positive number"
@@ -163,7 +162,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     plain = parser.add_argument
     add("--trace", path, "FILE", "JSON lines; default: a multi-turn demo")
     add("--num-requests", count, "K", "serve the first K lines (demo: 48)")
-    add("--seed", seed, "N", "of the weights, the demo, a trace's tokens, and sampling", 0)
+    add("--seed", natural, "N", "of the weights, the demo, a trace's tokens, and sampling", 0)
     add("--trace-scale", divisor, "F", "divide the trace's lengths and its 512-token block by F")
     add("--model", path, "DIR", "Hugging Face folder of a Llama")
     plain("--random-weights", action="store_true", help="with --model: read config.json alone")
@@ -175,7 +174,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--slots", count, "S", "segments per instance; default: half the memory (CPU: 32k tokens)")
     plain("--placement", choices=("stripe", "hash"), default="stripe", help="homes of segments")
     add("--replicate-factor", heat, "c", "of c·N·ln N hot segments (default 3; 0: none)", 3.0)
-    add("--pull-tokens", num, "T", "KV that an instance pulls per iteration (default 16384)", 16384)
+    add("--pull-tokens", natural, "T", "KV that an instance pulls per iteration (default 16384)", 16384)
     add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
     add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), §6.2, or P + D", "auto")
@@ -425,13 +424,11 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
 REPORT = """\
     requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
     hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens
-    computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for \
-({recomputed_tokens:,} again, after preemption)
+    computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for ({recomputed_tokens:,} again)
   cache load  {shares} of reads per instance; CV within {window} iterations {cache_load_cv:.2f}
      TTFT ms  {ttft}
      TPOT ms  {tpot}
-       moved  {moved}
-  new KV was  {puts_local:.1%} computed where it lives
+       moved  {moved} ({puts_local:.1%} of all new KV stayed)
     pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
 EXACT = "equal recomputation without a cache, token for token"
 CLOSE = "within rounding of recomputation without a cache; largest gap {max_logit_gap:.1e} logits"

@@ -606,7 +606,7 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--num-requests", "0"], "--num-requests"), (["--trace", ""], "a path is expected"),
     (["--segment-tokens", "9999999"], "8192 positions"), (["--seed", "9" * 30], "--seed"),
     (["--chunk-tokens", "1e9"], "--chunk-tokens"),
-    (["--replicate-factor", "-1"], "--replicate-factor: '-1': a number from 0 is expected"),
+    (["--replicate-factor", "-1"], "--replicate-factor: '-1': a number from 0 to 1e6 is expected"),
     (["--pull-tokens", "-1"], "--pull-tokens"), (["--tbt-slo-ms", "0"], "--tbt-slo-ms: '0': a pos"),
     (["--tbt-slo-ms", "nan"], "--tbt-slo-ms"), (["--scheduler", "pd"], "dp or pd:PxD is expected"),
     (["--scheduler", "pd:3x2"], "--scheduler pd:3x2: 5 instances, there are 1; as many are exp"),

@@ -6,14 +6,14 @@
       gen_plans(batches, DoPs, tree)                   init_transfer(batch, transfer_plan) → kv_buf
           → query_plan, transfer_plan, groups          put(kv_buf)
 
-The interface is declarative: the scheduler says which rows run together, the engine writes Q and
-new KV into buffers, and neither knows where the cache is. A `TokenLake` is made over any list of
-instances. Over one it never communicates: a conventional instance is a lake of one.
+The scheduler says which rows run together, the engine writes Q and new KV into buffers, and neither
+knows where the cache is. A `TokenLake` is made over any list of instances. Over one it never
+communicates: a conventional instance is a lake of one.
 
 The scheduler keeps queues, not places: any row can run anywhere. So the *even split* gives every
 instance the same rows, to a segment, decode and prefill mixed; rows of one prompt on k instances
-are sequence parallelism, without a path of its own. The paper's dynamic program over batches and
-degrees of parallelism (DoP), and fixed PD, are here to compare: in lock-step the even split wins.
+are sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP)
+and fixed PD are here to compare: in lock-step the even split wins.
 
 Notation: N instances · C tokens per segment · T rows · H query heads · Hkv KV heads · D head dim.
 """
@@ -59,10 +59,9 @@ class LakeConfig:
 
 
 class TokenLake:
-    """A prefix cache pool over `instances` (ranks of the cluster).
-
-    model: shape of the Llama (model.Config). Every rank of the cluster makes all lakes, in the same
-    order. Without a cluster, or on a rank that is not an instance, it is control plane only."""
+    """A prefix cache pool over `instances` (ranks of the cluster) for a Llama of shape `model`. Every
+    rank makes all lakes, in the same order. Without a cluster, or on a rank that is not an instance,
+    it is control plane only."""
 
     def __init__(self, instances: list[int], model, config: LakeConfig,
                  cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
@@ -78,7 +77,7 @@ class TokenLake:
         self.weight_bytes = model.num_linear_parameters * size
         self.balancer = Balancer(N, config.slots, config.segment_tokens, config.placement,
                                  config.replicate_factor)
-        # Rows from which on attention to a token costs more than reading it.
+        # From so many rows on, attention to a token costs more than reading it.
         self.ridge = max(1, round(FLOPS / BANDWIDTH * model.num_kv_heads / H))
         self.pool = self.index = None
         groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
@@ -93,10 +92,9 @@ class TokenLake:
 
     def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = FLOPS,
                        bandwidth: float = BANDWIDTH) -> float:
-        """The share of the cluster that reading the cache itself would cost for these requests
-        (§6.1), between 0 and 1: the larger of its memory and its compute share. flops [1/s] and
-        bandwidth [B/s] of an instance. Differs from the paper: 4·d·prefix·input FLOPs (a score and
-        a weighted sum, two each), KV bytes at the true width, and both over all layers."""
+        """The share of the cluster that reading the cache costs for these requests (§6.1), 0 to 1:
+        the larger of its memory and compute shares. flops [1/s] and bandwidth [B/s] of an instance.
+        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers."""
         m = self.model
         tokens = compute = linear = 0.0
         for request in reqs:
@@ -117,9 +115,9 @@ class TokenLake:
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
         at most one each, so that the fewest bytes travel. Replicas are chosen first, by load; one
-        at the instance that computes is then taken instead. Old KV travels to a prompt's rows where
-        that is fewer bytes than their queries and results; so does fresh KV between the parts of
-        one prompt, which the matching leaves out, as it depends on pairs of parts. Raises LakeError
+        where the part is computed is then taken instead. Old KV travels to a prompt's rows where
+        that is fewer bytes than their queries and results; so does fresh KV between the parts of a
+        prompt, which depends on pairs of parts and is left out of the matching. Raises LakeError
         if the DoPs ask for more instances than there are, or the tree is another lake's."""
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
@@ -170,7 +168,7 @@ class TokenLake:
         wanted = tokens[prompt]
         cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
         pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
-        puller, source = np.nonzero(pulled) if len(prompt) else (prompt, prompt)
+        puller, source = np.nonzero(pulled)
 
         # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
         # and what else is saved where there are replicas of all that is read.
@@ -216,8 +214,8 @@ class TokenLake:
         # writes comes to share g, a sibling, if that is fewer bytes.
         ships = tokens > 0
         ships[puller, source] = ships[np.arange(G), v] = False
-        away = np.flatnonzero((instance[reader] != instance[writer])
-                              & (instance[reader] != home[writer]))
+        far = instance[reader] != instance[writer]
+        away = np.flatnonzero(far & (instance[reader] != home[writer]))
         key, index = np.unique(share[reader[away]] * B + writer[away], return_inverse=True)
         g, c = np.divmod(key, B)
         cell, at = np.unique(g * N + home[c], return_inverse=True)
@@ -228,12 +226,13 @@ class TokenLake:
         ships[reader[shipped], home[writer[shipped]]] = True
 
         # KV on the move: old to who pulls it; new to its home and to siblings; copies.
-        ref_share = np.repeat(np.arange(G), count) if len(puller) else count[:0]
-        holder = ref_slot[:len(ref_share)] // S
-        pull_ref = np.flatnonzero(pulled[ref_share, holder] & (holder != v[ref_share]))
-        to = ref_share[pull_ref]
-        length = np.minimum(old[to] - (pull_ref - (end - count)[to]) * C, C)
-        pulls = Moves.of((PULL, holder[pull_ref], ref_slot[pull_ref] % S * C, v[to], -1, length))
+        pullers = np.unique(puller)
+        to, ref = np.repeat(pullers, count[pullers]), ranges((end - count)[pullers], count[pullers])
+        holder = ref_slot[ref] // S
+        away = pulled[to, holder] & (holder != v[to])
+        to, ref, holder = to[away], ref[away], holder[away]
+        length = np.minimum(old[to] - (ref - (end - count)[to]) * C, C)
+        pulls = Moves.of((PULL, holder, ref_slot[ref] % S * C, v[to], -1, length))
         staged = rows * puts * (home != instance)
         kept, offset = slot % S * C + position % C, np.cumsum(staged) - staged
         written = np.where(staged > 0, S * C + offset - offset[start], kept)
@@ -247,8 +246,7 @@ class TokenLake:
         sibling_row[sibling] = moves.offsets()[line[index[comes[index]]]]
 
         # Attention where it is done, for the load (§4.3); cache reads by holder, once a request.
-        meet = np.where(instance[reader] == instance[writer], instance[reader], home[writer])
-        meet[sibling] = instance[reader[sibling]]
+        meet = np.where(far & (sibling_row < 0), home[writer], instance[reader])
         once = np.bincount(np.unique(request[head], return_index=True)[1], minlength=G)
         load, reads = np.stack((weight, once)) @ tokens
         moved = weight[puller] * tokens[puller, source]
@@ -258,7 +256,7 @@ class TokenLake:
 
         plan = QueryPlan(
             [flat[b] for b in order[order2]], instance, first - first[start], rows, position, home,
-            kept, written, share, old, ref_slot, pull_ref, pulls.offsets(), reader, writer,
+            kept, written, share, old, ref_slot, ref, pulls.offsets(), reader, writer,
             sibling_row, ships, pulls, reads, load, bal.sizes)
         writes = (x[puts > 0] for x in (instance, plan.first, written, rows))
         return plan, TransferPlan(*writes, moves, N), groups
@@ -381,7 +379,7 @@ class TimeModel:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill (§6), stateless: it keeps queues, not places.
+    """Continuous batching with chunked prefill (§6), stateless.
 
     policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
     dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
@@ -449,7 +447,7 @@ class Scheduler:
         upto, D = np.cumsum(size, 0), len(decodes)
 
         def time(i, dop):
-            """Of the batches j..i, j < i, of the same kind and within a chunk per instance."""
+            """Of the batches j..i, j < i, of one kind and within a chunk per instance."""
             rows, pairs = (upto[i] - upto[:i]).T
             wide = dop > 1 if i <= D else rows > dop * self.lake.config.chunk_tokens
             mixed = (np.arange(i) < D) & (i > D)
@@ -465,9 +463,9 @@ class Scheduler:
         return [(items[j:i], dop) for j, i, dop in cuts], slowest
 
     def schedule(self) -> tuple[list[list[Run]], list[int]]:
-        """Batches for the next iteration and their DoPs. Slots are reserved; when all are pinned,
-        the youngest is preempted. With the even split there is a batch per instance, of the rows
-        that live there."""
+        """Batches for the next iteration and their DoPs, their slots reserved; when all are pinned,
+        the youngest is preempted. The even split is a batch per instance, of rows that live there.
+        """
         self._admit()
         budget, N = self.lake.config.chunk_tokens, len(self.lake.instances)
         groups, time = self._groups(budget)
