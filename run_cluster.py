@@ -174,7 +174,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--slots", count, "S", "segments per instance; default: half the memory (CPU: 32k tokens)")
     plain("--placement", choices=("stripe", "hash"), default="stripe", help="homes of segments")
     add("--replicate-factor", heat, "c", "of c·N·ln N hot segments (default 3; 0: none)", 3.0)
-    add("--pull-tokens", natural, "T", "KV that an instance pulls per iteration (default 16384)", 16384)
+    add("--pull-tokens", natural, "T", "KV that an instance pulls an iteration (default 16384)", 16384)
     add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
     add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), §6.2, or P + D", "auto")

@@ -53,15 +53,14 @@ class LakeConfig:
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances: int) -> int:
-        """Slab rows for KV that lives elsewhere: what an instance computes at most, a chunk (to a
-        segment) and all decodes. A lake of one has no elsewhere."""
+        """Slab rows for KV that lives elsewhere: the most that an instance computes."""
         return (self.chunk_tokens + self.max_batch + self.segment_tokens) * (num_instances > 1)
 
 
 class TokenLake:
-    """A prefix cache pool over `instances` (ranks of the cluster) for a Llama of shape `model`. Every
-    rank makes all lakes, in the same order. Without a cluster, or on a rank that is not an instance,
-    it is control plane only."""
+    """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of shape `model`.
+    Every rank makes all lakes, in the same order. On one that is no instance, or without a cluster,
+    a lake is control plane only."""
 
     def __init__(self, instances: list[int], model, config: LakeConfig,
                  cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
@@ -199,8 +198,8 @@ class TokenLake:
         own = places[np.arange(len(hot)), v[of]]  # a replica at hand is taken
         tokens = read(np.where(own >= 0, own, ref_slot[hot])) if len(hot) else tokens
 
-        # Now by instance, then request, then position. Fresh KV: a run reads what its request's
-        # runs write, up to itself.
+        # Now by instance, request, position. Fresh KV: a run reads what its request's write, up to
+        # itself.
         before = np.arange(B) - np.searchsorted(request, request)
         reader = np.repeat(np.arange(B), before + 1)
         writer = ranges(np.searchsorted(request, request), before + 1)
@@ -275,10 +274,8 @@ class TokenLake:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
         in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
         q_buf = QueryBuffer(query_plan, self.index, self.pool.heads_per_kv, self.pool.device)
-        share = sum(run.rows for run, v in zip(batch, group) if v == self.index)
-        if share != q_buf.num_rows:
-            raise LakeError(f"instance {self.index} was handed a batch with {share} rows for it, "
-                            f"the plan has {q_buf.num_rows}")
+        if sum(run.rows for run, v in zip(batch, group) if v == self.index) != q_buf.num_rows:
+            raise LakeError(f"instance {self.index} was handed another batch than is planned")
         return q_buf
 
     def query(self, q_buf: QueryBuffer):
@@ -309,8 +306,8 @@ def cut(batches, dops, rows) -> np.ndarray:
 
 def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
     """16 bytes that two ranks share only if they planned the same: every array of the plans."""
-    digest = hashlib.blake2b(str(iteration).encode(), digest_size=16)
-    digest.update(repr([run.request.id for run in query_plan.runs]).encode())
+    runs = [run.request.id for run in query_plan.runs]
+    digest = hashlib.blake2b(repr((iteration, runs)).encode(), digest_size=16)
     for table in (query_plan, query_plan.pulls, transfer_plan, transfer_plan.moves):
         for array in vars(table).values():
             if isinstance(array, np.ndarray):
@@ -319,8 +316,7 @@ def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPl
 
 
 def dynamic_program(time, R: int, N: int, slo: int | None = None):
-    """Batches of R requests and their DoPs on N instances (§6.2): of all ways to cut the sequence
-    with every time at most `slo`, the one with the least
+    """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
 
         f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
 
@@ -350,7 +346,7 @@ class TimeModel:
     so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
 
     def __init__(self, lake: "TokenLake"):
-        m, self.samples = lake.model, []
+        m, self.samples, self.count = lake.model, [], 0
         self.bytes_per_row = m.num_layers * lake.kv_bytes
         seconds = (lake.weight_bytes / BANDWIDTH, 2 * m.num_linear_parameters / FLOPS,
                    4 * m.num_layers * m.num_heads * m.head_dim / FLOPS, 1 / LINK)
@@ -369,13 +365,13 @@ class TimeModel:
     def measured(self, features, seconds: float):
         """An iteration with `features` [N, 3]; in lock-step the slowest instance counts. Every 32,
         a least squares fit of the last 256, without negative terms."""
-        slowest = features[np.argmax(self.time(*features.T))]
-        self.samples = [*self.samples[-255:], (1, *slowest.tolist(), seconds)]
-        if len(self.samples) % 32 == 0:
-            table = np.array(self.samples)
-            scale = table.max(0)[:4] + (table.max(0)[:4] == 0)
-            fitted = nnls(table[:, :4] / scale, table[:, 4])[0] / scale
-            self.fitted = [round(x * 1e12) for x in fitted]
+        slowest = features[np.argmax(self.time(*features.T))].tolist()
+        self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
+        self.count += 1
+        if self.count % 32 == 0:
+            work, seconds = np.split(np.array(self.samples), [4], 1)
+            scale = np.maximum(1, work.max(0))
+            self.fitted = [round(x * 1e12) for x in nnls(work / scale, seconds[:, 0])[0] / scale]
 
 
 class Scheduler:
@@ -433,8 +429,7 @@ class Scheduler:
     def _groups(self, budget: int):
         """Requests that run together, with `budget` prompt rows per instance that has any, as
         ([(request, rows)], DoP) each, and the time of the slowest (ps)."""
-        N = len(self.lake.instances)
-        decodes = [(r, 1) for r in self.running if r.remaining == 1]
+        N, decodes = len(self.lake.instances), [(r, 1) for r in self.running if r.remaining == 1]
         pd = [int(x) for x in self.policy[3:].split("x")] if self.policy[:3] == "pd:" else None
         dp = self.policy == "dp" and N > 1
         prompts, left = [], budget * (pd[0] if pd else N - (dp and bool(decodes)))
@@ -453,10 +448,8 @@ class Scheduler:
             mixed = (np.arange(i) < D) & (i > D)
             return np.where(mixed | wide, NEVER, self.model.split(rows, pairs, dop))
 
-        cuts = [(0, len(items), N)]
-        if pd:
-            cuts = [(0, D, pd[1]), (D, len(items), pd[0])]
-        elif dp:
+        cuts = [(0, D, pd[1]), (D, len(items), pd[0])] if pd else [(0, len(items), N)]
+        if dp:
             cuts = (dynamic_program(time, len(items), N, self.slo)
                     or dynamic_program(time, len(items), N) or cuts)
         slowest = max(self.model.split(*(upto[i] - upto[j]).tolist(), dop) for j, i, dop in cuts)
@@ -476,8 +469,8 @@ class Scheduler:
         even = len(groups) == 1 and groups[0][1] == N
         rows = {request.id: n for items, _ in groups for request, n in items}
         planned, tails = [0] * N, self.balancer.open_tails(self.running)
-        most = sum(rows.values())
-        most = -(-most // N) + self.lake.config.segment_tokens if even else most
+        total = sum(rows.values())
+        most = -(-total // N) + self.lake.config.segment_tokens if even else total
         reserved = {}
         while len(reserved) < len(self.running):
             request = self.running[len(reserved)]
