@@ -16,17 +16,10 @@ and a layer runs in this order, so that exchanges hide behind the attention that
     4  my rows × my KV that arrived in 2              arrived rows × my KV → (O, LSE) ──▶ back
     5  merge per row
 
-Moves have a process group of their own, so that none delays a query, and are issued after it on
-every rank. An exchange that carries nothing for any rank is skipped by all: every rank knows the
-whole plan. What ranks tell each other besides (a digest of the plan, flags, tokens, the clock) is
-`Cluster`.
-
-The plans come from balancer.py: a *run* is consecutive rows of one request, a *slot* holds a
-segment, `references` are the segments that runs read at a holder. E.g. a run of 2 rows on instance
-0 that reads segments on 0 and 1: rank 0 attends to its own (step 3) and ships 2 rows; rank 1
-attends to the rest (step 4) and sends 2 partial results back; rank 0 merges two parts per row.
-
-Left out: pulls (KV to the query), replicas, RDMA; a lost rank ends the run.
+Moves have a process group of their own, so that none delays a query, and are issued after it. What
+carries nothing for any rank is skipped by all: every rank knows the whole plan (balancer.py). E.g.
+2 rows on rank 0 read segments on 0 and 1: it attends to its own and ships both rows; 1 attends to
+the rest and sends 2 results back; 0 merges two per row. Left out: RDMA; a lost rank ends the run.
 
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · C tokens per segment.
 """
@@ -34,7 +27,6 @@ Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances �
 import hashlib
 import math
 import os
-import struct
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,10 +54,7 @@ class Stopped(LakeError):
 
 
 class Cluster:
-    """The ranks of this job, and their small talk over a gloo group on CPU tensors.
-
-    Under torchrun the ranks meet by its environment; without it there is one rank and nothing is
-    ever sent."""
+    """The ranks of this job (one without torchrun), and their small talk over gloo on the CPU."""
 
     def __init__(self, timeout: float = 300.0):
         self.rank, self.size, self.local_rank, self.local_size = (
@@ -79,7 +68,7 @@ class Cluster:
             self.store.set(f"iteration/{self.rank}", "0")
 
     def find_device(self, wanted: str) -> tuple[torch.device, int]:
-        """This rank's device for `auto`, `cpu` or `cuda`, and the bytes available on it. Ranks take
+        """This rank's device for `auto`, `cpu` or `cuda`, and the bytes available there. Ranks take
         a machine's GPUs in turn. Raises ValueError when there is none."""
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is visible; cpu or auto is expected")
@@ -88,8 +77,7 @@ class Cluster:
             torch.cuda.set_device(device)
             return device, torch.cuda.mem_get_info(device)[0]
         try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            fields = dict(line.split(":") for line in lines)
+            fields = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
             return torch.device("cpu"), int(fields["MemAvailable"].split()[0]) * 1024
         except (OSError, KeyError, ValueError):  # not Linux
             return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -106,12 +94,10 @@ class Cluster:
         return things
 
     def together(self, step, *arguments):
-        """`step(*arguments)` on every rank. What one rank cannot do, none goes on with: raises
-        SetupError with the words of the lowest rank that failed, on all; but a rank's own error
-        that is no ValueError, and so no user's mistake, as it is."""
-        result = problem = None
+        """`step(*arguments)` on every rank. If any fails, raises SetupError on all, in the words of
+        the lowest; but a rank's own error that is no ValueError (no user's mistake), as it is."""
         try:
-            result = step(*arguments)
+            result, problem = step(*arguments), None
         except Exception as caught:
             problem = caught
         said = [e for e in self.share(problem and (str(problem) or repr(problem))) if e]
@@ -122,33 +108,28 @@ class Cluster:
         return result
 
     def same(self, text: str, what: str):
-        """Raises ValueError unless every rank has the same text: ranks may run on machines with
-        other files and defaults."""
+        """Raises ValueError unless all have the same text: machines have other files, defaults."""
         found = self.share(hashlib.blake2b(text.encode("utf-8", "replace")).digest())
         if odd := [rank for rank in range(self.size) if found[rank] != found[0]]:
             raise ValueError(f"rank {odd[0]} has other {what} than rank 0; the same is expected")
 
     def gather(self, values: list[int], asynchronous=False):
-        """Integers of every rank, as many from each → [size][len(values)], or with `asynchronous`
-        a function that waits for them."""
+        """Every rank's integers → [size][len(values)]; asynchronous: a function that waits."""
         mine = torch.tensor(values, dtype=torch.int64)
-        if self.size == 1:
-            return (lambda: [values]) if asynchronous else [values]
-        out = [torch.empty_like(mine) for _ in range(self.size)]
-        work = self.guard(dist.all_gather, out, mine, async_op=True)
-
+        out = mine.repeat(self.size, 1)
+        work = self.size > 1 and self.guard(dist.all_gather, [*out], mine, async_op=True)
         def finish():
-            self.guard(work.wait)
-            return torch.stack(out).tolist()
+            if work:
+                self.guard(work.wait)
+            return out.tolist()
         return finish if asynchronous else finish()
 
     def announce(self, digest: bytes, stop: bool, fault: bool = False):
-        """Sends the digest of this rank's plan for the next iteration, with its flags; `confirm`
-        waits for everyone's."""
+        """Sends the digest of this rank's next plan, and its flags; `confirm` waits for all."""
         self.iteration += 1
         if self.store:
             self.store.set(f"iteration/{self.rank}", str(self.iteration))
-        self._announced = self.gather([*struct.unpack("<qq", digest), stop, fault], True)
+        self._announced = self.gather([*np.frombuffer(digest, "<i8").tolist(), stop, fault], True)
 
     def confirm(self):
         """Before the first exchange of data: raises LakeError on every rank if the plans differ
@@ -165,13 +146,11 @@ class Cluster:
             raise Stopped(at + "stopped by a signal")
 
     def guard(self, collective, *arguments, **options):
-        """Calls a collective, or waits for one. If it fails, a rank was lost: the error says which
-        is behind, by the counters that ranks keep in the store. (NCCL does not fail here: its
-        watchdog ends the process.)"""
+        """Calls a collective, or waits for one. If it fails, a rank was lost: LakeError says which
+        is behind, by the store's counters. (NCCL's watchdog ends the process instead.)"""
         try:
             return collective(*arguments, **options)
         except RuntimeError as error:
-            said = str(error).splitlines()[0]
             try:
                 self.store.set_timeout(timedelta(seconds=5))
                 at = [int(self.store.get(f"iteration/{rank}")) for rank in range(self.size)]
@@ -179,12 +158,11 @@ class Cluster:
                 who = f"behind: rank {', '.join(behind)}" if behind else "all had begun it"
             except RuntimeError:
                 who = "nobody knows which"
-            raise LakeError(f"iteration {self.iteration}: a rank was lost ({who}): {said}"
-                            ) from None
+            said = f"a rank was lost ({who}): {str(error).splitlines()[0]}"
+            raise LakeError(f"iteration {self.iteration}: {said}") from None
 
     def new_groups(self, instances: list[int], device: torch.device, count: int) -> list:
-        """Process groups over the ranks of a lake; every rank of the cluster takes part. NCCL when
-        each rank has a GPU of its own, else gloo."""
+        """Process groups over a lake's ranks, made by all: NCCL if each has a GPU, else gloo."""
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1
         backend = "nccl" if all(self.share(alone)) else "gloo"
         return [dist.new_group(instances, self.timeout, backend) for _ in range(count)]
@@ -204,7 +182,6 @@ class Cluster:
 @dataclass(frozen=True)
 class Moves:
     """Rows of KV that travel: a line per span of slab rows."""
-
     kind: np.ndarray  # index into KINDS
     source: np.ndarray  # instance
     leave: np.ndarray  # first slab row there
@@ -218,35 +195,28 @@ class Moves:
         return cls(*np.concatenate([np.stack(np.broadcast_arrays(*map(np.atleast_1d, part)))
                                     for part in parts], 1).astype(np.int64))
 
-    def order(self) -> np.ndarray:
-        """The lines in the order in which receive buffers have them: by target, then source."""
-        return np.lexsort((self.source, self.target))
-
     def offsets(self) -> np.ndarray:
-        """[lines] where each begins in its target's receive buffer."""
-        order, out = self.order(), np.zeros_like(self.length)
-        before = np.cumsum(self.length[order]) - self.length[order]
-        target = self.target[order]
+        """[lines] where each begins in its target's receive buffer, which is in order of source."""
+        order, out = np.lexsort((self.source, self.target)), np.zeros_like(self.length)
+        length, target = self.length[order], self.target[order]
+        before = np.cumsum(length) - length
         out[order] = before - before[np.searchsorted(target, target)]
         return out
 
-    def moved(self, num_instances: int) -> np.ndarray:
+    def moved(self, N: int) -> np.ndarray:
         """[N, N] rows that instance v (line) sends to w (column)."""
-        out = np.zeros((num_instances,) * 2, np.int64)
-        np.add.at(out, (self.source, self.target), self.length)
-        return out
+        rows = np.bincount(self.source * N + self.target, self.length, N * N)
+        return rows.astype(np.int64).reshape(N, N)
 
 
 @dataclass(frozen=True)
 class QueryPlan:
     """Who computes which rows, and how these meet the KV they read: the same on every rank.
 
-    Runs stand in the order of the instances that compute them, then of requests, then of positions;
-    what an instance computes of a request is a *share*. KV written before this iteration is *old*:
-    all rows of a share read all that its request has. KV written in this iteration is *fresh*: for
-    each pair of runs of one request the reader reads what the writer, the same run or one before
-    it, writes."""
-
+    Runs stand in order of the instances that compute them, then of requests, then of positions;
+    what an instance computes of a request is a *share*. KV from before this iteration is *old*: all
+    rows of a share read all that its request has. KV written in it is *fresh*: of each pair of runs
+    of a request the reader reads what the writer, the same run or one before it, writes."""
     runs: list
     instance: np.ndarray  # [B] computes the run
     first: np.ndarray  # [B] the run's first row there
@@ -270,16 +240,14 @@ class QueryPlan:
     sizes: tuple[int, int, int]  # N, S, C
 
     def references(self, index: int):
-        """What rows read at an instance, its own and those that arrive: run, place, first row,
-        length and position of each span. Places: in the slab, HERE before the iteration's moves
+        """What rows read at an instance, its own and those that arrive: [5, spans] run (ascending),
+        place, first row, length, position. Places: in the slab, HERE before the iteration's moves
         or only after them (LATE), or in the receive buffer of pulls (PULLED) or moves (SIBLING)."""
         N, S, C = self.sizes
-        count, runs = -(-self.old // C), np.bincount(self.share, minlength=len(self.old))
-        first = np.zeros(len(runs), np.int64)  # run of the share
-        first[self.share[::-1]] = np.arange(len(self.share))[::-1]
+        count = -(-self.old // C)
+        _, first, runs = np.unique(self.share, return_index=True, return_counts=True)
         share, segment = np.repeat(np.arange(len(count)), count), ranges(0 * count, count)
-        meet, row = np.divmod(self.ref_slot, S)
-        row, place = row * C, np.full(len(row), HERE)
+        meet, row, place = self.ref_slot // S, self.ref_slot % S * C, np.full(len(share), HERE)
         row[self.pull_ref], place[self.pull_ref] = self.pull_row, PULLED
         meet[self.pull_ref] = self.instance[first[share[self.pull_ref]]]
         at = np.flatnonzero(meet == index)
@@ -291,12 +259,13 @@ class QueryPlan:
         b, c = self.reader, self.writer
         sibling, own = self.sibling_row >= 0, self.instance[c] == self.instance[b]
         meet = np.where(sibling | own, self.instance[b], self.home[c])
-        here = self.instance[c] == meet
-        place = np.where(sibling, SIBLING, np.where(here, HERE, LATE))
-        row = np.where(sibling, self.sibling_row, np.where(here, self.written[c], self.kept[c]))
+        cases = sibling, self.instance[c] == meet  # else it arrives with the iteration's moves
+        place = np.select(cases, (SIBLING, HERE), LATE)
+        row = np.select(cases, (self.sibling_row, self.written[c]), self.kept[c])
         at = np.flatnonzero(meet == index)
         fresh = b[at], place[at], row[at], self.rows[c[at]], self.position[c[at]]
-        return [np.concatenate(both) for both in zip(old, fresh)]
+        spans = np.concatenate((old, fresh), 1)
+        return spans[:, np.argsort(spans[0], kind="stable")]
 
     def shipped(self) -> np.ndarray:
         """[N, N] query rows that instance v (line) ships to w (column)."""
@@ -307,10 +276,8 @@ class QueryPlan:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """Where new KV goes: what is written where it is computed, a line per run, and what travels on
-    from there, besides copies of hot segments."""
-
-    instance: np.ndarray  # [lines]
+    """New KV: what is written where it is computed, and what travels on, besides hot segments."""
+    instance: np.ndarray  # [lines] one per run
     first: np.ndarray  # first row of those that the instance computes
     written: np.ndarray  # first slab row
     length: np.ndarray
@@ -319,14 +286,14 @@ class TransferPlan:
 
 
 class Exchange:
-    """An instance's part in moves: slab rows that leave, and what becomes of those that arrive.
-    Made once per iteration, used by every layer."""
+    """An instance's part in an iteration's moves: slab rows that leave, and where others land."""
 
     def __init__(self, moves: Moves, num_instances: int, index: int, device):
-        moved, order, offsets = moves.moved(num_instances), moves.order(), moves.offsets()
+        moved, offsets = moves.moved(num_instances), moves.offsets()
         self.active = bool(moved.any())
         self.sends, self.receives = moved[index].tolist(), moved[:, index].tolist()
-        mine = order[moves.source[order] == index]
+        by_target = np.argsort(moves.target, kind="stable")
+        mine = by_target[moves.source[by_target] == index]
         self.rows = np.bincount(moves.kind[mine], moves.length[mine], len(KINDS)).astype(int)
         lands = np.flatnonzero((moves.target == index) & (moves.arrive >= 0))
         self.leave, self.land, self.arrive = (
@@ -335,15 +302,13 @@ class Exchange:
 
 
 class KVBuffer:
-    """Where the engine leaves K and V of this instance's new rows, and where they go from there.
-    `slab_rows`: how many the slab has."""
+    """Where the engine leaves K and V of this instance's new rows. rows: how many the slab has."""
 
-    def __init__(self, plan: TransferPlan, index: int, slab_rows: int, device):
+    def __init__(self, plan: TransferPlan, index: int, rows: int, device):
         mine = plan.instance == index
-        last = (plan.written + plan.length)[mine].max(initial=0)
-        if last > slab_rows:
-            raise LakeError(f"instance {index} is to write slab row {last - 1}, its slab has "
-                            f"{slab_rows}")
+        last = (plan.written + plan.length)[mine].max(initial=0) - 1
+        if last >= rows:
+            raise LakeError(f"instance {index} is to write slab row {last}, its slab has {rows}")
         self.fresh, self.written = (
             torch.from_numpy(ranges(first[mine], plan.length[mine])).to(device)
             for first in (plan.first, plan.written))
@@ -356,24 +321,20 @@ class KVBuffer:
 
 
 class QueryBuffer:
-    """Where the engine leaves Q of this instance's rows, and what becomes of them: which rows
-    leave, what is attended here, and what is merged. Made once per iteration."""
+    """Where the engine leaves Q of this instance's rows; which leave, are attended to, merged."""
 
     def __init__(self, plan: QueryPlan, index: int, heads_per_kv: int, device):
         N, S, C = plan.sizes
-        run, place, row, length, position = plan.references(index)
-        own = plan.instance[run] == index
-
+        spans = plan.references(index)
+        own, place = plan.instance[spans[0]] == index, spans[1]
         def work(chosen, arriving=False):
             """Work over the chosen references, and the runs it is for. Their query rows are this
             instance's own, or those arriving, which come run after run."""
-            spans = np.flatnonzero(chosen)
-            spans = spans[np.argsort(run[spans], kind="stable")]
-            runs, span_run = np.unique(run[spans], return_inverse=True)
+            runs, span_run = np.unique(spans[0, chosen], return_inverse=True)
             rows = plan.rows[runs]
             first = np.cumsum(rows) - rows if arriving else plan.first[runs]
-            return Work(first, rows, plan.position[runs], span_run, row[spans], length[spans],
-                        position[spans], heads_per_kv, device), runs
+            return Work(first, rows, plan.position[runs], span_run, *spans[2:, chosen],
+                        heads_per_kv, device), runs
 
         self.works, columns = zip(*(work(own & (place == p)) for p in range(4)))
         self.arrived, _ = work(~own, arriving=True)
@@ -382,19 +343,15 @@ class QueryBuffer:
         mine, shipped = plan.instance == index, plan.shipped()
         self.active = bool(shipped.any())
         self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()
-        leaving = [np.flatnonzero(mine & plan.ships[:, w]) for w in range(N)]
         self.num_rows = int(plan.rows[mine].sum())
-        parts = np.full((self.num_rows, len(columns) + N), -1, np.int32)
-        base, sources = 0, []
-        for column, runs in enumerate([*columns, *leaving]):
-            rows = ranges(plan.first[runs], plan.rows[runs])
-            parts[rows, column] = base + np.arange(len(rows))
-            base += len(rows)
-            sources.append(rows)
-        parts = parts[:, (parts >= 0).any(0)]
-        leave = np.concatenate(sources[len(columns):])
-        self.leave, self.parts = (torch.from_numpy(x).to(device, non_blocking=True)
-                                  for x in (leave, np.ascontiguousarray(parts)))
+        leaving = [np.flatnonzero(mine & plan.ships[:, w]) for w in range(N)]
+        rows = [ranges(plan.first[runs], plan.rows[runs]) for runs in (*columns, *leaving)]
+        leave, column = np.concatenate(rows[4:]), np.repeat(np.arange(4 + N), [*map(len, rows)])
+        parts = np.full((self.num_rows, 4 + N), -1, np.int32)
+        parts[np.concatenate(rows), column] = np.arange(len(column))
+        parts = np.ascontiguousarray(parts[:, (parts >= 0).any(0)])
+        self.leave, self.parts = (
+            torch.from_numpy(x).to(device, non_blocking=True) for x in (leave, parts))
         self.layer = self.q = None
 
     def write(self, layer: int, q):
@@ -403,23 +360,20 @@ class QueryBuffer:
 
 
 class Pool:
-    """One instance's slab, and its part in the exchanges of a lake over `groups` (one for queries,
-    one for moves; none for a lake of one, where nothing is ever sent)."""
+    """One instance's slab, and its exchanges over two groups (for queries, for moves), or none."""
 
     def __init__(self, cluster: Cluster, groups: list, config, slots: int, segment_tokens: int,
                  staging: int, dtype, device):
-        self.device = torch.device(device)
+        self.cluster, self.device = cluster, torch.device(device)
         self.heads_per_kv = config.num_heads // config.num_kv_heads
         self.scale = 1.0 / math.sqrt(config.head_dim)
         # Rows of slots, then staging. Never read before written: spans end where the tokens do.
         self.rows = slots * segment_tokens + staging
-        shape = (config.num_layers, self.rows, config.num_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.v = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.cluster = cluster
+        shape = config.num_layers, self.rows, config.num_kv_heads, config.head_dim
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv")
         self.query_group, self.move_group = groups or (None, None)
-        self.pinned = bool(groups) and self.device.type == "cuda" and (
-            dist.get_backend(groups[0]) == "gloo")
+        cuda = self.device.type == "cuda"
+        self.pinned = bool(groups) and cuda and dist.get_backend(groups[0]) == "gloo"
         self.bytes = dict.fromkeys(("query", *KINDS), 0)
         self._transfer = self._pulling = None
 
@@ -427,27 +381,23 @@ class Pool:
     def bytes_needed(config, segment_tokens: int, staging: int, dtype, slots: int) -> int:
         """Of a slab."""
         rows = slots * segment_tokens + staging
-        return (2 * config.num_layers * rows * config.num_kv_heads * config.head_dim
-                * dtype.itemsize)
+        return 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     def _exchange(self, rows, sends, receives, group):
-        """rows [sum(sends), …], in the order of their destinations → a function that waits for
-        [sum(receives), …], in the order of their sources."""
+        """rows [sum(sends), …] by target → a function: waits for [sum(receives), …] by source."""
         if self.pinned:  # gloo moves host memory
             rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
         out = rows.new_empty(sum(receives), *rows.shape[1:])
         work = self.cluster.guard(dist.all_to_all_single, out, rows.contiguous(), receives, sends,
                                   group=group, async_op=True)
-
         def finish():
             self.cluster.guard(work.wait)
             return out.to(self.device)
         return finish
 
     def move(self, layer: int, part: Exchange):
-        """Slab rows of this instance travel. Returns a function that waits until those that arrive
-        here and belong into the slab are there, and returns all as k, v [n, Hkv, D]. Nothing if no
-        instance sends any: then every rank skips it."""
+        """Slab rows travel. Returns a function that waits until those that belong into this slab
+        are there, and returns all arrivals as k, v [n, Hkv, D]. All skip it if none sends any."""
         k, v = self.k[layer], self.v[layer]
         if not part.active:
             return lambda: (k[:0], v[:0])
@@ -455,7 +405,6 @@ class Pool:
         for kind, n in zip(KINDS, part.rows.tolist()):
             self.bytes[kind] += n * rows[:1].nbytes
         finish = self._exchange(rows, part.sends, part.receives, self.move_group)
-
         def land():
             arrived = [x.contiguous() for x in finish().unbind(1)]
             for slab, x in zip((k, v), arrived):
