@@ -88,13 +88,15 @@ class PrefixTree:
             self.pin(segment)
         self.root.heat += self.weight * len(segments)
 
-    def heaviest(self, count: int) -> list[Segment]:
-        """The `count` most read (§4.3), by best-first search: no child is above its parent."""
+    def heaviest(self, count: int, above: float = 0.0) -> list[Segment]:
+        """The `count` most read (§4.3), those hotter than `above`, by best-first search: no child
+        is above its parent."""
         found, heap = [], [(0.0, b"", self.root)]
         while heap and len(found) <= count:
             found.append(heapq.heappop(heap)[2])
             for child in found[-1].children.values():
-                heapq.heappush(heap, (-child.heat, child.id, child))
+                if child.heat > above:
+                    heapq.heappush(heap, (-child.heat, child.id, child))
         return found[1:]
 
     def pin(self, segment: Segment, readers: int = 1):
@@ -238,8 +240,9 @@ class Balancer:
     def commit(self, request: Request, rows: int):
         """The rows are written: publishes full segments, or takes what was published meanwhile."""
         C, S, table, held = self.segment_tokens, self.slots, request.table, self.held[request.line]
-        for index in range(self.num_segments(request.done), self.num_segments(request.done + rows)):
-            held[table[index] // S] += 1
+        old = max(len(request.segments), self.num_segments(request.done))
+        for slot in table[old:self.num_segments(request.done + rows)].tolist():
+            held[slot // S] += 1
         request.done += rows
         request.peak = max(request.peak, request.done)
         while (index := len(request.segments)) < request.done // C:
@@ -336,24 +339,28 @@ class Balancer:
         tree, heavy, readable, self.copying = self.tree, self.num_heavy, self.copying, {}
         hot = self.load * (10 * N) > self.load.sum() * 11
         ranked = np.argsort(self.load, kind="stable").tolist()
-        wanted = ((segment, target) for segment in (tree.heaviest(heavy) if hot.any() else ())
+        share = tree.root.heat / (heavy * N) if heavy else 0.0
+        wanted = ((segment, target) for segment in (tree.heaviest(heavy, share) if hot.any() else ())
                   if any(hot[i] for i in segment.replicas)
                   for target in ranked if target not in segment.replicas
-                  and segment.heat * heavy * N > tree.root.heat * len(segment.replicas))
+                  and segment.heat > share * len(segment.replicas))
+        unfit = []  # slots that eviction gives elsewhere than where the copy is wanted
         for segment, target in wanted:
             enough = len(self.copying) == N or len(tree.extras) >= N * S // 16
-            if enough or (slot := self._allocate(target)) is None:
+            if enough or len(unfit) == N or (slot := self._allocate(target)) is None:
                 break
-            if not segment.replicas or slot // S in segment.replicas:  # evicted for itself
-                self._free(slot)
-                break
+            if not segment.replicas or slot // S in segment.replicas:
+                unfit.append(slot)
+                continue
             segment.replicas[slot // S] = slot
             self.replicas_max = max(self.replicas_max, len(segment.replicas))
             tree.extras[slot] = self.copying[slot] = segment
+        for slot in unfit:
+            self._free(slot)
         self.copying = {slot: segment for slot, segment in self.copying.items()
                         if segment.replicas.get(slot // S) == slot}
         self.copies += len(self.copying)
-        if readable or self.copying or tree.shrunk:
+        if readable or self.copying:
             self._index()
         return {slot: segment.slot for slot, segment in self.copying.items()}
 
@@ -372,6 +379,8 @@ class Balancer:
 
     def places(self, slots: np.ndarray, among: np.ndarray):
         """Which slots, `among` these indices, have replicas: [h], and where: [h, N] slot or −1."""
+        if self.tree.shrunk:
+            self._index()
         hot = among[self._replicated[slots[among]] >= 0]
         return hot, self._places[self._replicated[slots[hot]]]
 
@@ -391,7 +400,7 @@ class Balancer:
 
     def observe(self, cost: np.ndarray):
         """Adds the work [N] of a planned iteration to the loads, which fade by an eighth each."""
-        self.load += cost - self.load // 8
+        self.load += cost - (self.load + 7) // 8
 
 
 BLOCK, WINDOW = 512, 10_000  # of a trace: tokens per hash id; ms that a CV is taken over
@@ -485,7 +494,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(json.dumps(result) if options.json else "\n".join(
-        f"{key:>16}  {value:,.4g}" for key, value in result.items()))
+        f"{key:>16}  {'–' if value is None else format(value, ',.4g')}"
+        for key, value in result.items()))
     return 0
 
 

@@ -124,7 +124,8 @@ class TokenLake:
             raise LakeError(f"DoPs {dops} for {len(batches)} batches on {len(self.instances)} "
                             "instances; one at least for each batch, and no more than there are")
         bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
-        copies, each = bal.replicate(), np.arange(N)
+        copies = bal.replicate() if any(batches) else {}  # an idle iteration moves nothing
+        each = np.arange(N)
 
         # Runs by request and position. A share is what a part has of a request.
         flat = [run for batch in batches for run in batch]
@@ -262,13 +263,13 @@ class TokenLake:
 
     def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
         """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
-        QueryPlan.load), bytes it sends or receives, the larger."""
+        QueryPlan.load), KiB it sends or receives, the larger."""
         N, layers = len(self.instances), self.model.num_layers
         rows = np.bincount(query_plan.instance, query_plan.rows, N).astype(np.int64)
         kv = transfer_plan.moves.moved(N) + query_plan.pulls.moved(N)
         sent = query_plan.shipped() * self.query_bytes + kv * self.kv_bytes
         most = np.maximum(sent.sum(0), sent.sum(1))
-        return np.stack((rows, query_plan.load, layers * most), 1)
+        return np.stack((rows, query_plan.load, layers * most // 1024), 1)
 
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
@@ -327,7 +328,7 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None):
     for i in range(1, R + 1):
         for dop in range(1, N + 1):
             t = time(i, dop)
-            allowed = (t < NEVER) & (t <= (slo or NEVER))
+            allowed = (t < NEVER // (R + 1)) & (t <= (slo or NEVER))  # sums stay below NEVER
             cost = np.where(allowed, t, 0) * np.arange(i, 0, -1)
             total = np.where(allowed[:, None], best[:i, :N + 1 - dop] + cost[:, None], NEVER)
             j, value = total.argmin(0), total.min(0)
@@ -342,14 +343,14 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None):
 
 
 class TimeModel:
-    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·bytes sent. Integers,
+    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·KiB sent. Integers,
     so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
 
     def __init__(self, lake: "TokenLake"):
         m, self.samples, self.count = lake.model, [], 0
         self.bytes_per_row = m.num_layers * lake.kv_bytes
         seconds = (lake.weight_bytes / BANDWIDTH, 2 * m.num_linear_parameters / FLOPS,
-                   4 * m.num_layers * m.num_heads * m.head_dim / FLOPS, 1 / LINK)
+                   4 * m.num_layers * m.num_heads * m.head_dim / FLOPS, 1024 / LINK)
         self.coefficients = self.fitted = [round(x * 1e12) for x in seconds]
 
     def time(self, rows, pairs, sent):
@@ -359,15 +360,15 @@ class TimeModel:
 
     def split(self, rows, pairs, dop):
         """ps of rows split evenly over `dop` instances: fresh KV goes to half of the siblings."""
-        sent = rows * self.bytes_per_row * (dop - 1) // 2
+        sent = rows * self.bytes_per_row * (dop - 1) // 2048
         return self.time(*(-(-x // dop) for x in (rows, pairs, sent)))
 
     def measured(self, features, seconds: float):
         """An iteration with `features` [N, 3]; in lock-step the slowest instance counts. Every 32,
-        a least squares fit of the last 256, without negative terms."""
+        a least squares fit of the last 256, but for the first 8, without negative terms."""
         slowest = features[np.argmax(self.time(*features.T))].tolist()
-        self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
         self.count += 1
+        self.samples = [*self.samples, (1, *slowest, seconds)][-256:] if self.count > 8 else []
         if self.count % 32 == 0:
             work, seconds = np.split(np.array(self.samples), [4], 1)
             scale = np.maximum(1, work.max(0))
@@ -383,7 +384,7 @@ class Scheduler:
 
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
-        self.slo = tbt_slo and int(tbt_slo * 1e9)  # ps
+        self.slo = tbt_slo and max(1, int(tbt_slo * 1e9))  # ps
         self.model = TimeModel(lake)
         self.waiting: list[Request] = []  # by arrival: a preempted one is older than who waits
         self.running: list[Request] = []  # by admission, the youngest last
@@ -463,9 +464,11 @@ class Scheduler:
         budget, N = self.lake.config.chunk_tokens, len(self.lake.instances)
         groups, time = self._groups(budget)
         if self.slo and time > self.slo and any(r.remaining == 1 for r in self.running):
-            # The most prompt rows that keep the SLO; if none do, it is dropped (§6.2).
-            late = bisect_left(range(budget), 1, key=lambda n: self._groups(n)[1] > self.slo)
-            groups = self._groups(late - 1)[0] if late else groups
+            # The most prompt rows, in 16ths, that keep the SLO, and one at least, or prompts would
+            # starve. If not even decodes alone keep it, it is dropped (§6.2).
+            sizes = [budget * i // 16 for i in range(17)]
+            late = bisect_left(sizes, 1, key=lambda n: self._groups(n)[1] > self.slo)
+            groups = self._groups(max(1, sizes[late - 1]))[0] if late else groups
         even = len(groups) == 1 and groups[0][1] == N
         rows = {request.id: n for items, _ in groups for request, n in items}
         planned, tails = [0] * N, self.balancer.open_tails(self.running)

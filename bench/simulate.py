@@ -51,7 +51,7 @@ def seconds(lake, query_plan, transfer_plan, hardware) -> np.ndarray:
     attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / (flops * MFU)
     exchanges = 2 * query_plan.ships.any() + bool(len(transfer_plan.moves.kind)) + bool(
         len(query_plan.pulls.kind))
-    return np.maximum(linear + attention, sent / link) + exchanges * m.num_layers * ALPHA
+    return np.maximum(linear + attention, 1024 * sent / link) + exchanges * m.num_layers * ALPHA
 
 
 def simulate(lines, lake, policy="auto", slo=None, hardware="a100", block=BLOCK, speed=1.0) -> dict:
