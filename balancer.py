@@ -322,9 +322,10 @@ class Balancer:
             home = int.from_bytes(request.ids[index][:8], "little") % N
         return least(load, home, most - rows)
 
-    def _allocate(self, home: int) -> int | None:
-        """A slot at home, else where most are free, else an evicted one; None if all are pinned."""
-        if free := self.free[home] or max(self.free, key=len):
+    def _allocate(self, home: int, only: bool = False) -> int | None:
+        """A slot at home, else (but for `only`) where most are free, else an evicted one, anywhere;
+        None if all are pinned."""
+        if free := self.free[home] or not only and max(self.free, key=len):
             return free.pop()
         slot = self.tree.evict()
         self.evictions += slot is not None
@@ -338,18 +339,21 @@ class Balancer:
         N, S, _ = self.sizes
         tree, heavy, readable, self.copying = self.tree, self.num_heavy, self.copying, {}
         hot = self.load * (10 * N) > self.load.sum() * 11
-        ranked = np.argsort(self.load, kind="stable").tolist()
         share = tree.root.heat / (heavy * N) if heavy else 0.0
-        wanted = ((segment, target) for segment in (tree.heaviest(heavy, share) if hot.any() else ())
-                  if any(hot[i] for i in segment.replicas)
+        ranked = sorted(range(N), key=lambda i: (not self.free[i], self.load[i]))
+        wanted = ((segment, target) for segment in tree.heaviest(heavy * hot.any(), share)
                   for target in ranked if target not in segment.replicas
+                  and any(hot[i] for i in segment.replicas)
                   and segment.heat > share * len(segment.replicas))
-        unfit = []  # slots that eviction gives elsewhere than where the copy is wanted
+        unfit = []  # slots that eviction gave where the segment is already
         for segment, target in wanted:
-            enough = len(self.copying) == N or len(tree.extras) >= N * S // 16
-            if enough or len(unfit) == N or (slot := self._allocate(target)) is None:
+            if len(tree.extras) >= N * S // 16 or N in (len(self.copying), len(unfit)):
                 break
-            if not segment.replicas or slot // S in segment.replicas:
+            there = tuple(segment.replicas)
+            slot = self._allocate(target, only=True)
+            if slot is None:
+                break
+            if slot // S in there:
                 unfit.append(slot)
                 continue
             segment.replicas[slot // S] = slot

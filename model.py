@@ -10,8 +10,8 @@ order. Projections, norms and FFN see rows one by one; only `attend` connects th
 supplies it. That is the whole seam the segment pool needs: on one side a model that does not know
 where its keys and values live, on the other a pool that does not know what a layer is.
 
-`causal_attend` is the attend of one sequence alone. With it `generate` recomputes everything for
-each token, without any cache: slow, obvious, and the oracle of every test.
+`causal_attend` is the attend of one sequence alone. With it the tests recompute everything for each
+token, without any cache: slow, obvious, and the oracle of all that is distributed.
 
 Left out, and refused by name: tensor parallelism, quantisation, attention biases, sliding windows.
 
@@ -253,7 +253,7 @@ class Llama:
     def score_gap(self, sampler, tokens: list[int], num_prompt: int, request: int) -> float:
         """The oracle in one forward: how far, at worst, a served token is below the best one, in
         logits, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: each is
-        a best one, but for ties what `generate` gives. Hotter sampling lets this notice less."""
+        a best one, but for ties what recomputation gives. Hotter sampling lets this notice less."""
         at = range(num_prompt, len(tokens))
         logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
         scores = sampler.scores(logits, [(request, p) for p in at])
@@ -281,12 +281,3 @@ class Sampler:
 
     def sample(self, logits, keys) -> list[int]:
         return self.scores(logits, keys).argmax(-1).tolist()
-
-
-def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler(), request=0):
-    """The oracle: each token from a forward over all so far. `request` only seeds the noise."""
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        logits = model.forward_alone(tokens, rows=[-1])
-        tokens += sampler.sample(logits, [(request, len(tokens))])
-    return tokens[len(prompt):]
