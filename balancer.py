@@ -54,7 +54,6 @@ class Segment:
 
 class PrefixTree:
     """All published segments (§4.1), the global LRU of what may leave, and what is read most."""
-
     def __init__(self, half_life: int = 128):
         self.root = Segment(b"", None, {})  # of no tokens; its heat is that of all hits
         self.segments: dict[bytes, Segment] = {}
@@ -89,8 +88,7 @@ class PrefixTree:
         self.root.heat += self.weight * len(segments)
 
     def heaviest(self, count: int, above: float = 0.0) -> list[Segment]:
-        """The `count` most read (§4.3), those hotter than `above`, by best-first search: no child
-        is above its parent."""
+        """The `count` most read over `above`, by best-first search: no child is over its parent."""
         found, heap = [], [(0.0, b"", self.root)]
         while heap and len(found) <= count:
             found.append(heapq.heappop(heap)[2])
@@ -175,7 +173,6 @@ def least(load, start: int, limit: int) -> int:
 
 class Balancer:
     """The pool's bookkeeping. factor: c of the ceil(c·N·ln N) heavy hitters that may be copied."""
-
     def __init__(self, num_instances: int, slots: int, segment_tokens: int,
                  placement: str = "stripe", factor: float = 3.0):
         N, S = num_instances, slots
@@ -185,7 +182,7 @@ class Balancer:
         self.tree = PrefixTree(16 * N)
         self.free = [list(range((i + 1) * S - 1, i * S - 1, -1)) for i in range(N)]
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
-        self.evictions = self.duplicates = self.copies = self.replicas_max = 0
+        self.evictions, self.duplicates, self.copies, self.replicas_max = 0, 0, 0, 1
         self.load = np.zeros(N, np.int64)  # of each instance: work done, recent iterations more
         self.copying: dict[int, Segment] = {}  # slot → what this iteration copies there
         self.held = np.zeros((0, N), np.int64)  # segments with tokens written, by Request.line
@@ -256,7 +253,6 @@ class Balancer:
             else:
                 parent = request.segments[-1] if index else None
                 segment = self.tree.insert(id, parent, slot // S, slot)
-            self.replicas_max = max(self.replicas_max, 1)
             self.tree.pin(segment)
             request.segments.append(segment)
             if self.in_progress.get(id) is request:
@@ -323,8 +319,7 @@ class Balancer:
         return least(load, home, most - rows)
 
     def _allocate(self, home: int, only: bool = False) -> int | None:
-        """A slot at home, else (but for `only`) where most are free, else an evicted one, anywhere;
-        None if all are pinned."""
+        """A slot at home, else (not `only`) where most are free, else an evicted one; or None."""
         if free := self.free[home] or not only and max(self.free, key=len):
             return free.pop()
         slot = self.tree.evict()
@@ -416,7 +411,7 @@ def variation(windows) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
+def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = 131_072) -> dict:
     """A trace, (timestamp in ms, input_length, hash_ids), through the control plane alone: a
     timestamp is an iteration; each request reads what it hits once, and puts the rest. Load: tokens
     read at an instance; its CV: mean over windows; bytes cross instances. No room: ValueError."""
@@ -458,13 +453,13 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int) -> dict:
 def read_line(text: bytes, after: float) -> tuple:
     """(timestamp, input_length, hash_ids) of a trace's line. Raises ValueError or TypeError."""
     at, length, ids = itemgetter("timestamp", "input_length", "hash_ids")(json.loads(text))
-    if not (at >= after and length > 0 and len(ids) == -(-length // BLOCK)
+    if not (after <= at < 2**53 and length > 0 and len(ids) == -(-length // BLOCK)
             and all(type(id) is int and 0 <= id < 2**50 for id in (length, *ids))):
         raise ValueError
     return at, length, ids
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser("balancer.py", description="Replay a trace, planning only.")
     parser.print_usage = lambda *_: None  # an error is one line
     add = parser.add_argument
@@ -474,7 +469,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--replicate-factor", type=float, default=3.0, metavar="c", help="0: none; default 3")
     add("--segment-tokens", type=int, default=512, metavar="C", help="default 512")
     add("--capacity-tokens", type=int, metavar="T", help="of the whole pool; default: all fits")
-    add("--kv-bytes", type=int, default=131_072, metavar="B", help="a token; default 128 KiB (8B)")
     add("--json", action="store_true", help="print one JSON object")
     options, lines = parser.parse_args(arguments), []
     for name, value in vars(options).items():
@@ -494,14 +488,13 @@ def main(arguments: list[str] | None = None) -> int:
         N, C = options.instances, options.segment_tokens
         room = options.capacity_tokens or 2 * C * sum(-(-n // C) for _, n, _ in lines)
         result = replay(lines, Balancer(N, -(-room // (N * C)), C, options.placement,
-                                        options.replicate_factor), options.kv_bytes)
+                                        options.replicate_factor))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(json.dumps(result) if options.json else "\n".join(
         f"{key:>16}  {'–' if value is None else format(value, ',.4g')}"
         for key, value in result.items()))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -8,18 +8,17 @@ and for any partition of S into parts (each wherever it likes)
 
     lse = ln Σ_p exp(lse_p)                          o = Σ_p exp(lse_p − lse)·o_p
 
-so a row's attention over a cache in pieces is a weighted mean of what the pieces return. This is
-the one fact the pool rests on. `partial_attention` computes (o, lse) of rows over spans of one
-slab; `merge` joins parts. Both subtract the running maximum before exp (the textbook form
-overflows), and an empty part is o = 0, lse = −inf: written always, and never a NaN.
+so a row's attention over a cache in pieces is a weighted mean of what the pieces return: the one
+fact the pool rests on. `partial_attention` gives (o, lse) of rows over spans of a slab, `merge`
+joins parts. Both subtract the running maximum before exp (the textbook form overflows); an empty
+part is o = 0, lse = −inf: written always, and never a NaN.
 
     query rows ──┐ blocks: a few rows of one run          slab rows (one layer)
       run 0 ─────┼─▶ block 0 ─ tiles ──────────────────▶ [span][ ][span    ][ ]
       run 1 ─────┼─▶ block 1 ─ tiles ────────────────────────────────▶[span]
                  └─▶ …                                    a tile: at most 64 rows of a span
 
-Two implementations behind one signature: Triton, and PyTorch for CPUs and for float64. Left out:
-splitting one long row over several programs, and TMA.
+Two implementations: Triton, and PyTorch for CPUs and float64. Left out: splitting a long row, TMA.
 
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
 """
@@ -69,7 +68,6 @@ class Work:
     span_run (ascending), span_first, span_length, span_position: [spans] the run that reads it,
     first slab row, rows, position of the first row. A run without spans gives empty partials.
     """
-
     def __init__(self, first, rows, position, span_run, span_first, span_length, span_position,
                  group: int, device="cpu"):
         first, rows, position, span_run, span_first, span_length, span_position = (

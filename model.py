@@ -46,7 +46,6 @@ def require(ok, file: Path, message: str):
 class Config:
     """Shape of a Llama. The defaults are the built-in model: small, yet grouped and deep enough
     that a wrong partial result changes its tokens."""
-
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 256
@@ -191,7 +190,6 @@ def causal_attend(layer: int, q, k, v):
 
 class Llama:
     """A Llama over a dictionary of weights, by their Hugging Face names."""
-
     def __init__(self, config: Config, weights: dict[str, torch.Tensor]):
         self.config, self.weights = config, weights
         embedding = weights["model.embed_tokens.weight"]
@@ -266,7 +264,6 @@ class Sampler:
     """Greedy at temperature 0. Above it, Gumbel noise seeded by (seed, request, position), times
     the temperature, is added and the best taken, which draws from softmax(logits / temperature):
     the same draw wherever and in whatever batch the row is computed."""
-
     temperature: float = 0.0
     seed: int = 0
 

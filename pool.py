@@ -4,16 +4,16 @@ Every rank holds one *slab*: the segments that live with it, as rows of K and V 
 primitives over `torch.distributed` connect the slabs, per layer:
 
     query   rows of Q go to the KV, partial results (O, LSE) come back: two `all_to_all_single`
-    move    rows of KV go elsewhere, as a put of rows just computed to their home: one
+    move    rows of KV go: to their home, to a replica, to rows that pull them: one
 
 and a layer runs in this order, so that exchanges hide behind the attention that needs none:
 
     rank v                                            rank w, the same at the same time
     0  my new K, V → my slab (home, or staging)
     1  query: rows leave for the holders ───────────▶ arrive
-    2  move: staged K, V leave for their homes ─────▶ arrive
+    2  move: new KV leaves, copies too; and what is pulled for the next layer ─▶ arrive
     3  my rows × my KV that is here already
-    4  my rows × my KV that arrived in 2              arrived rows × my KV → (O, LSE) ──▶ back
+    4  my rows × KV that came by now                  arrived rows × my KV → (O, LSE) ──▶ back
     5  merge per row
 
 Moves have a process group of their own, so that none delays a query, and are issued after it. What
@@ -29,7 +29,6 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,7 +54,6 @@ class Stopped(LakeError):
 
 class Cluster:
     """The ranks of this job (one without torchrun), and their small talk over gloo on the CPU."""
-
     def __init__(self, timeout: float = 300.0):
         self.rank, self.size, self.local_rank, self.local_size = (
             int(os.environ.get(name, default)) for name, default in (
@@ -68,19 +66,15 @@ class Cluster:
             self.store.set(f"iteration/{self.rank}", "0")
 
     def find_device(self, wanted: str) -> tuple[torch.device, int]:
-        """This rank's device for `auto`, `cpu` or `cuda`, and the bytes available there. Ranks take
-        a machine's GPUs in turn. Raises ValueError when there is none."""
+        """This rank's device for `auto`, `cpu` or `cuda`, and the bytes there (free on a GPU).
+        Ranks take a machine's GPUs in turn. Raises ValueError when there is none."""
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is visible; cpu or auto is expected")
         if wanted != "cpu" and torch.cuda.is_available():
             device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
             return device, torch.cuda.mem_get_info(device)[0]
-        try:
-            fields = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
-            return torch.device("cpu"), int(fields["MemAvailable"].split()[0]) * 1024
-        except (OSError, KeyError, ValueError):  # not Linux
-            return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def ranks_per_device(self, device: torch.device) -> int:
         """How many ranks share a device of this machine."""
@@ -287,7 +281,6 @@ class TransferPlan:
 
 class Exchange:
     """An instance's part in an iteration's moves: slab rows that leave, and where others land."""
-
     def __init__(self, moves: Moves, num_instances: int, index: int, device):
         moved, offsets = moves.moved(num_instances), moves.offsets()
         self.active = bool(moved.any())
@@ -303,7 +296,6 @@ class Exchange:
 
 class KVBuffer:
     """Where the engine leaves K and V of this instance's new rows. rows: how many the slab has."""
-
     def __init__(self, plan: TransferPlan, index: int, rows: int, device):
         mine = plan.instance == index
         last = (plan.written + plan.length)[mine].max(initial=0) - 1
@@ -322,7 +314,6 @@ class KVBuffer:
 
 class QueryBuffer:
     """Where the engine leaves Q of this instance's rows; which leave, are attended to, merged."""
-
     def __init__(self, plan: QueryPlan, index: int, heads_per_kv: int, device):
         N, S, C = plan.sizes
         spans = plan.references(index)
@@ -361,7 +352,6 @@ class QueryBuffer:
 
 class Pool:
     """One instance's slab, and its exchanges over two groups (for queries, for moves), or none."""
-
     def __init__(self, cluster: Cluster, groups: list, config, slots: int, segment_tokens: int,
                  staging: int, dtype, device):
         self.cluster, self.device = cluster, torch.device(device)

@@ -55,7 +55,6 @@ def require(ok, message: str):
 @dataclass
 class Line:
     """A request of a trace, lengths scaled, and what became of it."""
-
     index: int  # request id: which request of the trace, from 0
     where: str  # file:line
     previous: "Line | None" = field(repr=False)  # of the session
@@ -144,7 +143,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     divisor = int, lambda x: x > 0 and BLOCK % x == 0, "a divisor of 512"
     heat = float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6"
     speed = float, lambda x: x >= 1e-6, "a positive number"
-    slo = float, lambda x: 0 < x < 1e9, "a positive number of ms"
     wait = float, lambda x: 1 <= x < 1e9, "a number from 1"
     policy = (str, re.compile(r"auto|even|dp|pd:[1-9]\d{0,3}x[1-9]\d{0,3}").fullmatch,
               "auto, even, dp or pd:PxD")
@@ -174,11 +172,11 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--slots", count, "S", "segments per instance; default: half the memory (CPU: 32k tokens)")
     plain("--placement", choices=("stripe", "hash"), default="stripe", help="homes of segments")
     add("--replicate-factor", heat, "c", "of c·N·ln N hot segments (default 3; 0: none)", 3.0)
-    add("--pull-tokens", natural, "T", "KV that an instance pulls an iteration (default 16384)", 16384)
+    add("--pull-tokens", natural, "T", "KV an instance pulls an iteration (default 16384)", 16384)
     add("--chunk-tokens", count, "T", "prompt rows per instance and iteration; default: 4 segments")
     add("--max-batch", count, "R", "running requests in the whole lake (default 32)", 32)
     add("--scheduler", policy, "{auto,even,dp,pd:PxD}", "even split (auto), §6.2, or P + D", "auto")
-    add("--tbt-slo-ms", slo, "MS", "fewer prompt rows where that keeps time between tokens below")
+    add("--tbt-slo-ms", speed, "MS", "fewer prompt rows where that keeps time between tokens below")
     add("--speed", speed, "X", "arrivals and think times X times faster; inf: all at once", 1.0)
     add("--timeout", wait, "SECONDS", "after which a silent rank is given up (default 300)", 300.0)
     plain("--verify", action=argparse.BooleanOptionalAction,
@@ -194,8 +192,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def prepare(options, cluster: Cluster, device, memory: int):
-    """Reads and checks all that the user gave → (lines, LakeConfig, Llama). memory: bytes available
-    on a device, the least over the ranks. Raises ValueError or ModelError."""
+    """Checks all that the user gave → (lines, LakeConfig, Llama). memory: least bytes of a device."""
     for name in ("requests.jsonl", "summary.json") if options.output else ():
         require(not os.path.exists(options.output / name),
                 f"--output {options.output}: already holds {name}; a new folder is expected")
@@ -258,19 +255,15 @@ def open_output(folder: Path | None, cluster: Cluster):
 class Engine:
     """One rank of the compute engine (Fig. 5): the loop body of every rank of the cluster, also of
     one that is not in the lake. model, sampler: those of model.py, or what has their methods."""
-
     def __init__(self, cluster: Cluster, lake: TokenLake, scheduler: Scheduler, model, sampler):
         self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
         self.model, self.sampler = model, sampler
         self.clock = self.iterations = 0  # the clock: ns since the start, rank 0's on every rank
         self.stop = False  # set by a signal
         self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
-        self.busy = np.zeros(2)  # time of the iterations by the model: mean over instances, longest
-
-    def start(self):
-        """Starts the clock when every rank is here."""
-        self.cluster.share(None)
+        self.cluster.share(None)  # the clock starts when every rank is here
         self.started = time.monotonic_ns()
+        self.busy = np.zeros(2)  # time of the iterations by the model: mean over instances, longest
 
     def step(self, pause: float = 0.0) -> tuple[dict[int, int], list[Request]]:
         """One iteration: plan, agree, compute, exchange, publish; with nothing to run, a sleep of
@@ -332,8 +325,7 @@ class Engine:
         return dict(zip((id for id, _ in keys), self.sampler.sample(logits, keys)))
 
     def verify(self, requests: list[Request], progress) -> dict[int, float]:
-        """Recomputes finished requests without a cache, one per rank and round: the gap of each in
-        logits (Llama.score_gap). After a signal, of those done by then."""
+        """Each request's gap in logits (Llama.score_gap); after a signal, of those done by then."""
         gaps, size = {}, self.cluster.size
         for start in range(0, len(requests), size):
             for r in requests[start:start + size][self.cluster.rank:][:1]:
@@ -346,7 +338,6 @@ class Engine:
 
 class Server:
     """A trace at work: sends requests when they are due, keeps their times and records."""
-
     def __init__(self, options, cluster: Cluster, lines: list[Line], lake_config, model: Llama):
         self.options, self.cluster, self.lines, self.model = options, cluster, lines, model
         self.lake = TokenLake(list(range(cluster.size)), model.config, lake_config, cluster,
@@ -364,10 +355,8 @@ class Server:
         self.arrivals = [(ns(x.keys["timestamp"]), x.index) for x in lines if not x.previous]
 
     def serve(self, file, bar, on_iteration):
-        """Until all is finished: hands the scheduler what has arrived, runs an iteration, writes
-        the records of the requests that it finished. Raises LakeError, Stopped."""
+        """Iterations until all is finished, and its records written. Raises LakeError, Stopped."""
         engine, arrivals, scheduler = self.engine, self.arrivals, self.scheduler
-        engine.start()
         while arrivals or scheduler.waiting or scheduler.running:
             while arrivals and arrivals[0][0] <= engine.clock:
                 arrival, index = heapq.heappop(arrivals)
@@ -415,10 +404,10 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
         idle_fraction=ratio(np.ptp(engine.busy), engine.busy[1]), iterations=engine.iterations,
         cache_load_cv=variation(windows), max_logit_gap=None if np.isnan(gap) else gap,
         verified=None if gaps is None else len(gaps) - len(wrong),
-        config={k: v if v is None or isinstance(v, int) else str(v)
-                for k, v in vars(server.options).items()} | vars(lake.config) | dict(
-            ranks=server.cluster.size, torch=torch.__version__, device=str(server.model.device),
-            dtype=str(server.model.dtype).removeprefix("torch.")))
+        config={k: v if v is None or isinstance(v, int) else str(v) for k, v in (
+            vars(server.options) | vars(lake.config) | dict(
+                ranks=server.cluster.size, torch=torch.__version__, device=server.model.device,
+                dtype=str(server.model.dtype).removeprefix("torch."))).items()})
 
 
 REPORT = """\
@@ -478,8 +467,7 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
 
 
 def serve(server: Server, file, on_iteration) -> str | None:
-    """Serves, verifies and reports; returns what is wrong with the result. Finished records go to
-    `file`; `on_iteration(server, finished records)` follows each iteration."""
+    """Serves, verifies and reports; returns what is wrong. `on_iteration(server, new records)`."""
     first, lines, records = server.cluster.rank == 0, server.lines, server.records
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
@@ -493,8 +481,8 @@ def serve(server: Server, file, on_iteration) -> str | None:
             bar.set_description("verifying")
             bar.reset(len(records))
             gaps = server.engine.verify([lines[id].request for id in sorted(records)], bar.update)
-            limit = TOLERANCE[server.model.dtype]
-            if wrong := [id for id in sorted(gaps) if not gaps[id] <= limit]:  # NaN is
+            wrong = [i for i in sorted(gaps) if not gaps[i] <= TOLERANCE[server.model.dtype]]
+            if wrong:  # also by NaN
                 error = f"request {wrong[0]} differs from recomputation without a cache"
             elif len(gaps) < len(records):
                 error = f"stopped by a signal; {len(gaps)} of {len(records)} are verified"

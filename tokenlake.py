@@ -7,8 +7,7 @@
           → query_plan, transfer_plan, groups          put(kv_buf)
 
 The scheduler says which rows run together, the engine writes Q and new KV into buffers, and neither
-knows where the cache is. A `TokenLake` is made over any list of instances. Over one it never
-communicates: a conventional instance is a lake of one.
+knows where the cache is. Over one instance a lake never communicates: that is a conventional one.
 
 The scheduler keeps queues, not places: any row can run anywhere. So the *even split* gives every
 instance the same rows, to a segment, decode and prefill mixed; rows of one prompt on k instances
@@ -43,7 +42,6 @@ NEVER = 1 << 60  # ps
 @dataclass(frozen=True)
 class LakeConfig:
     """How a lake is cut."""
-
     segment_tokens: int = 16  # C
     slots: int = 512  # segments per instance
     placement: str = "stripe"  # or "hash"
@@ -61,7 +59,6 @@ class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of shape `model`.
     Every rank makes all lakes, in the same order. On one that is no instance, or without a cluster,
     a lake is control plane only."""
-
     def __init__(self, instances: list[int], model, config: LakeConfig,
                  cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
         if instances != sorted(set(instances)):
@@ -86,7 +83,6 @@ class TokenLake:
                              config.staging(N), dtype, device)
 
     def get_prefix_tree(self) -> PrefixTree:
-        """The published segments, to be read."""
         return self.balancer.tree
 
     def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = FLOPS,
@@ -126,7 +122,6 @@ class TokenLake:
         bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
         copies = bal.replicate() if any(batches) else {}  # an idle iteration moves nothing
         each = np.arange(N)
-
         # Runs by request and position. A share is what a part has of a request.
         flat = [run for batch in batches for run in batch]
         B = len(flat)
@@ -142,7 +137,6 @@ class TokenLake:
         G, of_part, requests = len(head), part[head], [flat[b].request for b in order[head]]
         n = np.bincount(share, rows, G).astype(np.int64)
         ship, weight = n * self.query_bytes, np.maximum(n, self.ridge)
-
         # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
         old = done[head] + 1 - puts[head]
         count = -(-old // C)
@@ -161,7 +155,6 @@ class TokenLake:
             return tokens
 
         tokens = read(bal.choose(places, C * weight[of], bal.load + C * (weight @ held)))
-
         # Ship or pull: a decode ships; a prompt pulls what it has room for in its part.
         prompt, pulled = np.flatnonzero(decode[head] == 0), np.zeros((G, N), bool)
         room = self.config.pull_tokens // np.maximum(1, np.bincount(of_part[prompt], minlength=N))
@@ -169,7 +162,6 @@ class TokenLake:
         cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
         pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
         puller, source = np.nonzero(pulled)
-
         # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
         # and what else is saved where there are replicas of all that is read.
         cells, saved = np.zeros((2, sum(dops), N), np.int64)
@@ -198,7 +190,6 @@ class TokenLake:
         groups = [list(islice(given, len(batch))) for batch in batches]
         own = places[np.arange(len(hot)), v[of]]  # a replica at hand is taken
         tokens = read(np.where(own >= 0, own, ref_slot[hot])) if len(hot) else tokens
-
         # Now by instance, request, position. Fresh KV: a run reads what its request's write, up to
         # itself.
         before = np.arange(B) - np.searchsorted(request, request)
@@ -209,7 +200,6 @@ class TokenLake:
         instance, rows, position, slot, puts, home, share = (
             x[order2] for x in (instance, rows, position, slot, puts, home, share))
         first, start = np.cumsum(rows) - rows, np.searchsorted(instance, instance)
-
         # Rows ship to old KV that is not pulled. They ship to fresh KV elsewhere too, or what run c
         # writes comes to share g, a sibling, if that is fewer bytes.
         ships = tokens > 0
@@ -224,7 +214,6 @@ class TokenLake:
         sibling, shipped = away[comes[index]], away[~comes[index]]
         ships = ships[share]
         ships[reader[shipped], home[writer[shipped]]] = True
-
         # KV on the move: old to who pulls it; new to its home and to siblings; copies.
         pullers = np.unique(puller)
         to, ref = np.repeat(pullers, count[pullers]), ranges((end - count)[pullers], count[pullers])
@@ -244,7 +233,6 @@ class TokenLake:
             (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
         sibling_row, line = np.full(len(reader), -1), np.cumsum(comes) - 1
         sibling_row[sibling] = moves.offsets()[line[index[comes[index]]]]
-
         # Attention where it is done, for the load (§4.3); cache reads by holder, once a request.
         meet = np.where(far & (sibling_row < 0), home[writer], instance[reader])
         once = np.bincount(np.unique(request[head], return_index=True)[1], minlength=G)
@@ -264,12 +252,12 @@ class TokenLake:
     def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
         """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
         QueryPlan.load), KiB it sends or receives, the larger."""
-        N, layers = len(self.instances), self.model.num_layers
+        N = len(self.instances)
         rows = np.bincount(query_plan.instance, query_plan.rows, N).astype(np.int64)
         kv = transfer_plan.moves.moved(N) + query_plan.pulls.moved(N)
         sent = query_plan.shipped() * self.query_bytes + kv * self.kv_bytes
-        most = np.maximum(sent.sum(0), sent.sum(1))
-        return np.stack((rows, query_plan.load, layers * most // 1024), 1)
+        most = self.model.num_layers * np.maximum(sent.sum(0), sent.sum(1))
+        return np.stack((rows, query_plan.load, most // 1024), 1)
 
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
@@ -345,7 +333,6 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None):
 class TimeModel:
     """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·KiB sent. Integers,
     so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
-
     def __init__(self, lake: "TokenLake"):
         m, self.samples, self.count = lake.model, [], 0
         self.bytes_per_row = m.num_layers * lake.kv_bytes
@@ -381,16 +368,14 @@ class Scheduler:
     policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
     dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
     tbt_slo: ms between tokens, kept by fewer prompt rows where that is possible at all."""
-
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
-        self.slo = tbt_slo and max(1, int(tbt_slo * 1e9))  # ps
+        self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
         self.model = TimeModel(lake)
         self.waiting: list[Request] = []  # by arrival: a preempted one is older than who waits
         self.running: list[Request] = []  # by admission, the youngest last
-        self.counters = Counter()
         self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
-        self._arrived = 0
+        self.counters, self._arrived = Counter(), 0
 
     def add(self, request: Request):
         if request.order is None:
