@@ -192,7 +192,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def prepare(options, cluster: Cluster, device, memory: int):
-    """Checks all that the user gave → (lines, LakeConfig, Llama). memory: least bytes of a device."""
+    """Checks what the user gave → (lines, LakeConfig, Llama). memory: least bytes of a device."""
     for name in ("requests.jsonl", "summary.json") if options.output else ():
         require(not os.path.exists(options.output / name),
                 f"--output {options.output}: already holds {name}; a new folder is expected")
