@@ -146,15 +146,16 @@ class TokenLake:
         hot, places = bal.places(ref_slot, ranges(end - count, np.minimum(count, bal.deepest)))
         of = np.searchsorted(end, hot, side="right")
         np.subtract.at(held, (of, ref_slot[hot] // S), 1)  # the cold ones
+        held *= C
 
         def read(slots) -> np.ndarray:
             """[G, N] tokens, if the hot references are to these slots."""
-            ref_slot[hot], tokens = slots, held * C
+            ref_slot[hot], tokens = slots, held.copy() if len(hot) else held
             np.add.at(tokens, (of, slots // S), C)
             tokens[some, ref_slot[end[some] - 1] // S] -= (count * C - old)[some]
             return tokens
 
-        tokens = read(bal.choose(places, C * weight[of], bal.load + C * (weight @ held)))
+        tokens = read(bal.choose(places, C * weight[of], bal.load + weight @ held))
         # Ship or pull: a decode ships; a prompt pulls what it has room for in its part.
         prompt, pulled = np.flatnonzero(decode[head] == 0), np.zeros((G, N), bool)
         room = self.config.pull_tokens // np.maximum(1, np.bincount(of_part[prompt], minlength=N))
