@@ -3,10 +3,10 @@
     python bench/plan.py --instances 64 --requests 64 --segments 200 --json
     python bench/plan.py --table
 
-Every instance decodes `--requests` requests, each over `--segments` segments of which the first is
-shared by all and replicated everywhere; homes are striped. No tensors, no process group. Between
-two plans each request grows by a row, as in serving; only `gen_plans` is timed. `--table` shows how
-it grows with instances, requests and segments.
+Every instance decodes `--requests` requests, each over `--segments` segments; homes are striped.
+With `--shared`, and in the table, the first segment is shared by all and has replicas everywhere.
+No tensors, no process group; only `gen_plans` is timed. `--table` shows how it grows with
+instances, requests and segments.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def scene(instances: int, requests: int, segments: int, shared: bool):
     return lake, running
 
 
-def milliseconds(instances, requests, segments, shared=True, repeat=20) -> np.ndarray:
+def milliseconds(instances, requests, segments, shared=False, repeat=20) -> np.ndarray:
     """Of `repeat` plans, after two that are not counted."""
     lake, running = scene(instances, requests, segments, shared)
     times = []
@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Time gen_plans.")
     for name, default in (("instances", 64), ("requests", 64), ("segments", 200), ("repeat", 20)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--private", action="store_true", help="no shared, replicated segment")
+    parser.add_argument("--shared", action="store_true", help="one segment on every request, and "
+                        "replicas of it everywhere")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--table", action="store_true", help="how it grows, up to 512 instances")
     options = parser.parse_args(arguments)
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> int:
         print(f"{'instances':>9} {'requests':>9} {'segments':>9} {'references':>10} "
               f"{'median ms':>10} {'p99 ms':>8}")
     for row in rows:
-        times = milliseconds(*row, not options.private, options.repeat)
+        times = milliseconds(*row, options.shared or options.table, options.repeat)
         result = dict(zip(("instances", "requests", "segments"), row),
                       plan_ms_median=float(np.median(times)),
                       plan_ms_p99=float(np.percentile(times, 99)))
