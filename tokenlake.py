@@ -140,13 +140,12 @@ class TokenLake:
         # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
         old = done[head] + 1 - puts[head]
         count = -(-old // C)
-        end, some, held = np.cumsum(count), np.flatnonzero(count), bal.held[line[head]]
+        end, some, held = np.cumsum(count), np.flatnonzero(count), C * bal.held[line[head]]
         ref_slot = np.concatenate([np.zeros(0, np.int32),
                                    *(r.table[:k] for r, k in zip(requests, count.tolist()))])
         hot, places = bal.places(ref_slot, ranges(end - count, np.minimum(count, bal.deepest)))
         of = np.searchsorted(end, hot, side="right")
-        np.subtract.at(held, (of, ref_slot[hot] // S), 1)  # the cold ones
-        held *= C
+        np.subtract.at(held, (of, ref_slot[hot] // S), C)  # the cold ones
 
         def read(slots) -> np.ndarray:
             """[G, N] tokens, if the hot references are to these slots."""
