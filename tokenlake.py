@@ -131,10 +131,10 @@ class TokenLake:
                 "request.line")]
         part, order = cut(batches, dops, rows), np.lexsort((position, ids))
         ids, position, rows, slot, puts, decode, done, line = (x[order] for x in columns)
-        part, home = part[order], slot // S
+        part, home, flat = part[order], slot // S, [flat[b] for b in order.tolist()]
         request = np.cumsum(np.diff(ids, prepend=-1) != 0)
         _, head, share = np.unique(part * (B + 1) + request, return_index=True, return_inverse=True)
-        G, of_part, requests = len(head), part[head], [flat[b].request for b in order[head]]
+        G, of_part, requests = len(head), part[head], [flat[b].request for b in head.tolist()]
         n = np.bincount(share, rows, G).astype(np.int64)
         ship, weight = n * self.query_bytes, np.maximum(n, self.ridge)
         # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
@@ -161,7 +161,7 @@ class TokenLake:
         wanted = tokens[prompt]
         cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
         pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
-        puller, source = np.nonzero(pulled)
+        puller, source = np.nonzero(pulled) if len(prompt) else (prompt, prompt)
         # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
         # and what else is saved where there are replicas of all that is read.
         cells, saved = np.zeros((2, sum(dops), N), np.int64)
@@ -243,8 +243,8 @@ class TokenLake:
         bal.observe(load)
 
         plan = QueryPlan(
-            [flat[b] for b in order[order2]], instance, first - first[start], rows, position, home,
-            kept, written, share, old, ref_slot, ref, pulls.offsets(), reader, writer,
+            [flat[b] for b in order2.tolist()], instance, first - first[start], rows, position,
+            home, kept, written, share, old, ref_slot, ref, pulls.offsets(), reader, writer,
             sibling_row, ships, pulls, reads, load, bal.sizes)
         writes = (x[puts > 0] for x in (instance, plan.first, written, rows))
         return plan, TransferPlan(*writes, moves, N), groups
