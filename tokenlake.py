@@ -121,10 +121,9 @@ class TokenLake:
                             "instances; one at least for each batch, and no more than there are")
         bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
         copies = bal.replicate() if any(batches) else {}  # an idle iteration moves nothing
-        each = np.arange(N)
         # Runs by request and position. A share is what a part has of a request.
         flat = [run for batch in batches for run in batch]
-        B = len(flat)
+        B, each = len(flat), np.arange(N)
         ids, position, rows, slot, puts, decode, done, line = columns = [
             np.fromiter(map(attrgetter(name), flat), np.int64, B) for name in (
                 "request.id", "position", "rows", "slot", "puts", "decode", "request.done",
@@ -192,11 +191,12 @@ class TokenLake:
         tokens = read(np.where(own >= 0, own, ref_slot[hot])) if len(hot) else tokens
         # Now by instance, request, position. Fresh KV: a run reads what its request's write, up to
         # itself.
-        before = np.arange(B) - np.searchsorted(request, request)
-        reader = np.repeat(np.arange(B), before + 1)
-        writer = ranges(np.searchsorted(request, request), before + 1)
+        begin = np.searchsorted(request, request)
+        upto = np.arange(B) - begin + 1
+        reader, writer = np.repeat(np.arange(B), upto), ranges(begin, upto)
         order2 = np.argsort(instance, kind="stable")
-        reader, writer = (np.argsort(order2)[b[puts[writer] > 0]] for b in (reader, writer))
+        place = np.argsort(order2)
+        reader, writer = (place[b[puts[writer] > 0]] for b in (reader, writer))
         instance, rows, position, slot, puts, home, share = (
             x[order2] for x in (instance, rows, position, slot, puts, home, share))
         first, start = np.cumsum(rows) - rows, np.searchsorted(instance, instance)
