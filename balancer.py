@@ -376,24 +376,24 @@ class Balancer:
                 if slot not in self.copying:
                     self._places[line, instance] = slot
 
-    def places(self, slots: np.ndarray, among: np.ndarray):
-        """Which slots, `among` these indices, have replicas: [h], and where: [h, N] slot or −1."""
+    def places(self, slots: np.ndarray):
+        """Which of the slots have replicas: [h] indices, and where: [h, N] slot or −1."""
         if self.tree.shrunk:
             self._index()
-        hot = among[self._replicated[slots[among]] >= 0]
+        hot = np.flatnonzero(self._replicated[slots] >= 0)
         return hot, self._places[self._replicated[slots[hot]]]
 
     def choose(self, places: np.ndarray, cost: np.ndarray, load: np.ndarray) -> np.ndarray:
         """Power of two choices (§4.4): for each read [h] of a segment at `places` [h, N], the less
         loaded of two random replicas → [h] global slot. Adds costs to load [N], N at a time."""
-        N, picks = len(load), [np.zeros(0, np.int64)]
+        N, picks, rank = len(load), [np.zeros(0, np.int64)], (places >= 0).cumsum(1)
+        count = rank[:, -1]
+        first = self._rng.integers(count)
+        second = (first + 1 + self._rng.integers(np.maximum(count - 1, 1))) % count
+        pair = np.stack([(rank > n[:, None]).argmax(1) for n in (first, second)])
         for start in range(0, len(places), N):
-            rank = (places[start:start + N] >= 0).cumsum(1)
-            count = rank[:, -1]
-            first = self._rng.integers(count)
-            second = (first + 1 + self._rng.integers(np.maximum(count - 1, 1))) % count
-            first, second = ((rank > n[:, None]).argmax(1) for n in (first, second))
-            picks.append(np.where(load[second] < load[first], second, first))
+            a, b = pair[:, start:start + N]
+            picks.append(np.where(load[b] < load[a], b, a))
             np.add.at(load, picks[-1], cost[start:start + N])
         return places[np.arange(len(places)), np.concatenate(picks)]
 
@@ -430,7 +430,7 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = 131_072) -> d
         for request in requests:
             balancer.admit(request, matched := balancer.match(request))
             hits += request.done
-            hot, places = balancer.places(request.table, np.arange(matched))
+            hot, places = balancer.places(request.table[:matched])
             load += C * np.bincount(np.delete(request.table[:matched], hot) // S, minlength=N)
             balancer.choose(places, np.full(len(hot), C), load)  # adds the chosen reads to it
             runs = balancer.reserve(request, request.remaining, planned, [0] * N, most)

@@ -33,13 +33,10 @@ SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, ml
                  quantization_config=None, sliding_window=None, partial_rotary_factor=1)
 
 
-class ModelError(ValueError):
-    """A model folder that cannot be used: one line that names the file and the key or tensor."""
-
-
-def require(ok, file: Path, message: str):
+def require(ok, *said):
+    """A ValueError is a user's mistake: one line that names file or option, and what is wrong."""
     if not ok:
-        raise ModelError(f"{file}: {message}")
+        raise ValueError(": ".join(map(str, said)))
 
 
 @dataclass(frozen=True)
@@ -70,15 +67,15 @@ class Config:
 
 def load_config(folder: Path) -> Config:
     """Reads `folder/config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`,
-    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ModelError naming the key at fault."""
+    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault."""
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text())
     except OSError as error:
         said = f"{error.strerror} (a Hugging Face model folder has this file)"
-        raise ModelError(f"{file}: {said}") from None
+        raise ValueError(f"{file}: {said}") from None
     except ValueError as error:
-        raise ModelError(f"{file}: not readable as JSON: {error}") from None
+        raise ValueError(f"{file}: not readable as JSON: {error}") from None
 
     def get(key, kind, default=None, source=raw):
         value = default if source.get(key) is None else source[key]
@@ -147,14 +144,14 @@ def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.
 
 
 def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch.Tensor]:
-    """`model.safetensors`, or else the shards of `model.safetensors.index.json`. ModelError: a
+    """`model.safetensors`, or else the shards of `model.safetensors.index.json`. ValueError: a
     missing, misshapen or unknown tensor, a damaged file, an index that leaves the folder."""
     index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists() and not (folder / files[0]).exists():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
+            raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
         for name in files:
             require(isinstance(name, str) and Path(name).name == name, index,
                     f"names the file {name!r}, which is outside the folder")
@@ -174,9 +171,9 @@ def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch
                         require(key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"),
                                 file, f"{key} is not a tensor of a Llama")
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: damaged or not a safetensors file ({error})") from None
+            raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
     if missing := [name for name in shapes if name not in weights]:
-        raise ModelError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)")
+        raise ValueError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)")
     return weights
 
 

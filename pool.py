@@ -29,6 +29,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -203,6 +204,18 @@ class Moves:
         return rows.astype(np.int64).reshape(N, N)
 
 
+def old_segments(tables: list, count, hot=np.zeros((3, 0), np.int64)):
+    """3 × [n] share, segment, global slot: of the first `count` [G] entries of each share's table,
+    and of replicas that are read instead, `hot` in the same terms, as far as among them."""
+    share, segment = np.repeat(np.arange(len(count)), count), ranges(0 * count, count)
+    some = np.flatnonzero(count)
+    parts = [tables[g][:n] for g, n in zip(some.tolist(), count[some].tolist())]
+    slot = np.concatenate(parts or [count[:0]])
+    hot = hot[:, hot[1] < count[hot[0]]]
+    slot[np.searchsorted(share, hot[0]) + hot[1]] = hot[2]
+    return share, segment, slot
+
+
 @dataclass(frozen=True)
 class QueryPlan:
     """Who computes which rows, and how these meet the KV they read: the same on every rank.
@@ -217,47 +230,42 @@ class QueryPlan:
     rows: np.ndarray  # [B]
     position: np.ndarray  # [B] of the first row
     home: np.ndarray  # [B] instance where its KV lives
-    kept: np.ndarray  # [B] slab row of its KV there
-    written: np.ndarray  # [B] and where it is computed: the same, or in staging
     share: np.ndarray  # [B]
     old: np.ndarray  # [G] tokens of old KV that a share reads
-    ref_slot: np.ndarray  # [refs] global slots of old segments, share by share, replicas chosen
-    pull_ref: np.ndarray  # [p] the references whose KV travels to the share, not its rows there
-    pull_row: np.ndarray  # [p] where it begins in the receive buffer of `pulls`
-    reader: np.ndarray  # [pairs]
-    writer: np.ndarray  # [pairs]
-    sibling_row: np.ndarray  # [pairs] likewise, if fresh KV travels to a reader; else −1
+    tables: list  # [G] of the share's request: global slots of its segments
+    hot: np.ndarray  # [3, h] share, segment, slot: replicas that are read instead
+    pull: np.ndarray  # [3, p] share, segment, row in the receive buffer of `pulls`: KV that travels
+    fresh: np.ndarray  # [5, pairs] reader, writer, where they meet: instance, place, row
     ships: np.ndarray  # [B, N] whether the run's rows travel to that instance
     pulls: Moves  # of old KV
     reads: np.ndarray  # [N] tokens of old KV read at each holder, once a request (§7.2)
     load: np.ndarray  # [N] attention done there, rows × tokens; what is memory-bound weighs more
     sizes: tuple[int, int, int]  # N, S, C
 
+    @cached_property
+    def segments(self):
+        """3 × [n] share, segment, global slot of old KV. Made when asked for, in the iteration."""
+        return old_segments(self.tables, -(-self.old // self.sizes[2]), self.hot)
+
     def references(self, index: int):
         """What rows read at an instance, its own and those that arrive: [5, spans] run (ascending),
         place, first row, length, position. Places: in the slab, HERE before the iteration's moves
         or only after them (LATE), or in the receive buffer of pulls (PULLED) or moves (SIBLING)."""
         N, S, C = self.sizes
-        count = -(-self.old // C)
         _, first, runs = np.unique(self.share, return_index=True, return_counts=True)
-        share, segment = np.repeat(np.arange(len(count)), count), ranges(0 * count, count)
-        meet, row, place = self.ref_slot // S, self.ref_slot % S * C, np.full(len(share), HERE)
-        row[self.pull_ref], place[self.pull_ref] = self.pull_row, PULLED
-        meet[self.pull_ref] = self.instance[first[share[self.pull_ref]]]
+        share, segment, slot = self.segments
+        meet, row, place = slot // S, slot % S * C, np.full(len(slot), HERE)
+        to, at, pull_row = self.pull
+        at = np.searchsorted(share, to) + at
+        row[at], place[at], meet[at] = pull_row, PULLED, self.instance[first[to]]
         at = np.flatnonzero(meet == index)
         each = runs[share[at]]  # every run of the share reads them
         run, at = ranges(first[share[at]], each), np.repeat(at, each)
         length = np.minimum(self.old[share[at]] - segment[at] * C, C)
         old = run, place[at], row[at], length, segment[at] * C
 
-        b, c = self.reader, self.writer
-        sibling, own = self.sibling_row >= 0, self.instance[c] == self.instance[b]
-        meet = np.where(sibling | own, self.instance[b], self.home[c])
-        cases = sibling, self.instance[c] == meet  # else it arrives with the iteration's moves
-        place = np.select(cases, (SIBLING, HERE), LATE)
-        row = np.select(cases, (self.sibling_row, self.written[c]), self.kept[c])
-        at = np.flatnonzero(meet == index)
-        fresh = b[at], place[at], row[at], self.rows[c[at]], self.position[c[at]]
+        run, writer, _, place, row = self.fresh[:, self.fresh[2] == index]
+        fresh = run, place, row, self.rows[writer], self.position[writer]
         spans = np.concatenate((old, fresh), 1)
         return spans[:, np.argsort(spans[0], kind="stable")]
 

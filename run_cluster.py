@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import BLOCK, Request, variation
-from model import Config, Llama, Sampler, load_config, load_weights, random_weights
+from model import Config, Llama, Sampler, load_config, load_weights, random_weights, require
 from pool import Cluster, LakeError, Pool, SetupError, Stopped
 from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
 
@@ -44,12 +44,6 @@ IDS = (lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < 2
 SESSION = lambda x: x is None or type(x) in (str, int), "a string or an integer"
 FIELDS = dict(timestamp=TIME, output_length=LENGTH, salt=(lambda x: type(x) is str, "a string", ""),
               think_ms=(*TIME, 0))
-
-
-def require(ok, message: str):
-    """A ValueError is a user's mistake: one line, exit status 2."""
-    if not ok:
-        raise ValueError(message)
 
 
 @dataclass

@@ -20,7 +20,7 @@ Notation: N instances · C tokens per segment · T rows · H query heads · Hkv 
 import hashlib
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from operator import attrgetter
 
@@ -30,8 +30,8 @@ from scipy.optimize import linear_sum_assignment, nnls
 
 from balancer import Balancer, PrefixTree, Request, Run
 from kernels import ranges
-from pool import (KINDS, Cluster, KVBuffer, LakeError, Moves, Pool, QueryBuffer, QueryPlan,
-                  TransferPlan)
+from pool import (HERE, KINDS, LATE, SIBLING, Cluster, KVBuffer, LakeError, Moves, Pool,
+                  QueryBuffer, QueryPlan, TransferPlan, old_segments)
 
 PUT, REPLICA, PULL = range(len(KINDS))
 FLOPS, BANDWIDTH, LINK = 312e12, 2.04e12, 300e9  # of an instance, 1/s and B/s: an A100's in bf16
@@ -124,12 +124,11 @@ class TokenLake:
         # Runs by request and position. A share is what a part has of a request.
         flat = [run for batch in batches for run in batch]
         B, each = len(flat), np.arange(N)
-        ids, position, rows, slot, puts, decode, done, line = columns = [
-            np.fromiter(map(attrgetter(name), flat), np.int64, B) for name in (
-                "request.id", "position", "rows", "slot", "puts", "decode", "request.done",
-                "request.line")]
-        part, order = cut(batches, dops, rows), np.lexsort((position, ids))
-        ids, position, rows, slot, puts, decode, done, line = (x[order] for x in columns)
+        values = map(attrgetter("request.id", "position", "rows", "slot", "puts", "decode",
+                                "request.done", "request.line"), flat)
+        columns = np.fromiter(chain.from_iterable(values), np.int64, 8 * B).reshape(B, 8).T
+        part, order = cut(batches, dops, columns[2]), np.lexsort((columns[1], columns[0]))
+        ids, position, rows, slot, puts, decode, done, line = columns[:, order].copy()
         part, home, flat = part[order], slot // S, [flat[b] for b in order.tolist()]
         request = np.cumsum(np.diff(ids, prepend=-1) != 0)
         _, head, share = np.unique(part * (B + 1) + request, return_index=True, return_inverse=True)
@@ -138,19 +137,19 @@ class TokenLake:
         ship, weight = n * self.query_bytes, np.maximum(n, self.ridge)
         # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
         old = done[head] + 1 - puts[head]
-        count = -(-old // C)
-        end, some, held = np.cumsum(count), np.flatnonzero(count), C * bal.held[line[head]]
-        ref_slot = np.concatenate([np.zeros(0, np.int32),
-                                   *(r.table[:k] for r, k in zip(requests, count.tolist()))])
-        hot, places = bal.places(ref_slot, ranges(end - count, np.minimum(count, bal.deepest)))
-        of = np.searchsorted(end, hot, side="right")
-        np.subtract.at(held, (of, ref_slot[hot] // S), C)  # the cold ones
+        tables, count, held = [r.table for r in requests], -(-old // C), bal.held[line[head]]
+        held *= C
+        begin, g = np.searchsorted(request, request), np.arange(G)
+        held[g, slot[begin[head]] // S] -= count * C - old  # of a segment that is not yet full
+        hot = old_segments(tables, np.minimum(count, bal.deepest))
+        at, places = bal.places(hot[2])
+        hot = of, _, at = np.stack(hot)[:, at]
+        np.subtract.at(held, (of, at // S), C)  # the cold ones
 
         def read(slots) -> np.ndarray:
-            """[G, N] tokens, if the hot references are to these slots."""
-            ref_slot[hot], tokens = slots, held.copy() if len(hot) else held
+            """[G, N] tokens, if hot segments are read in these slots."""
+            hot[2], tokens = slots, held.copy() if len(of) else held
             np.add.at(tokens, (of, slots // S), C)
-            tokens[some, ref_slot[end[some] - 1] // S] -= (count * C - old)[some]
             return tokens
 
         tokens = read(bal.choose(places, C * weight[of], bal.load + weight @ held))
@@ -169,7 +168,7 @@ class TokenLake:
         present, start = np.unique(of_part, return_index=True)
         cells[present] = np.add.reduceat(by_share, start) if G else 0
         np.add.at(cells, (part, home), rows * puts * kv)
-        at = ref_slot[hot] // S
+        at = hot[2] // S
         there, p = (places >= 0) & (at[:, None] != each), pulled[of, at]
         np.add.at(saved, of_part[of[p]], C * kv * there[p])
         by = np.flatnonzero(~p)
@@ -177,8 +176,10 @@ class TokenLake:
         cell, start, number = np.unique((of * N + at)[by], return_index=True, return_counts=True)
         if len(cell):
             g, w = np.divmod(cell, N)
-            whole = np.logical_and.reduceat(there[by], start).T & (tokens[g, w] == number * C)
-            np.add.at(saved, of_part[g], (ship[g] * whole).T)
+            whole = np.logical_and.reduceat(there[by], start)
+            value = np.where(tokens[g, w] == number * C, ship[g], 0)
+            present, start = np.unique(of_part[g], return_index=True)
+            saved[present] += np.add.reduceat(whole * value[:, None], start)
         cost = cells.sum(1, keepdims=True) - cells - saved
         best = linear_sum_assignment(cost)[1]
         if len(best) == N and not (puts * (home != part)).any():  # every row where it will live
@@ -187,11 +188,9 @@ class TokenLake:
         instance, v = best[part], best[of_part]
         given = iter(instance[np.argsort(order)].tolist())
         groups = [list(islice(given, len(batch))) for batch in batches]
-        own = places[np.arange(len(hot)), v[of]]  # a replica at hand is taken
-        tokens = read(np.where(own >= 0, own, ref_slot[hot])) if len(hot) else tokens
-        # Now by instance, request, position. Fresh KV: a run reads what its request's write, up to
-        # itself.
-        begin = np.searchsorted(request, request)
+        own = places[np.arange(len(of)), v[of]]  # a replica at hand is taken
+        tokens = read(np.where(own >= 0, own, hot[2])) if len(of) else tokens
+        # By instance, request, position. Fresh KV: a run reads its request's writes up to itself.
         upto = np.arange(B) - begin + 1
         reader, writer = np.repeat(np.arange(B), upto), ranges(begin, upto)
         order2 = np.argsort(instance, kind="stable")
@@ -209,19 +208,17 @@ class TokenLake:
         key, index = np.unique(share[reader[away]] * B + writer[away], return_inverse=True)
         g, c = np.divmod(key, B)
         cell, at = np.unique(g * N + home[c], return_inverse=True)
-        fresh = np.bincount(at, rows[c], len(cell))[at] * kv
-        comes = (decode[head][g] == 0) & ~ships[g, home[c]] & (fresh < ship[g])
+        few = np.bincount(at, rows[c], len(cell))[at] * kv < ship[g]
+        comes = (decode[head][g] == 0) & ~ships[g, home[c]] & few
         sibling, shipped = away[comes[index]], away[~comes[index]]
         ships = ships[share]
         ships[reader[shipped], home[writer[shipped]]] = True
         # KV on the move: old to who pulls it; new to its home and to siblings; copies.
-        pullers = np.unique(puller)
-        to, ref = np.repeat(pullers, count[pullers]), ranges((end - count)[pullers], count[pullers])
-        holder = ref_slot[ref] // S
-        away = pulled[to, holder] & (holder != v[to])
-        to, ref, holder = to[away], ref[away], holder[away]
-        length = np.minimum(old[to] - (ref - (end - count)[to]) * C, C)
-        pulls = Moves.of((PULL, holder, ref_slot[ref] % S * C, v[to], -1, length))
+        to, _, at = pull = np.stack(old_segments(tables, np.where(pulled.any(1), count, 0), hot))
+        to, segment, at = pull = pull[:, pulled[to, at // S] & (at // S != v[to])]
+        length = np.minimum(old[to] - segment * C, C)
+        pulls = Moves.of((PULL, at // S, at % S * C, v[to], -1, length))
+        pull[2] = pulls.offsets()
         staged = rows * puts * (home != instance)
         kept, offset = slot % S * C + position % C, np.cumsum(staged) - staged
         written = np.where(staged > 0, S * C + offset - offset[start], kept)
@@ -231,21 +228,24 @@ class TokenLake:
             (PULL, instance[c], written[c], v[g], -1, rows[c]),
             (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
             (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
-        sibling_row, line = np.full(len(reader), -1), np.cumsum(comes) - 1
-        sibling_row[sibling] = moves.offsets()[line[index[comes[index]]]]
+        # Where fresh KV meets its readers: written there, arrived by then, or of a sibling.
+        meet = np.where(far, home[writer], instance[reader])
+        late = instance[writer] != meet
+        fresh = np.stack((reader, writer, meet, np.where(late, LATE, HERE),
+                          np.where(late, kept[writer], written[writer])))
+        fresh[2:4, sibling] = instance[reader[sibling]], np.full(len(sibling), SIBLING)
+        fresh[4, sibling] = moves.offsets()[(np.cumsum(comes) - 1)[index[comes[index]]]]
         # Attention where it is done, for the load (§4.3); cache reads by holder, once a request.
-        meet = np.where(far & (sibling_row < 0), home[writer], instance[reader])
         once = np.bincount(np.unique(request[head], return_index=True)[1], minlength=G)
         load, reads = np.stack((weight, once)) @ tokens
         moved = weight[puller] * tokens[puller, source]
-        np.add.at(load, np.concatenate((meet, v[puller], source)),
+        np.add.at(load, np.concatenate((fresh[2], v[puller], source)),
                   np.concatenate((rows[reader] * rows[writer], moved, -moved)))
         bal.observe(load)
 
-        plan = QueryPlan(
-            [flat[b] for b in order2.tolist()], instance, first - first[start], rows, position,
-            home, kept, written, share, old, ref_slot, ref, pulls.offsets(), reader, writer,
-            sibling_row, ships, pulls, reads, load, bal.sizes)
+        plan = QueryPlan([flat[b] for b in order2.tolist()], instance, first - first[start], rows,
+                         position, home, share, old, tables, hot, pull, fresh, ships, pulls, reads,
+                         load, bal.sizes)
         writes = (x[puts > 0] for x in (instance, plan.first, written, rows))
         return plan, TransferPlan(*writes, moves, N), groups
 
@@ -297,10 +297,11 @@ def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPl
     """16 bytes that two ranks share only if they planned the same: every array of the plans."""
     runs = [run.request.id for run in query_plan.runs]
     digest = hashlib.blake2b(repr((iteration, runs)).encode(), digest_size=16)
-    for table in (query_plan, query_plan.pulls, transfer_plan, transfer_plan.moves):
-        for array in vars(table).values():
-            if isinstance(array, np.ndarray):
-                digest.update(array.tobytes() + b"|")
+    plans = query_plan, query_plan.pulls, transfer_plan, transfer_plan.moves
+    values = [getattr(plan, field.name) for plan in plans for field in fields(plan)]
+    for array in (query_plan.segments[2], *values):
+        if isinstance(array, np.ndarray):
+            digest.update(array.tobytes() + b"|")
     return digest.digest()
 
 
