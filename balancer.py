@@ -283,7 +283,7 @@ class Balancer:
     def reserve(self, request: Request, rows: int, planned: list[int], tails: list[int], most: int):
         """Runs for the next `rows` tokens where their segments will live (§4.3); None if all slots
         are pinned (what was reserved stays). planned [N]: rows so far, updated on success; tails
-        [N]: open ones, updated. At most `most` rows each: the even share + C always has room."""
+        [N]: open ones, updated. Rows that would be over `most` go to the least planned."""
         C, S, load = self.segment_tokens, self.slots, list(planned)
         decode = request.remaining == 1 and len(request.tokens) > request.num_prompt
         runs, position, stop = [], request.done, request.done + rows

@@ -923,7 +923,7 @@ def count_bytes(rank, seen):
                     home = int(request.table[run.position // C]) // S
                     seen["puts"] += run.rows
                     seen["local"] += (home == instance) * run.rows
-                    if run.position >= request.num_prompt:
+                    if request.num_prompt <= request.done == len(request.tokens) - 1:
                         seen["decode"] += 1
                         seen["home"] += home == instance
         seen["iterations"] += bool(query_plan.runs)

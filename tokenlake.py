@@ -10,7 +10,7 @@ The scheduler says which rows run together, the engine writes Q and new KV into 
 knows where the cache is. Over one instance a lake never communicates: that is a conventional one.
 
 The scheduler keeps queues, not places: any row can run anywhere. So the *even split* gives every
-instance the same rows, to a segment, decode and prefill mixed; rows of one prompt on k instances
+instance the same rows, about, decode and prefill mixed; rows of one prompt on k instances
 are sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP)
 and fixed PD are here to compare: in lock-step the even split wins.
 
@@ -459,7 +459,7 @@ class Scheduler:
         rows = {request.id: n for items, _ in groups for request, n in items}
         planned, tails = [0] * N, self.balancer.open_tails(self.running)
         total = sum(rows.values())
-        most = -(-total // N) + self.lake.config.segment_tokens if even else total
+        most = -(-total // N) + self.lake.config.segment_tokens // 4 if even else total
         reserved = {}
         while len(reserved) < len(self.running):
             request = self.running[len(reserved)]

@@ -1,12 +1,18 @@
-"""How long would it take? The scheduler and the balancer as they are, a roofline for the tensors.
+"""How long would it take? Scheduler and balancer as they are, a roofline in place of the tensors.
 
-    python bench/simulate.py --workload loogle --scheduler dp --instances 4 --rate 2
+    python bench/simulate.py --workload loogle --policy tokenlake --instances 4 --rate 2
     python bench/simulate.py --table        # even split, DP and fixed PD, side by side
+    python bench/simulate.py --validate     # measured against simulated iterations, on this machine
 
-A lake is one clock: an iteration lasts as long as its slowest instance. That one computes its rows
-(MFU 0.6) or reads the weights (at 0.8 of the bandwidth), attends, and exchanges: a latency α per
-exchange and layer, and its bytes over the link, behind the computation as far as that goes. The
-scheduler's time model is fitted to these times as it is to measured ones. `demo` is what
+Every lake has its own clock, and one heap holds what happens next: a request arrives, an iteration
+ends, a transfer lands. So TokenLake is simulated in lock-step, as it is built, and lakes of one
+(baselines.py) are not. An iteration lasts as long as its slowest instance:
+
+    max(2·P·rows / F, weights / B) + 4·L·H·D·rows·tokens / F     F: 0.6 of peak, B: 0.8 of peak
+    or what it sends over its link, if that takes longer; + α per exchange and layer
+
+where rows that attend alone wait for memory, and weigh as many rows as that takes; α = 10 µs. A TP
+group adds two all-reduces per layer. Planning is not in it: see bench/plan.py. `demo` is what
 run_cluster.py serves without options; any other name that is no load is a trace's file.
 """
 
@@ -14,6 +20,8 @@ import argparse
 import heapq
 import json
 import sys
+from array import array
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +30,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from balancer import BLOCK  # noqa: E402
+from balancer import BLOCK, WINDOW, Request, variation  # noqa: E402
+from baselines import VARIANTS, make_fleet  # noqa: E402
 from model import Config  # noqa: E402
 from run_cluster import demo_trace, read_trace  # noqa: E402
-from tokenlake import LakeConfig, Scheduler, TokenLake  # noqa: E402
+from tokenlake import LakeConfig  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 MODELS = {
@@ -35,64 +44,199 @@ MODELS = {
     "llama-3.1-8b": Config(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336,
                            num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128),
 }
-# FLOP/s in bf16, memory B/s, NVLink B/s each way.
-HARDWARE = {"a100": (312e12, 2.04e12, 300e9), "h100": (989e12, 3.35e12, 450e9),
-            "h200": (989e12, 4.8e12, 450e9)}
+# FLOP/s in bf16, memory B/s, NVLink B/s each way, bytes of memory.
+HARDWARE = {"a100": (312e12, 2.04e12, 300e9, 80e9), "h100": (989e12, 3.35e12, 450e9, 80e9),
+            "h200": (989e12, 4.8e12, 450e9, 141e9)}
 MFU, OF_BANDWIDTH, ALPHA = 0.6, 0.8, 10e-6
+REUSE = 16  # iterations at most
+SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
-def seconds(lake, query_plan, transfer_plan, hardware) -> np.ndarray:
-    """[N] time of an iteration at each instance."""
-    flops, bandwidth, link = HARDWARE[hardware]
-    m, (rows, load, sent) = lake.model, lake.features(query_plan, transfer_plan).T
-    linear = np.maximum(2 * m.num_linear_parameters * rows / (flops * MFU),
-                        lake.weight_bytes / (bandwidth * OF_BANDWIDTH))
-    # A row that attends alone waits for memory: it weighs as many rows as that takes (lake.ridge).
-    attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / (flops * MFU)
-    exchanges = 2 * query_plan.ships.any() + bool(len(transfer_plan.moves.kind)) + bool(
-        len(query_plan.pulls.kind))
-    return np.maximum(linear + attention, 1024 * sent / link) + exchanges * m.num_layers * ALPHA
+class Roofline:
+    """Seconds that things take on instances of `tp` GPUs."""
+    def __init__(self, model: Config, hardware: str, tp: int = 1, itemsize: int = 2):
+        flops, bandwidth, link, _ = HARDWARE[hardware]
+        self.model, self.itemsize = model, itemsize
+        self.flops, self.bandwidth = flops * tp * MFU, bandwidth * tp * OF_BANDWIDTH
+        self.link, self.linear = link * tp, model.num_linear_parameters
+        self.weights = self.linear * itemsize / self.bandwidth
+        # A row that attends alone weighs as many as can attend while its KV is read.
+        self.ridge = max(1, round(self.flops / self.bandwidth * model.num_kv_heads
+                                  / model.num_heads * itemsize / 2))
+        self.reduce = 4 * model.hidden_size * itemsize * (tp - 1) / tp / link  # of a row, a layer
+        self.hop = 2 * ALPHA * (tp > 1)
+
+    def compute(self, rows, load):
+        """Of rows with attention `load` (rows × tokens): an instance alone."""
+        m = self.model
+        linear = np.maximum(2 * self.linear * rows / self.flops, self.weights)
+        attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / self.flops
+        return linear + attention + m.num_layers * (self.hop + self.reduce * rows)
+
+    def iteration(self, features, query_plan, transfer_plan) -> np.ndarray:
+        """[N] of an iteration at each instance, from TokenLake.features."""
+        rows, load, sent = features.T
+        exchanges = 2 * query_plan.ships.any() + bool(len(transfer_plan.moves.kind)) + bool(
+            len(query_plan.pulls.kind))
+        return (np.maximum(self.compute(rows, load), 1024 * sent / self.link)
+                + exchanges * self.model.num_layers * ALPHA)
+
+    def transfer(self, tokens: int) -> float:
+        """Of KV between two instances."""
+        m = self.model
+        return ALPHA + 2 * m.num_layers * m.num_kv_heads * m.head_dim * self.itemsize * (
+            tokens / self.link)
+
+    def alone(self, prompt: int, output: int, chunk: int = 1024) -> tuple[float, float]:
+        """TTFT and TBT of a request on an idle instance, without cache."""
+        start = np.arange(0, prompt, chunk)
+        rows = np.minimum(prompt - start, chunk)
+        ttft = self.compute(rows, np.maximum(rows, self.ridge) * (start + rows / 2)).sum()
+        return float(ttft), float(self.compute(1, self.ridge * (prompt + output / 2)))
 
 
-def simulate(lines, lake, policy="auto", slo=None, hardware="a100", block=BLOCK, speed=1.0) -> dict:
-    """Serves checked lines of a trace on a lake without tensors."""
-    scheduler, clock = Scheduler(lake, (), policy, slo), 0.0
-    following = {line.previous.index: line for line in lines if line.previous}
-    seconds_of = lambda line, key: line.keys[key] / 1e3 / speed
-    arrivals = [(seconds_of(x, "timestamp"), x.index) for x in lines if not x.previous]
-    arrived, times, busy, prompts = {}, {}, np.zeros(2), 0
-    while arrivals or scheduler.waiting or scheduler.running:
-        while arrivals and arrivals[0][0] <= clock:
-            at, index = heapq.heappop(arrivals)
-            arrived[index] = at
-            scheduler.add(lines[index].arrive(0, lake.model.vocab_size, block, 0))
-            prompts += lines[index].request.num_prompt
-        plan, transfer, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
-        if not plan.runs:
-            clock = max(clock, arrivals[0][0])
-            continue
-        took = seconds(lake, plan, transfer, hardware)
-        scheduler.model.measured(lake.features(plan, transfer), took.max())
-        scheduler.model.coefficients = scheduler.model.fitted
-        clock, busy = clock + took.max(), busy + (took.mean(), took.max())
-        sampled = {run.request.id: run.request.id % lake.model.vocab_size
-                   for run in plan.runs if run.samples}
-        for index in sampled:
-            times.setdefault(index, []).append(clock)
-        for request in scheduler.update(plan, sampled):
-            if line := following.get(request.id):
-                at = max(seconds_of(line, "timestamp"), clock + seconds_of(line, "think_ms"))
-                heapq.heappush(arrivals, (at, line.index))
-    ttft = [1e3 * (times[i][0] - arrived[i]) for i in times]
-    gaps = [g for i in times for g in np.diff(times[i])] or [0.0]
-    return dict(requests=len(times), duration_s=clock, ttft_ms=float(np.mean(ttft)),
-                p90_ttft_ms=float(np.percentile(ttft, 90)), tbt_ms=1e3 * float(np.mean(gaps)),
-                p99_tbt_ms=1e3 * float(np.percentile(gaps, 99)),
-                idle_fraction=float(1 - busy[0] / busy[1]),
-                hit_rate=sum(scheduler.cached_tokens.values()) / prompts)
+class Simulation:
+    """Serves the checked lines of a trace on a fleet without tensors."""
+    def __init__(self, fleet, lines, roofline: Roofline, block: int = BLOCK, speed: float = 1.0):
+        self.fleet, self.lines, self.roofline, self.block = fleet, lines, roofline, block
+        self.now, self.events, self.number = 0.0, [], count()
+        self.running = [False] * len(fleet.lakes)  # whether a lake is in an iteration
+        self.plan, self.left = [None] * len(fleet.lakes), [0] * len(fleet.lakes)  # see `steady`
+        self.following = {line.previous.index: line for line in lines if line.previous}
+        self.ms = lambda value: value / 1e3 / speed
+        self.arrived, self.times, self.prompts, self.misses = {}, {}, 0, 0
+        self.busy, self.windows, self.log = np.zeros(2), {}, []
+        for lake in fleet.lakes:
+            lake.ridge = roofline.ridge
+        for line in lines:
+            if not line.previous:
+                self.at(self.ms(line.keys["timestamp"]), self.arrive, line)
+
+    def at(self, time: float, what, *arguments):
+        heapq.heappush(self.events, (time, next(self.number), what, arguments))
+
+    def run(self, limit: int | None = None):
+        """Until all is served, or more than `limit` requests have missed their SLO."""
+        while self.events and (limit is None or self.misses <= limit):
+            self.now = self.events[0][0]
+            while self.events and self.events[0][0] == self.now:
+                _, _, what, arguments = heapq.heappop(self.events)
+                what(*arguments)
+            for i, running in enumerate(self.running):
+                if not running:
+                    self.start(i)
+        return self
+
+    def arrive(self, line):
+        keys, n = line.keys, line.total - line.keys["output_length"]
+        if "hash_ids" in keys:  # a block's tokens only have to be its own
+            ids = np.asarray(keys["hash_ids"], np.int64)[:, None] * self.block
+            tokens = array("q", (ids + np.arange(self.block)).ravel()[:n].tobytes())
+            line.request = Request(line.index, tokens, line.total, keys["salt"])
+        else:
+            line.arrive(0, self.roofline.model.vocab_size, self.block, 0)
+        self.arrived[line.index] = self.now
+        self.prompts += line.request.num_prompt
+        if self.fleet.fits(line.request):
+            self.begin(self.fleet.arrive(line.request))
+        else:
+            self.ended(line, refused=True)
+
+    def begin(self, transfers):
+        for transfer in transfers:
+            self.at(self.now + self.roofline.transfer(transfer.streamed), self.landed, transfer)
+
+    def landed(self, transfer):
+        self.fleet.landed(transfer)
+        for i in range(len(self.fleet.lakes)):  # room there, room here
+            self.begin(self.fleet.advance(i))
+
+    def start(self, i: int):
+        lake, scheduler = self.fleet.lakes[i], self.fleet.schedulers[i]
+        if not (scheduler.waiting or scheduler.running):
+            return
+        if not self.steady(i):
+            plan, transfer, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
+            self.plan[i] = None
+            if not plan.runs:
+                return
+            features, N = lake.features(plan, transfer), len(lake.instances)
+            took = self.roofline.iteration(features, plan, transfer)
+            scheduler.model.measured(features, took.max())
+            scheduler.model.coefficients = scheduler.model.fitted
+            moved = plan.pulls.moved(N).sum() + transfer.moves.moved(N).sum()
+            facts = len(plan.runs), plan.shipped().sum(), moved, plan.ships.sum(1).max()
+            self.plan[i], self.left[i] = (plan, took, facts), REUSE
+        plan, took, facts = self.plan[i]
+        self.busy += took.mean(), took.max()
+        size = sum(len(x.instances) for x in self.fleet.lakes)
+        self.windows.setdefault(int(self.now * 1e3 // WINDOW), np.zeros(size))[
+            lake.instances] += plan.reads
+        self.log.append((took.max(), *facts))
+        self.running[i] = True
+        self.at(self.now + took.max(), self.finish, i)
+
+    def steady(self, i: int) -> bool:
+        """Whether a lake's last plan still holds: the same decodes, in the same segments. It is
+        used again a few times, as if no request had grown, which saves most of the planning."""
+        scheduler, self.left[i] = self.fleet.schedulers[i], self.left[i] - 1
+        if self.left[i] < 0 or scheduler.waiting or not self.plan[i]:
+            return False
+        runs, C = self.plan[i][0].runs, scheduler.balancer.segment_tokens
+        return len(runs) == len(scheduler.running) and all(
+            run.decode and run.request.num_slots and run.position // C == run.request.done // C
+            for run in runs)
+
+    def finish(self, i: int):
+        plan, self.running[i] = self.plan[i][0], False
+        ids = [run.request.id for run in plan.runs if run.decode or run.samples]
+        sampled = {id: -1 - id for id in ids}
+        for id in ids:
+            self.times.setdefault(id, []).append(self.now)
+        for request in self.fleet.schedulers[i].update(plan, sampled):
+            self.ended(self.lines[request.id])
+        self.begin(self.fleet.advance(i))
+
+    def ended(self, line, refused=False):
+        self.misses += refused or not self.good(line)
+        if turn := self.following.get(line.index):
+            due = max(self.ms(turn.keys["timestamp"]), self.now + self.ms(turn.keys["think_ms"]))
+            self.at(due, self.arrive, turn)
+        if not (turn and "input_ids" in turn.keys):
+            line.request = line.request.num_prompt  # its tokens are not needed any more
+
+    def latency(self, index: int) -> tuple[float, float]:
+        """TTFT and mean TBT, in seconds."""
+        times = self.times[index]
+        gaps = max(1, len(times) - 1)
+        return times[0] - self.arrived[index], (times[-1] - times[0]) / gaps
+
+    def good(self, line) -> bool:
+        """Whether it kept the SLO."""
+        output = line.keys["output_length"]
+        alone = self.roofline.alone(line.total - output, output)
+        return all(x <= SLO * y for x, y in zip(self.latency(line.index), alone))
+
+    def summary(self) -> dict:
+        """Of what was served; requests that were not have missed the SLO."""
+        done = [x for x in self.lines if len(self.times.get(x.index, ())) and isinstance(
+            x.request, int) or x.index in self.times and x.request is not None]
+        latency = np.array([self.latency(x.index) for x in done]).reshape(-1, 2)
+        lengths = np.array([x.total - x.keys["output_length"] for x in done])
+        gaps = [g for x in done for g in np.diff(self.times[x.index])] or [0.0]
+        mean = lambda values: float(np.mean(values)) if len(done) else None
+        return dict(
+            requests=len(done), duration_s=self.now, ttft_ms=mean(1e3 * latency[:, 0]),
+            p90_ttft_ms=float(np.percentile(1e3 * latency[:, 0], 90)) if done else None,
+            normalised_ttft=mean(1e3 * latency[:, 0] / lengths), tbt_ms=mean(1e3 * latency[:, 1]),
+            p99_tbt_ms=1e3 * float(np.percentile(gaps, 99)),
+            slo_attainment=1 - (self.misses + len(self.lines) - len(self.arrived))
+            / len(self.lines), hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
+            cache_load_cv=variation(self.windows.values()),
+            idle_fraction=float(1 - self.busy[0] / self.busy[1]) if self.busy[1] else None)
 
 
-def load(name: str, num_requests: int, rate: float, seed: int, vocab: int):
+def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512):
     """Checked lines of the demo, a generated load, or a file."""
     if name == "demo":
         return read_trace(demo_trace(num_requests, vocab, seed), "demo")
@@ -102,34 +246,40 @@ def load(name: str, num_requests: int, rate: float, seed: int, vocab: int):
         return read_trace(file, name, 1, num_requests)
 
 
-def run(options, name, policy, rate, model=None) -> dict:
+def simulate(options, policy=None, workload=None, rate=None, seed=None, limit=None, model=None,
+             capacity=None) -> Simulation:
+    """A run by the command line's options, but for what is given."""
     model = MODELS[model or options.model]
-    C = 16 if model is MODELS["tiny"] else 512
-    slots = -(-options.capacity_tokens // (C * options.instances))
-    config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens, max_batch=options.max_batch)
-    lake = TokenLake(list(range(options.instances)), model, config, dtype=torch.bfloat16)
-    lines = load(name, options.num_requests, rate, options.seed, model.vocab_size)
-    return simulate(lines, lake, policy, options.tbt_slo_ms, options.hardware)
+    C, N = 16 if model is MODELS["tiny"] else 512, options.instances
+    slots = (capacity or options.capacity_tokens) // (C * N)
+    config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens,
+                        max_batch=options.max_batch // N)
+    fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms,
+                       dtype=torch.bfloat16)
+    lines = load(workload or options.workload, options.num_requests, rate or options.rate,
+                 options.seed if seed is None else seed)
+    roofline = Roofline(model, options.hardware, options.tp)
+    return Simulation(fleet, lines, roofline).run(limit)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Simulate a lake in lock-step.")
-    add = parser.add_argument
-    add("--workload", default="loogle", help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
-    add("--scheduler", default="auto", help="auto, even, dp, pd:PxD")
-    add("--model", choices=MODELS, default="llama-3.1-8b")
-    add("--hardware", choices=HARDWARE, default="a100")
-    for name, kind, default in (("instances", int, 4), ("num-requests", int, 200), ("seed", int, 0),
-                                ("rate", float, 4.0), ("capacity-tokens", int, 1_000_000),
-                                ("chunk-tokens", int, 1024), ("max-batch", int, 128)):
-        add(f"--{name}", type=kind, default=default, help=f"default {default}")
-    add("--tbt-slo-ms", type=float, help="default: none")
-    add("--trace", help="with --table: a trace to be in it, at its own times")
-    add("--table", action="store_true", help="every scheduler on the demo and generated loads")
-    options = parser.parse_args(arguments)
-    if not options.table:
-        print(json.dumps(run(options, options.workload, options.scheduler, options.rate), indent=1))
-        return 0
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options of a simulation."""
+    out = argparse.ArgumentParser(description=description)
+    out.add_argument("--model", choices=MODELS, default="lwm-7b", help="default lwm-7b")
+    out.add_argument("--hardware", choices=HARDWARE, default="a100", help="default a100")
+    for name, default in (("instances", 4), ("tp", 2), ("num-requests", 300), ("seed", 0),
+                          ("capacity-tokens", 400_000), ("chunk-tokens", 1024),
+                          ("max-batch", 512)):
+        out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    out.add_argument("--tbt-slo-ms", type=float, help="for the schedulers; default: none")
+    out.add_argument("--workload", default="loogle",
+                     help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
+    out.print_usage = lambda *_: None  # an error is one line
+    return out
+
+
+def table(options):
+    """Even split, DP and fixed PD on the pool, side by side."""
     N = options.instances
     loads = [("demo", 1.0, "tiny"), ("loogle", options.rate, None),
              ("sharegpt", 6 * options.rate, None)]
@@ -137,12 +287,30 @@ def main(arguments: list[str]) -> int:
     print(f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
           f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}")
     for name, rate, model in loads:
-        for policy in ("even", "dp", *(f"pd:{p}x{N - p}" for p in {1, N // 2, N - 1})):
-            r = run(options, name, policy, rate, model)
+        for policy in ("even", "dp", *(f"pd:{p}x{N - p}" for p in sorted({1, N // 2, N - 1}))):
+            r = simulate(options, f"tokenlake:{policy}", name, rate, model=model).summary()
             print(f"{Path(name).stem[:12]:>12} {policy:>10} {r['duration_s']:>10.3f} "
                   f"{r['ttft_ms']:>10,.2f} {r['p90_ttft_ms']:>10,.2f} {r['tbt_ms']:>8.3f} "
                   f"{r['p99_tbt_ms']:>8.2f} {r['idle_fraction']:>6.1%} {r['hit_rate']:>6.1%}",
                   flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    options = parser("Simulate a fleet.")
+    add = options.add_argument
+    add("--policy", default="tokenlake",
+        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD")
+    add("--rate", type=float, default=1.0, help="requests per second (default 1)")
+    add("--trace", help="with --table: a trace to be in it, at its own times")
+    add("--table", action="store_true", help="every scheduler on the demo and generated loads")
+    parsed = options.parse_args(arguments)
+    try:
+        if parsed.table:
+            table(parsed)
+        else:
+            print(json.dumps(simulate(parsed).summary(), indent=1))
+    except (OSError, ValueError) as error:
+        options.error(str(error))
     return 0
 
 
