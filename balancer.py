@@ -245,7 +245,7 @@ class Balancer:
         while (index := len(request.segments)) < request.done // C:
             id, slot = request.ids[index], int(table[index])
             if segment := self.tree.segments.get(id):
-                self._free(slot)
+                self.free[slot // S].append(slot)
                 self.duplicates += 1
                 table[index] = segment.slot
                 held[slot // S] -= 1
@@ -261,7 +261,7 @@ class Balancer:
     def release(self, request: Request):
         """Gives back everything: a finished request, or one that is preempted and starts over."""
         for slot in request.table[len(request.segments):request.num_slots].tolist():
-            self._free(slot)
+            self.free[slot // self.slots].append(slot)
         self.tree.clock += 1
         for segment in reversed(request.segments):  # leaf first: see PrefixTree.lru
             self.tree.pin(segment, -1)
@@ -270,9 +270,6 @@ class Balancer:
                 del self.in_progress[id]
         self._lines.append(request.line)
         request.segments, request.num_slots, request.done = [], 0, 0
-
-    def _free(self, slot: int):
-        self.free[slot // self.slots].append(slot)
 
     def open_tails(self, running: list[Request]) -> list[int]:
         """[N] open tails that live at each instance."""
@@ -283,7 +280,7 @@ class Balancer:
     def reserve(self, request: Request, rows: int, planned: list[int], tails: list[int], most: int):
         """Runs for the next `rows` tokens where their segments will live (§4.3); None if all slots
         are pinned (what was reserved stays). planned [N]: rows so far, updated on success; tails
-        [N]: open ones, updated. Rows that would be over `most` go to the least planned."""
+        [N]: open ones, updated. Rows over `most` go to the least planned, and are put."""
         C, S, load = self.segment_tokens, self.slots, list(planned)
         decode = request.remaining == 1 and len(request.tokens) > request.num_prompt
         runs, position, stop = [], request.done, request.done + rows
@@ -298,6 +295,7 @@ class Balancer:
                 request.num_slots += 1
                 tails[slot // S] += index >= len(request.ids)
             slot = int(request.table[index])
+            count = min(count, max(most - load[slot // S], 0) or count)  # the rest elsewhere
             instance = least(load, slot // S, most - count)
             load[instance] += count
             runs.append(Run(request, position, count, instance, slot,
@@ -355,7 +353,7 @@ class Balancer:
             self.replicas_max = max(self.replicas_max, len(segment.replicas))
             tree.extras[slot] = self.copying[slot] = segment
         for slot in unfit:
-            self._free(slot)
+            self.free[slot // S].append(slot)
         self.copying = {slot: segment for slot, segment in self.copying.items()
                         if segment.replicas.get(slot // S) == slot}
         self.copies += len(self.copying)

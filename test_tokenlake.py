@@ -4,6 +4,7 @@ Ranks are real processes that talk over gloo, forked from one server that has to
 run has its own store on a free port and its own folder, so runs can go side by side."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -1216,7 +1217,8 @@ def test_other_children_go_where_their_hash_says():
     assert homes[0][0] == 1 and all(home == hashed for home, hashed in homes[1:])
     assert any(hashed != 1 for _, hashed in homes[1:])
     while parent.children:
-        bal._free(bal.tree.evict())
+        slot = bal.tree.evict()
+        bal.free[slot // bal.slots].append(slot)
     request = prepared(bal, 9, stem + tokens(4, 9))
     assert (int(request.table[1]) // 40 - parent.slot // 40) % 5 == 1
 
@@ -1822,7 +1824,7 @@ def test_no_parent_is_evicted_before_its_child():
         if rng.random() < 0.3 and (slot := bal.tree.evict()) is not None:
             gone, = before.keys() - bal.tree.segments.keys()
             assert not before[gone].children and not before[gone].pins
-            bal._free(slot)
+            bal.free[slot // bal.slots].append(slot)
             evicted += 1
         assert all(s.parent is bal.tree.root or s.parent.id in bal.tree.segments
                    for s in bal.tree.segments.values())
@@ -2189,30 +2191,60 @@ def test_modules_stay_small():
     assert sum(map(len, bench)) <= 1500 and max(len(line) for text in bench for line in text) <= 100
 
 
+sys.path.insert(0, str(HERE / "bench"))
+import baselines  # noqa: E402
+import simulate  # noqa: E402
+import workloads  # noqa: E402
+
+
 @pytest.mark.parametrize("command, said", [
     (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
-    (["simulate.py", "--workload", "toolagent", "--scheduler", "dp", "--num-requests", 8],
+    (["simulate.py", "--workload", "toolagent", "--policy", "tokenlake:dp", "--num-requests", 8],
      '"requests": 8'),
-    (["simulate.py", "--workload", "demo", "--model", "tiny", "--scheduler", "pd:2x2",
+    (["simulate.py", "--workload", "demo", "--model", "tiny", "--policy", "tokenlake:pd:2x2",
       "--num-requests", 9], '"requests": 9'),
+    (["simulate.py", "--validate", "--num-requests", 40, "--trace", "t.jsonl", "--trace-scale", 64,
+      "--speed", "inf"], '"correlation"'),
     (["workloads.py", "sharegpt", "--num-requests", 3], '"hash_ids": [0, 1, 2, ')])
 def test_benchmarks_run(tmp_path, command, said):
     script, *arguments = map(str, command)
+    (tmp_path / "t.jsonl").write_text("\n".join(
+        json.dumps(line) for line in workloads.generate("sharegpt", 40, 10.0, 0)))
     done = subprocess.run([sys.executable, HERE / "bench" / script, *arguments], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("command, said", [
+    (["simulate.py", "--policy", "pd:1x4"], "P + D = 4"),
+    (["simulate.py", "--policy", "magic"], "magic"),
+    (["simulate.py", "--policy", "tokenlake:pd:1x4"], "pd:1x4"),
+    (["simulate.py", "--workload", "missing.jsonl"], "missing.jsonl"),
+    (["simulate.py", "--rate", "0"], "--rate"), (["simulate.py", "--instances", "0"], "--instances"),
+    (["simulate.py", "--capacity-tokens", "100"], "--capacity-tokens"),
+    (["compare.py", "--policies", "router,what"], "what"),
+    (["compare.py", "--seeds", "0"], "--seeds"), (["compare.py", "--real"], "torchrun")])
+def test_wrong_options_of_benchmarks_are_named(tmp_path, command, said):
+    done = subprocess.run([sys.executable, HERE / "bench" / command[0], *command[1:]], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_generated_loads_share_what_they_say():
     """Turns, shares and lengths of the generated loads, and the same again for the same seed."""
-    sys.path.insert(0, str(HERE / "bench"))
-    from workloads import WORKLOADS, generate
-    for name in WORKLOADS:
+    generate = workloads.generate
+    for name in workloads.WORKLOADS:
         lines = list(generate(name, 2000, 5.0, 1))
         assert lines == list(generate(name, 2000, 5.0, 1)) != list(generate(name, 2000, 5.0, 2))
         assert len(run_cluster.read_trace(map(json.dumps, lines), name)) == 2000
-        assert lines[-1]["timestamp"] / 2000 == pytest.approx(200, rel=0.1)
+        sessions = {}
+        for line in lines:
+            sessions.setdefault(line.get("session_id", line["hash_ids"][-1]), []).append(line)
+        if name != "mixed":
+            assert lines[-1]["timestamp"] / 2000 == pytest.approx(200, rel=0.12)
         heads = Counter(line["hash_ids"][0] for line in lines)
+        length = np.mean([x["input_length"] for x in lines])
         if name == "sharegpt":
             assert heads == {0: 2000} and max(x["input_length"] for x in lines) <= 1536 + 2400
         elif name == "toolagent":
@@ -2221,6 +2253,232 @@ def test_generated_loads_share_what_they_say():
             own = [x["input_length"] % 512 + 512 * (len(x["hash_ids"]) - 13) for x in lines
                    if x["hash_ids"][0] == 0]
             assert 1500 < np.mean(own) < 2500
-        else:
+        elif name == "loogle":
             assert 200 < len(heads) < 2000 / 4 and max(heads.values()) <= 12
-            assert 20_000 < np.mean([x["input_length"] for x in lines]) < 28_000
+            assert 20_000 < length < 28_000
+        elif name == "scbench":
+            assert {len(turns) for turns in sessions.values()} == {5}
+            assert 200_000 < length < 255_000
+            for turns in sessions.values():
+                assert {x["think_ms"] for x in turns} == {5000}
+                for a, b in zip(turns, turns[1:]):
+                    grown = b["input_length"] - a["input_length"]
+                    assert 30 <= grown - a["output_length"] <= 200
+                    whole = a["input_length"] // 512
+                    assert a["hash_ids"][:whole] == b["hash_ids"][:whole]
+        else:
+            kinds = Counter("scbench" if "session_id" in x else "sharegpt" if n == 1 else "loogle"
+                            for n, x in ((n, x) for x in lines for n in [
+                                heads[x["hash_ids"][0]] < 100 or 1]))
+            assert kinds["scbench"] / 2000 == pytest.approx(1 / 3, abs=0.08)
+
+
+def fleet(policy, slots=400, N=4, model="tiny", **lake):
+    config = LakeConfig(16, slots, **{"chunk_tokens": 64, "max_batch": 32, **lake})
+    return baselines.make_fleet(policy, N, simulate.MODELS[model], config, dtype=torch.bfloat16)
+
+
+def asks(lines):
+    """Lines of a trace from (timestamp, hash ids, last block's tokens, output)."""
+    return run_cluster.read_trace((json.dumps(dict(
+        timestamp=at, input_length=512 * (len(ids) - 1) + tail, output_length=output,
+        hash_ids=ids)) for at, ids, tail, output in lines), "test")
+
+
+def simulated(policy, lines, slots=400, block=16, N=4, **lake):
+    """A simulation with the tiny model and blocks of 16 tokens; all has to be given back."""
+    for line in lines:
+        line.total -= line.keys["output_length"]
+        line.total = -(-line.total * block // 512) + line.keys["output_length"]
+    made = fleet(policy, slots, N, **lake)
+    run = simulate.Simulation(made, lines, simulate.Roofline(Config(), "a100"), block).run()
+    for lake, scheduler in zip(made.lakes, made.schedulers):
+        bal = lake.balancer
+        tree = bal.tree
+        assert not scheduler.running and not scheduler.waiting and not bal.in_progress
+        assert not getattr(scheduler, "parked", ())
+        assert len(tree.lru) == len(tree.segments)
+        used = len(tree.segments) + len(tree.extras)
+        assert sum(map(len, bal.free)) + used == len(lake.instances) * bal.slots
+    return run
+
+
+def test_router_follows_the_launcher_s_rules():
+    """Longest prefix above 0.3 of the prompt, else the smallest tree; the shortest queue where
+    queues are over 64 and over half apart. What an instance evicted, the router does not know."""
+    router = fleet("router", slots=8)
+    shared = tokens(64, 1)
+    first = Request(0, shared + tokens(16, 2), 90)
+    assert router.arrive(first) == [] and [len(s.waiting) for s in router.schedulers] == [1, 0, 0, 0]
+    place = lambda request: (router.lakes[0].balancer.extend_ids(request), router.choose(request))[1]
+    assert place(Request(1, shared + tokens(32, 3), 100)) == 0  # 64 of 96 tokens are there
+    assert place(Request(2, shared + tokens(150, 4), 220)) == 1  # 64 of 214: below 0.3
+    assert place(Request(3, shared[:48] + tokens(112, 4), 170)) == 1  # 48 of 160 is not above 0.3
+    router.schedulers[0].waiting.clear()
+    assert place(Request(4, shared + tokens(32, 5), 100)) == 0  # it is sent there all the same
+    for scheduler, n in zip(router.schedulers, (70, 5, 6, 5)):
+        scheduler.running = [None] * n
+    assert place(Request(5, shared + tokens(32, 6), 100)) == 1  # 65 apart: the shortest queue
+    router.schedulers[0].running.pop()
+    assert place(Request(6, shared + tokens(32, 7), 100)) == 0  # 64 apart
+    for scheduler, n in zip(router.schedulers, (290, 200, 200, 200)):
+        scheduler.running = [None] * n
+    assert place(Request(7, shared + tokens(32, 8), 100)) == 0  # not 1.5 times as many
+    router.MAX_TREE = 80
+    router.arrive(Request(8, tokens(80, 9), 90))  # the smallest tree, 1
+    for scheduler in router.schedulers:
+        scheduler.running = []
+    router.arrive(Request(9, tokens(80, 9)[:48] + tokens(48, 10), 100))
+    assert len(router.trees[1]) == 5  # LRU by tokens: the older request's ends have left
+    assert [place(Request(10, tokens(80, 9)[:n], 90)) for n in (48, 80)] == [1, 1]
+
+
+def test_conductor_follows_its_algorithm():
+    """The least of queue + prefill (+ copy of a prefix that is longer elsewhere)."""
+    made = fleet("pd:2x2", chunk_tokens=1024)
+    long, lake = tokens(1600, 1), made.lakes[1]
+    warm = prepared(lake.balancer, 90, long, output=1)
+    lake.balancer.release(warm)
+    ask = lambda seed=2: Request(0, long + tokens(16, seed), 1700)
+    for scheduler in made.schedulers:  # 1 µs a row, nothing else
+        scheduler.model.coefficients = [0, 10**6, 0, 0]
+    made.BANDWIDTH = 1e15
+    assert made.choose(ask()) == (1, 1)  # 16 new rows there, 1,616 or a copy here
+    busy = Request(1, tokens(500, 3), 600)
+    made.schedulers[1].add(busy)
+    assert made.choose(ask()) == (0, 1)  # 500 rows wait there: the prefix is copied
+    made.BANDWIDTH = 1.0
+    assert made.choose(ask()) == (1, 1)  # but not over a slow link
+    assert made.choose(Request(2, tokens(100, 4), 120)) == (0, 0)  # nothing cached: shortest queue
+    made.BANDWIDTH = 1e15
+    (copy,) = made.arrive(ask())
+    assert (copy.source, copy.target, copy.start, copy.stop) == (1, 0, 0, 1600)
+    assert not made.schedulers[0].waiting  # until it has landed
+    made.landed(copy)
+    assert made.schedulers[0].waiting and made.lakes[0].balancer.tree.match(copy.leaving.ids) == 100
+    assert made.choose(ask()) == (0, 0)
+    near = Request(3, long + tokens(16, 5), 1700)
+    made.lakes[0].balancer.tree.evict()  # 99 of 100 segments: not 1.25 times as long elsewhere
+    assert made.choose(near) == (0, 0)
+
+
+def test_prefills_hand_over_to_the_least_loaded_decode():
+    made = fleet("pd:1x2", N=3)
+    C, ready = 16, []
+    for id, length in enumerate((100, 30, 47, 20)):
+        request = prepared(made.lakes[0].balancer, id, tokens(length, id), output=20)
+        request.tokens.append(5)
+        made.schedulers[0].parked.append(request)
+        ready.append(request)
+    moves = made.advance(0)
+    assert [t.target for t in moves] == [1, 2, 2, 2]  # 101 | 31 + 48 + 21
+    for t, request in zip(moves, ready):
+        source, target, rows = t.spans(C)
+        assert (t.start, t.stop, rows.sum()) == (0, request.num_prompt, request.num_prompt)
+        at = [x for a, n in zip(source, rows) for x in range(a, a + n)]
+        assert at == [int(request.table[p // C]) * C + p % C for p in range(t.stop)]
+        at = [x for a, n in zip(target, rows) for x in range(a, a + n)]
+        assert at == [int(t.arriving.table[p // C]) * C + p % C for p in range(t.stop)]
+        made.landed(t)
+    assert [len(s.running) for s in made.schedulers] == [0, 1, 3]
+    assert all(r.remaining == 1 for s in made.schedulers[1:] for r in s.running)
+    again = prepared(made.lakes[0].balancer, 9, tokens(100, 0), output=20)  # it kept what it got
+    again.tokens.append(6)
+    made.schedulers[0].parked.append(again)
+    made.moving[2] = 1000
+    (t,) = made.advance(0)
+    assert (t.target, t.start, t.stop) == (1, 96, 100) and t.spans(C)[2].tolist() == [4]
+
+
+def test_a_request_alone_takes_what_the_roofline_says():
+    """TTFT and TBT on one instance, by hand: chunks of a prompt, then decodes."""
+    run = simulated("tokenlake", asks([(0, list(range(20)), 512, 30)]), N=1)
+    ttft, tbt = run.latency(0)
+    alone = run.roofline.alone(320, 30, 64)
+    assert (ttft, tbt) == (pytest.approx(alone[0], rel=0.01), pytest.approx(alone[1], rel=0.01))
+    assert run.summary()["slo_attainment"] == 1.0
+    assert run.roofline.compute(64, 0) >= run.roofline.weights
+
+
+@pytest.mark.parametrize("policy", ["tokenlake", "tokenlake:pd:2x2", "router", "pd:1x3", "pd:3x1"])
+def test_simulated_fleets_serve_everything(policy, monkeypatch):
+    """Under pressure, all of a load with sessions and shared prefixes; planning each iteration or
+    not is the same to a percent; a request longer than an instance is refused, and has missed."""
+    load = lambda: asks([(2 * i, [i % 7, 100 + i % 7, *range(1000 + 10 * i, 1003 + 10 * i)], 300,
+                          5 + i % 40) for i in range(120)])
+    run = simulated(policy, load(), slots=40)
+    summary = run.summary()
+    assert summary["requests"] == 120 and 0.1 < summary["hit_rate"] < 0.5
+    assert {len(x) for x in run.times.values()} == {5 + i for i in range(40)}
+    assert all(b > a for x in run.times.values() for a, b in zip(x, x[1:]))
+    monkeypatch.setattr(simulate, "REUSE", 0)
+    exact = simulated(policy, load(), slots=40).summary()
+    assert summary["duration_s"] == pytest.approx(exact["duration_s"], rel=0.02)
+    lines = asks([(0, [1, 2, 3], 512, 4), (0, list(range(100, 160)), 512, 4)])
+    run = simulated(policy, lines, slots=40)
+    assert len(run.times) == (2 if "tokenlake" in policy else 1)
+    assert "tokenlake" in policy or run.misses == 1 and run.summary()["slo_attainment"] == 0.5
+
+
+def test_baselines_are_no_strawmen():
+    """Without pressure or sharing the router is as fast as the pool, to a tenth; behind one prefix
+    nobody's hits are further from the pool's than a prefix per lake."""
+    rng = np.random.default_rng(0)
+    lines, first = [], 0
+    for _ in range(150):
+        length = int(rng.lognormal(math.log(4000), 0.5))
+        ids = list(range(first, first := first + -(-length // 512)))
+        lines.append(dict(timestamp=0, input_length=length, hash_ids=ids,
+                          output_length=int(rng.integers(50, 200))))
+    took = {}
+    for policy in ("tokenlake", "router"):
+        model = simulate.MODELS["lwm-7b"]
+        config = LakeConfig(512, 3000, chunk_tokens=1024, max_batch=128)
+        made = baselines.make_fleet(policy, 4, model, config, dtype=torch.bfloat16)
+        run = simulate.Simulation(made, run_cluster.read_trace(map(json.dumps, lines), "x"),
+                                  simulate.Roofline(model, "a100", 2)).run()
+        took[policy] = run.summary()["duration_s"]
+    assert 0.9 < took["tokenlake"] / took["router"] < 1.1
+    alike = lambda: asks([(20 * i, [0, 1, 2, 3, 10 + i], 100, 8) for i in range(60)])
+    runs = {policy: simulated(policy, alike(), slots=1000) for policy in (
+        "tokenlake", "router", "pd:1x3", "pd:3x1")}
+    total = runs["router"].prompts
+    hits = {policy: run.summary()["hit_rate"] for policy, run in runs.items()}
+    assert all(abs(hits["tokenlake"] - x) <= 3 * 64 / total + 1e-9 for x in hits.values())
+    assert hits["tokenlake"] > 0.9 * 64 * 59 / total
+
+
+def test_comparison_finds_goodput_and_draws(tmp_path):
+    """compare.py, small: JSON, a table, and figures where Matplotlib is."""
+    command = [sys.executable, HERE / "bench" / "compare.py", "--workload", "sharegpt", "--model",
+               "llama-3.1-8b", "--num-requests", "20", "--seeds", "1", "--policies",
+               "tokenlake,pd:1x3", "--rates", "5,50", "--rate", "64", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "goodput" in done.stdout, done.stderr
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())["policies"]
+    assert list(result) == ["tokenlake", "pd:1x3"]
+    for found in result.values():
+        assert found["p90_goodput"].keys() >= {"mean", "spread"} and 0 <= found["hit_rate"] <= 1
+        assert [x["rate"] for x in found["curve"]] == [5, 50] and found["cache_load_cv"] >= 0
+        assert all({"slo_attainment", "normalised_ttft", "tbt_ms", "hit_rate"} <= x.keys()
+                   for x in found["curve"])
+        if found["p90_goodput"]["mean"] > 50:
+            assert found["curve"][1]["slo_attainment"] >= 0.9
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "out" / "latency.png").stat().st_size > 10_000
+        assert (tmp_path / "out" / "balance.png").stat().st_size > 10_000
+
+
+def test_comparison_on_real_ranks(tmp_path):
+    """Every policy's tokens equal recomputation; the pool hits most and is the most even."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+               HERE / "bench" / "compare.py", "--real", "--num-requests", "30", "--policies",
+               "tokenlake,router,pd:1x2,pd:2x1", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    results = {r["policy"]: r for r in json.loads((tmp_path / "out" / "real.json").read_text())}
+    assert all(r["verified"] == 30 for r in results.values())
+    pool = results.pop("tokenlake")
+    assert pool["cache_load_cv"] < min(r["cache_load_cv"] for r in results.values())
+    assert all(r["moved_bytes"]["put"] > 0 for name, r in results.items() if "pd" in name)

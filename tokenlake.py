@@ -10,7 +10,7 @@ The scheduler says which rows run together, the engine writes Q and new KV into 
 knows where the cache is. Over one instance a lake never communicates: that is a conventional one.
 
 The scheduler keeps queues, not places: any row can run anywhere. So the *even split* gives every
-instance the same rows, about, decode and prefill mixed; rows of one prompt on k instances
+instance about the same rows, decode and prefill mixed; rows of one prompt on k instances
 are sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP)
 and fixed PD are here to compare: in lock-step the even split wins.
 
@@ -37,6 +37,7 @@ PUT, REPLICA, PULL = range(len(KINDS))
 FLOPS, BANDWIDTH, LINK = 312e12, 2.04e12, 300e9  # of an instance, 1/s and B/s: an A100's in bf16
 EXCHANGE_BYTES = 3_000_000  # what crosses a link in the 10 µs that an exchange takes anyway
 NEVER = 1 << 60  # ps
+FEW = 128  # rows: fewer of them take as long, as the weights have to be read anyway
 
 
 @dataclass(frozen=True)
@@ -458,8 +459,8 @@ class Scheduler:
         even = len(groups) == 1 and groups[0][1] == N
         rows = {request.id: n for items, _ in groups for request, n in items}
         planned, tails = [0] * N, self.balancer.open_tails(self.running)
-        total = sum(rows.values())
-        most = -(-total // N) + self.lake.config.segment_tokens // 4 if even else total
+        share, C = -(-sum(rows.values()) // N), self.lake.config.segment_tokens
+        most = max(share * 17 // 16, min(share + C, FEW)) if even else NEVER
         reserved = {}
         while len(reserved) < len(self.running):
             request = self.running[len(reserved)]

@@ -14,6 +14,7 @@ simulator, or compare.py on real ranks) calls `arrive` for every request and `ad
 iteration of a lake, carries out the transfers they return, and says `landed` for each.
 """
 
+import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -250,15 +251,19 @@ def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
     `tokenlake:pd:1x3`), `router`, or `pd:PxD`. config is that of one instance."""
     scheduler = lambda lake: Scheduler(lake, tbt_slo=slo)
+    own = policy.removeprefix("tokenlake:")
+    kinds = re.fullmatch(r"pd:(\d+)x(\d+)", own)
+    if kinds and (0 in (counts := [*map(int, kinds.groups())]) or sum(counts) != N):
+        raise ValueError(f"{policy}: P + D = {N} instances, one at least of each, are expected")
+    if not kinds and own not in ("router", "auto", "even", "dp", *VARIANTS):
+        raise ValueError(f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
+                         "router and pd:PxD are there")
     if policy in VARIANTS or policy.startswith("tokenlake:"):
         config = replace(config, max_batch=N * config.max_batch, **VARIANTS.get(policy, {}))
         lake = TokenLake(list(range(N)), model, config, cluster, **options)
-        own = policy.partition(":")[2] or "auto"
+        own = "auto" if policy in VARIANTS else own
         return Pooled([lake], lambda lake: Scheduler(lake, (), own, slo))
     lakes = [TokenLake([i], model, config, cluster, **options) for i in range(N)]
     if policy == "router":
         return Router(lakes, scheduler)
-    prefills, decodes = map(int, policy.removeprefix("pd:").split("x"))
-    if prefills + decodes != N or not prefills or not decodes:
-        raise ValueError(f"{policy}: P + D = {N} instances are expected")
-    return Disaggregated(lakes, prefills)
+    return Disaggregated(lakes, counts[0])

@@ -43,7 +43,7 @@ def scene(instances: int, requests: int, segments: int, shared: bool):
         if first is None:
             first = balancer.tree.insert(b"shared", None, int(where[0]), int(table[0]))
         elif shared:
-            balancer._free(int(table[0]))
+            balancer.free[int(table[0]) // slots].append(int(table[0]))
             table[0] = first.slot
         request.line = number
         balancer.held[number] = np.bincount(table[:segments] // slots, minlength=N)

@@ -19,6 +19,7 @@ run_cluster.py serves without options; any other name that is no load is a trace
 import argparse
 import heapq
 import json
+import os
 import sys
 from array import array
 from itertools import count
@@ -26,10 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import run_cluster  # noqa: E402
 from balancer import BLOCK, WINDOW, Request, variation  # noqa: E402
 from baselines import VARIANTS, make_fleet  # noqa: E402
 from model import Config  # noqa: E402
@@ -58,7 +61,7 @@ class Roofline:
         flops, bandwidth, link, _ = HARDWARE[hardware]
         self.model, self.itemsize = model, itemsize
         self.flops, self.bandwidth = flops * tp * MFU, bandwidth * tp * OF_BANDWIDTH
-        self.link, self.linear = link * tp, model.num_linear_parameters
+        self.link, self.linear, self.attention = link * tp, model.num_linear_parameters, self.flops
         self.weights = self.linear * itemsize / self.bandwidth
         # A row that attends alone weighs as many as can attend while its KV is read.
         self.ridge = max(1, round(self.flops / self.bandwidth * model.num_kv_heads
@@ -70,7 +73,7 @@ class Roofline:
         """Of rows with attention `load` (rows × tokens): an instance alone."""
         m = self.model
         linear = np.maximum(2 * self.linear * rows / self.flops, self.weights)
-        attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / self.flops
+        attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / self.attention
         return linear + attention + m.num_layers * (self.hop + self.reduce * rows)
 
     def iteration(self, features, query_plan, transfer_plan) -> np.ndarray:
@@ -268,7 +271,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     out.add_argument("--model", choices=MODELS, default="lwm-7b", help="default lwm-7b")
     out.add_argument("--hardware", choices=HARDWARE, default="a100", help="default a100")
     for name, default in (("instances", 4), ("tp", 2), ("num-requests", 300), ("seed", 0),
-                          ("capacity-tokens", 400_000), ("chunk-tokens", 1024),
+                          ("capacity-tokens", 400_000), ("chunk-tokens", 512),
                           ("max-batch", 512)):
         out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     out.add_argument("--tbt-slo-ms", type=float, help="for the schedulers; default: none")
@@ -276,6 +279,23 @@ def parser(description: str) -> argparse.ArgumentParser:
                      help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
     out.print_usage = lambda *_: None  # an error is one line
     return out
+
+
+def check(options):
+    """Raises ValueError naming the option."""
+    for name in ("instances", "tp", "num-requests", "capacity-tokens", "chunk-tokens", "max-batch",
+                 "rate", "seeds", "tbt-slo-ms"):
+        value = getattr(options, name.replace("-", "_"), None)
+        if value is not None and not 0 < value < 2**40:
+            raise ValueError(f"--{name} {value}: a positive number is expected")
+    if options.seed < 0:
+        raise ValueError(f"--seed {options.seed}: an integer from 0 is expected")
+    least = options.instances * (16 if options.model == "tiny" else 512)
+    if options.capacity_tokens < least:
+        raise ValueError(f"--capacity-tokens {options.capacity_tokens}: {least} at least, a "
+                         "segment per instance, are expected")
+    if options.max_batch < options.instances:
+        raise ValueError(f"--max-batch {options.max_batch}: at least --instances is expected")
 
 
 def table(options):
@@ -295,7 +315,41 @@ def table(options):
                   flush=True)
 
 
+def validate(arguments: list[str]):
+    """Serves a trace with run_cluster.py on these ranks, fits the roofline's constants to every
+    second iteration, and says how well it gives the others."""
+    samples = []
+
+    def watch(server, finished):
+        model = server.scheduler.model
+        if model.samples and len(samples) < model.count:
+            samples.append(model.samples[-1])
+    status = run_cluster.run(["--no-verify", *arguments], watch)
+    if status or int(os.environ.get("RANK", 0)):
+        return status
+    _, rows, load, sent, seconds = np.array(samples).T
+    machine = Roofline(Config(), "a100", 1, 4)
+    fitted = "flops", "attention", "weights", "link", "hop"
+
+    def predict(logs):
+        vars(machine).update(zip(fitted, np.exp(logs)))
+        return np.maximum(machine.compute(rows, load), 1024 * sent / machine.link)
+
+    loss = lambda logs: np.abs(np.log(predict(logs) / seconds))[::2].mean()
+    start = np.log([1e10, 1e9, 1e-3, 1e9, 1e-3])
+    best = min((minimize(loss, start + d, method="Nelder-Mead", options=dict(maxiter=5000))
+                for d in (0, 1, -1)), key=lambda found: found.fun)
+    guess, seen = predict(best.x)[1::2], seconds[1::2]
+    print(json.dumps(dict(
+        iterations=len(seen), correlation=float(np.corrcoef(guess, seen)[0, 1]),
+        median_error=float(np.median(np.abs(guess / seen - 1))),
+        seconds=[float(np.percentile(seen, p)) for p in (5, 50, 95)]), indent=1))
+    return 0
+
+
 def main(arguments: list[str]) -> int:
+    if "--validate" in arguments:
+        return validate([x for x in arguments if x != "--validate"])
     options = parser("Simulate a fleet.")
     add = options.add_argument
     add("--policy", default="tokenlake",
@@ -303,8 +357,11 @@ def main(arguments: list[str]) -> int:
     add("--rate", type=float, default=1.0, help="requests per second (default 1)")
     add("--trace", help="with --table: a trace to be in it, at its own times")
     add("--table", action="store_true", help="every scheduler on the demo and generated loads")
+    add("--validate", action="store_true", help="fit it to this machine and compare; all other "
+        "options are then those of run_cluster.py")
     parsed = options.parse_args(arguments)
     try:
+        check(parsed)
         if parsed.table:
             table(parsed)
         else:
