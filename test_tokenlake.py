@@ -748,11 +748,18 @@ def test_random_oracle(tmp_path, seed):
                 "--max-batch", draw.choice([1, 2, 5, 32]), "--seed", seed, "--temperature",
                 sampler.temperature, "--verify", "--scheduler", draw.choice(policies), *slo,
                 "--replicate-factor", draw.choice([0, 3, 1000]), "--pull-tokens",
-                draw.choice([0, 7, 16384]), ranks=ranks, prelude="count_replicas")
+                draw.choice([0, 7, 16384]), ranks=ranks,
+                prelude=draw.choice(["count_replicas", "count_replicas_of_split_rows"]))
     assert run.tokens == oracle(lines, model, sampler)
     row = C * 2 * 4 * 16 * 8 * 3  # bytes of a segment: K and V, Hkv·D, float64, layers
     assert run.summary["replica_bytes"] == run.seen[0]["copies"] * row
     assert run.summary["verified"] == len(lines) and run.summary["max_logit_gap"] == 0
+
+
+def count_replicas_of_split_rows(rank, seen):
+    """Rows over the even share leave their home, however few they are."""
+    tokenlake.FEW = 1
+    return count_replicas(rank, seen)
 
 
 def count_replicas(rank, seen):

@@ -91,8 +91,7 @@ class TokenLake:
         """The share of the cluster that reading the cache costs for these requests (§6.1), 0 to 1:
         the larger of its memory and compute shares. flops [1/s] and bandwidth [B/s] of an instance.
         Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers."""
-        m = self.model
-        tokens = compute = linear = 0.0
+        m, tokens, compute, linear = self.model, 0.0, 0.0, 0.0
         for request in reqs:
             self.balancer.extend_ids(request)
             prefix = request.done or tree.match(request.ids) * self.config.segment_tokens
@@ -365,11 +364,11 @@ class TimeModel:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill (§6), stateless.
-
-    policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
-    dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
-    tbt_slo: ms between tokens, kept by fewer prompt rows where that is possible at all."""
+    """Continuous batching with chunked prefill (§6), stateless: the shortest prompt goes first, and
+    one counts shorter the more requests have come after it. policy: `even` gives every instance
+    the same rows, prompt and decode mixed; `dp` is the paper's dynamic program; `pd:PxD` keeps P
+    instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms between tokens, kept by
+    fewer prompt rows where that is possible at all."""
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
@@ -421,7 +420,8 @@ class Scheduler:
         pd = [int(x) for x in self.policy[3:].split("x")] if self.policy[:3] == "pd:" else None
         dp = self.policy == "dp" and N > 1
         prompts, left = [], budget * (pd[0] if pd else N - (dp and bool(decodes)))
-        for request in self.running:
+        urgency = lambda r: r.remaining * 16 // (16 + self._arrived - (r.order or 0))
+        for request in sorted(self.running, key=urgency):
             if request.remaining > 1 and left > 0:
                 prompts.append((request, min(request.remaining, left)))
                 left -= prompts[-1][1]

@@ -223,6 +223,7 @@ class Disaggregated(Fleet):
             scheduler, arriving = self.schedulers[target], replace(request)
             arriving.num_prompt, arriving.ids = n, list(request.ids)
             arriving.segments, arriving.num_slots, arriving.done = [], 0, 0
+            arriving.order = None  # that is the other scheduler's
 
             def decode(scheduler=scheduler, request=arriving, target=target):
                 self.moving[target] -= len(request.tokens)

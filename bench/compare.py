@@ -216,6 +216,9 @@ class RealRun:
     def serve(self, lines, at_once: int) -> dict:
         """All lines, `at_once` of them in flight. Collective; the report is the same everywhere."""
         fleet, left, flying, reads, requests = self.fleet, list(lines), 0, [], []
+        rows = len(fleet.lakes[0].instances) * fleet.lakes[0].balancer.slots * 8
+        if (most := max(line.total for line in lines)) > rows:
+            raise ValueError(f"--slots: a request has {most} tokens, {rows} fit into a lake")
         while left or flying:
             while left and flying < at_once:
                 request = left.pop(0).arrive(0, self.engines[0].model.config.vocab_size, 8, 0)

@@ -58,8 +58,8 @@ SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 class Roofline:
     """Seconds that things take on instances of `tp` GPUs."""
     def __init__(self, model: Config, hardware: str, tp: int = 1, itemsize: int = 2):
-        flops, bandwidth, link, _ = HARDWARE[hardware]
-        self.model, self.itemsize = model, itemsize
+        flops, bandwidth, link, memory = HARDWARE[hardware]
+        self.model = model
         self.flops, self.bandwidth = flops * tp * MFU, bandwidth * tp * OF_BANDWIDTH
         self.link, self.linear, self.attention = link * tp, model.num_linear_parameters, self.flops
         self.weights = self.linear * itemsize / self.bandwidth
@@ -68,6 +68,8 @@ class Roofline:
                                   / model.num_heads * itemsize / 2))
         self.reduce = 4 * model.hidden_size * itemsize * (tp - 1) / tp / link  # of a row, a layer
         self.hop = 2 * ALPHA * (tp > 1)
+        self.kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize  # a token
+        self.capacity = int((0.9 * memory * tp - itemsize * self.linear) / self.kv)  # tokens
 
     def compute(self, rows, load):
         """Of rows with attention `load` (rows × tokens): an instance alone."""
@@ -86,9 +88,7 @@ class Roofline:
 
     def transfer(self, tokens: int) -> float:
         """Of KV between two instances."""
-        m = self.model
-        return ALPHA + 2 * m.num_layers * m.num_kv_heads * m.head_dim * self.itemsize * (
-            tokens / self.link)
+        return ALPHA + self.kv * tokens / self.link
 
     def alone(self, prompt: int, output: int, chunk: int = 1024) -> tuple[float, float]:
         """TTFT and TBT of a request on an idle instance, without cache."""
@@ -252,17 +252,18 @@ def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512)
 def simulate(options, policy=None, workload=None, rate=None, seed=None, limit=None, model=None,
              capacity=None) -> Simulation:
     """A run by the command line's options, but for what is given."""
-    model = MODELS[model or options.model]
-    C, N = 16 if model is MODELS["tiny"] else 512, options.instances
+    name, rate, model = workload or options.workload, rate or options.rate, model or options.model
+    C, N, model = 16 if model == "tiny" else 512, options.instances, MODELS[model]
     slots = (capacity or options.capacity_tokens) // (C * N)
     config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens,
                         max_batch=options.max_batch // N)
     fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms,
                        dtype=torch.bfloat16)
-    lines = load(workload or options.workload, options.num_requests, rate or options.rate,
-                 options.seed if seed is None else seed)
-    roofline = Roofline(model, options.hardware, options.tp)
-    return Simulation(fleet, lines, roofline).run(limit)
+    lines = load(name, options.num_requests, rate, options.seed if seed is None else seed)
+    roofline, speed = Roofline(model, options.hardware, options.tp), 1.0
+    if name not in ("demo", *WORKLOADS):  # a trace's file: its arrivals, made as fast as that
+        speed = rate * max(1.0, lines[-1].keys["timestamp"]) / (1e3 * len(lines))
+    return Simulation(fleet, lines, roofline, speed=speed).run(limit)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -271,9 +272,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     out.add_argument("--model", choices=MODELS, default="lwm-7b", help="default lwm-7b")
     out.add_argument("--hardware", choices=HARDWARE, default="a100", help="default a100")
     for name, default in (("instances", 4), ("tp", 2), ("num-requests", 300), ("seed", 0),
-                          ("capacity-tokens", 400_000), ("chunk-tokens", 512),
-                          ("max-batch", 512)):
+                          ("chunk-tokens", 512), ("max-batch", 512)):
         out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    out.add_argument("--capacity-tokens", type=int, metavar="T", help="of cache in all instances; "
+                     "default: what 90 %% of the GPUs' memory has room for beside the weights")
     out.add_argument("--tbt-slo-ms", type=float, help="for the schedulers; default: none")
     out.add_argument("--workload", default="loogle",
                      help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
@@ -282,7 +284,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def check(options):
-    """Raises ValueError naming the option."""
+    """Raises ValueError naming the option. Fills in the capacity that the GPUs' memory has."""
+    if options.capacity_tokens is None:
+        roofline = Roofline(MODELS[options.model], options.hardware, options.tp)
+        options.capacity_tokens = options.instances * roofline.capacity
     for name in ("instances", "tp", "num-requests", "capacity-tokens", "chunk-tokens", "max-batch",
                  "rate", "seeds", "tbt-slo-ms"):
         value = getattr(options, name.replace("-", "_"), None)
