@@ -53,7 +53,8 @@ class LakeConfig:
 
     def staging(self, num_instances: int) -> int:
         """Slab rows for KV that lives elsewhere: the most that an instance computes."""
-        return (self.chunk_tokens + self.max_batch + self.segment_tokens) * (num_instances > 1)
+        rows = self.chunk_tokens + self.max_batch  # an even share, and what may be over it
+        return (rows + max(rows // 16 + 1, self.segment_tokens)) * (num_instances > 1)
 
 
 class TokenLake:
@@ -117,8 +118,7 @@ class TokenLake:
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
         if sum(dops) > len(self.instances) or any(b and k < 1 for b, k in zip(batches, dops)):
-            raise LakeError(f"DoPs {dops} for {len(batches)} batches on {len(self.instances)} "
-                            "instances; one at least for each batch, and no more than there are")
+            raise LakeError(f"DoPs {dops}: one at least for each batch, and no more than instances")
         bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
         copies = bal.replicate() if any(batches) else {}  # an idle iteration moves nothing
         # Runs by request and position. A share is what a part has of a request.

@@ -136,14 +136,16 @@ class Prefill(Scheduler):
 
 
 class Disaggregated(Fleet):
-    """The first `prefills` lakes compute prompts, the others decode."""
+    """The first `prefills` lakes compute prompts, the others decode. In its favour, links are never
+    shared, and what streams behind a prefill takes no time but for the last layer's."""
     BALANCING = 1.25  # a prefix elsewhere that is so many times as long is copied
-    BANDWIDTH = 300e9  # B/s that the conductor reckons with
+    bandwidth = 300e9  # B/s of a link, as the conductor reckons
 
     def __init__(self, lakes, prefills: int):
         super().__init__(lakes, Scheduler)
         self.schedulers[:prefills] = map(Prefill, lakes[:prefills])
-        self.prefills, self.moving = prefills, [0] * len(lakes)  # tokens on their way to each
+        self.prefills = prefills
+        self.flying: list[list[Request]] = [[] for _ in lakes]  # on their way to each
 
     def estimate(self, lake: int, new: int, prefix: int) -> float:
         """Seconds of a prefill, by the time model of that instance's scheduler."""
@@ -151,13 +153,13 @@ class Disaggregated(Fleet):
         chunks = -(-new // self.lakes[lake].config.chunk_tokens)
         return (a * chunks + new * (b + c * (prefix + new / 2))) / 1e12
 
-    def queue(self, lake: int) -> float:
-        """Seconds until a prefill instance has computed what it was given."""
+    def queue(self, lake: int, new: int) -> float:
+        """Seconds until a prefill instance turns to a prompt with `new` rows: shortest first."""
         scheduler = self.schedulers[lake]
-        todo = [(r, r.done) for r in scheduler.running]
-        todo += [(r, scheduler.balancer.match(r) * scheduler.balancer.segment_tokens)
+        todo = [(len(r.tokens), r.done) for r in scheduler.running]
+        todo += [(len(r.tokens), scheduler.balancer.match(r) * scheduler.balancer.segment_tokens)
                  for r in scheduler.waiting]
-        return sum(self.estimate(lake, len(r.tokens) - done, done) for r, done in todo)
+        return sum(self.estimate(lake, n - done, done) for n, done in todo if n - done <= new)
 
     def choose(self, request: Request) -> tuple[int, int]:
         """The prefill instance with the least estimated TTFT, and the one that its prefix is
@@ -168,13 +170,11 @@ class Disaggregated(Fleet):
                   for lake in self.lakes[:self.prefills]]
         best, times = max(range(self.prefills), key=lambda i: prefix[i]), []
         for lake, here in enumerate(prefix):
-            wait = self.queue(lake)
-            if prefix[best] <= self.BALANCING * here:
-                times.append((wait + self.estimate(lake, n - here, here), lake, lake))
-            else:
-                moved = (prefix[best] - here) * row_bytes / self.BANDWIDTH
-                time = wait + moved + self.estimate(lake, n - prefix[best], prefix[best])
-                times.append((time, lake, best))
+            source = lake if prefix[best] <= self.BALANCING * here else best
+            moved = (prefix[source] - here) * row_bytes / self.bandwidth
+            new = n - prefix[source]
+            times.append((self.queue(lake, new) + moved + self.estimate(lake, new, n - new),
+                          lake, source))
         return min(times)[1:]
 
     def arrive(self, request):
@@ -200,7 +200,7 @@ class Disaggregated(Fleet):
         scheduler = self.schedulers[target]
         balancer, matched = scheduler.balancer, scheduler.balancer.match(arriving)
         promised = sum(balancer.num_segments(r.max_tokens - 1) - r.num_slots
-                       for r in scheduler.running)
+                       for r in scheduler.running + self.flying[target])
         promised += balancer.num_segments(arriving.max_tokens - 1) - balancer.num_segments(
             len(arriving.tokens))
         if not balancer.fits(arriving, matched, promised):
@@ -217,18 +217,18 @@ class Disaggregated(Fleet):
         out = []
         waiting = [(r, i) for i in range(self.prefills) for r in self.schedulers[i].parked]
         for request, source in sorted(waiting, key=lambda at: at[0].id):
-            by_load = sorted(range(self.prefills, len(self.lakes)), key=lambda i: self.moving[i]
-                             + sum(len(r.tokens) for r in self.schedulers[i].running))
-            target, n = by_load[0], request.num_prompt
-            scheduler, arriving = self.schedulers[target], replace(request)
+            there = {i: self.schedulers[i].running + self.flying[i]
+                     for i in range(self.prefills, len(self.lakes))}
+            target = min(there, key=lambda i: sum(len(r.tokens) for r in there[i]))
+            n, scheduler, arriving = request.num_prompt, self.schedulers[target], replace(request)
             arriving.num_prompt, arriving.ids = n, list(request.ids)
             arriving.segments, arriving.num_slots, arriving.done = [], 0, 0
             arriving.order = None  # that is the other scheduler's
 
             def decode(scheduler=scheduler, request=arriving, target=target):
-                self.moving[target] -= len(request.tokens)
+                self.flying[target].remove(request)
                 scheduler.running.append(request)
-            if len(scheduler.running) >= scheduler.lake.config.max_batch:
+            if len(there[target]) >= scheduler.lake.config.max_batch:
                 break
             transfer = self._transfer(source, target, request, arriving, n, decode)
             if transfer is None:
@@ -237,7 +237,7 @@ class Disaggregated(Fleet):
                 chunk = min(self.lakes[source].config.chunk_tokens, n - transfer.start)
                 transfer.streamed = -(-chunk // self.lakes[source].model.num_layers)
             self.schedulers[source].parked.remove(request)
-            self.moving[target] += len(arriving.tokens)
+            self.flying[target].append(arriving)
             out.append(transfer)
         return out
 
@@ -252,18 +252,18 @@ def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
     `tokenlake:pd:1x3`), `router`, or `pd:PxD`. config is that of one instance."""
     scheduler = lambda lake: Scheduler(lake, tbt_slo=slo)
-    own = policy.removeprefix("tokenlake:")
-    kinds = re.fullmatch(r"pd:(\d+)x(\d+)", own)
-    if kinds and (0 in (counts := [*map(int, kinds.groups())]) or sum(counts) != N):
+    kind, _, own = policy.partition("tokenlake:")
+    counts = re.fullmatch(r"pd:(\d+)x(\d+)", own or kind)
+    counts = [int(n) for n in counts.groups()] if counts else []
+    if counts and (0 in counts or sum(counts) != N):
         raise ValueError(f"{policy}: P + D = {N} instances, one at least of each, are expected")
-    if not kinds and own not in ("router", "auto", "even", "dp", *VARIANTS):
+    if not counts and policy not in ("router", *VARIANTS) and own not in ("auto", "even", "dp"):
         raise ValueError(f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
                          "router and pd:PxD are there")
     if policy in VARIANTS or policy.startswith("tokenlake:"):
         config = replace(config, max_batch=N * config.max_batch, **VARIANTS.get(policy, {}))
         lake = TokenLake(list(range(N)), model, config, cluster, **options)
-        own = "auto" if policy in VARIANTS else own
-        return Pooled([lake], lambda lake: Scheduler(lake, (), own, slo))
+        return Pooled([lake], lambda lake: Scheduler(lake, (), own or "auto", slo))
     lakes = [TokenLake([i], model, config, cluster, **options) for i in range(N)]
     if policy == "router":
         return Router(lakes, scheduler)

@@ -44,7 +44,7 @@ def attained(options, policy: str, seed: int, rate: float, capacity: int) -> boo
     """Whether nine of ten requests keep their SLO."""
     run = sim.simulate(options, policy, rate=rate, seed=seed, capacity=capacity,
                        limit=options.num_requests // 10)
-    return run.misses <= options.num_requests // 10
+    return run.kept >= 0.9 * len(run.lines)
 
 
 def goodput(options, policy: str, seed: int, capacity: int) -> float:
@@ -64,13 +64,12 @@ def goodput(options, policy: str, seed: int, capacity: int) -> float:
 def point(options, policy: str, seed: int, rate: float, capacity: int, windows=False):
     """A whole run at a rate: its summary, and cache reads per window."""
     run = sim.simulate(options, policy, rate=rate, seed=seed, capacity=capacity)
-    keep = "slo_attainment", "normalised_ttft", "tbt_ms", "hit_rate", "cache_load_cv"
+    keep = ("slo_attainment", "refused", "normalised_ttft", "tbt_ms", "hit_rate", "cache_load_cv")
     summary = run.summary()
     out = dict(rate=rate, **{key: summary[key] for key in keep})
     if windows:
-        last = max(run.windows)
-        out["reads"] = [np.asarray(run.windows.get(i, 0 * run.windows[last])).tolist()
-                        for i in range(last + 1)]
+        out["reads"] = [np.asarray(run.windows.get(i, np.zeros(options.instances))).tolist()
+                        for i in range(max(run.windows, default=-1) + 1)]
     return out
 
 
@@ -83,7 +82,8 @@ def mean(points: list[dict]) -> dict:
 
 def compare(options) -> dict:
     """Goodput, then curves at common rates, by policy."""
-    policies, seeds, capacity = options.policies, range(options.seeds), options.capacity_tokens
+    policies, capacity = options.policies, options.capacity_tokens
+    seeds = range(options.seed, options.seed + options.seeds)
     capacities = sorted({capacity, *options.capacities})
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         submit = lambda *job: pool.submit(*job[:1], options, *job[1:])
@@ -94,7 +94,7 @@ def compare(options) -> dict:
         rates = options.rates or [round(float(best or options.rate) * f, 4)
                                   for f in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)]
         middle = rates[len(rates) // 2]
-        curves = {(p, r, s): submit(point, p, s, r, capacity, r == middle and not s)
+        curves = {(p, r, s): submit(point, p, s, r, capacity, r == middle and s == seeds[0])
                   for p in policies for r in rates for s in seeds}
         hits = {(p, c, s): submit(point, p, s, middle, c)
                 for p in policies for c in capacities[:len(capacities) * (len(capacities) > 1)]
@@ -105,11 +105,11 @@ def compare(options) -> dict:
     for p in policies:
         good = [found[p, capacity, s] for s in seeds]
         curve = [mean([curves[p, r, s] for s in seeds]) for r in rates]
-        mean_of = lambda key: float(np.mean([x[key] for x in curve if x[key] is not None]))
+        mean_of = lambda key: mean(curve)[key]
         out[p] = dict(
             p90_goodput=dict(mean=float(np.mean(good)), spread=max(good) - min(good), seeds=good),
-            hit_rate=mean_of("hit_rate"), cache_load_cv=mean_of("cache_load_cv"), curve=curve,
-            reads=curves[p, middle, 0]["reads"])
+            refused=mean_of("refused"), hit_rate=mean_of("hit_rate"), cache_load_cv=mean_of("cache_load_cv"), curve=curve,
+            reads=curves[p, middle, seeds[0]]["reads"])
         if hits:
             out[p]["capacities"] = [
                 dict(capacity_tokens=c, p90_goodput=float(np.mean([found[p, c, s] for s in seeds])),
@@ -125,7 +125,7 @@ def show(result: dict) -> str:
     curve = rows[0][1]["curve"]
     low, middle = 0, len(curve) // 2
     text = [f"{'':>18} {'goodput':>8} {'spread':>7}   at {curve[low]['rate']:.3g} requests/s: TTFT "
-            f"ms/token   at {curve[middle]['rate']:.3g}: TTFT   TBT ms   hits    CV"]
+            f"ms/token   at {curve[middle]['rate']:.3g}: TTFT   TBT ms   hits    CV refused"]
     number = lambda x, form: "–" if x is None else format(x, form)
     for name, r in rows:
         a, b, good = r["curve"][low], r["curve"][middle], r["p90_goodput"]
@@ -133,7 +133,7 @@ def show(result: dict) -> str:
             f"{name:>18} {good['mean']:>8.3g} {good['spread']:>7.2g} "
             f"{number(a['normalised_ttft'], '.4f'):>36} {number(b['normalised_ttft'], '.4f'):>20} "
             f"{number(b['tbt_ms'], '.1f'):>8} {number(b['hit_rate'], '.1%'):>6} "
-            f"{number(b['cache_load_cv'], '.3f'):>5}")
+            f"{number(b['cache_load_cv'], '.3f'):>5} {b['refused']:>7.1%}")
     return "\n".join(text)
 
 
@@ -281,13 +281,14 @@ def real(options) -> int:
 
 def main(arguments: list[str]) -> int:
     parser = sim.parser("Compare TokenLake with cache-aware routing and PD disaggregation.")
+    parser.set_defaults(num_requests=None)
     numbers = lambda kind: lambda text: [kind(x) for x in text.split(",") if x]
     add = parser.add_argument
     add("--policies", type=numbers(str), default=["tokenlake", "router", "pd:1x3", "pd:3x1"],
         help="separated by commas; see simulate.py --policy")
     add("--seeds", type=int, default=3, help="runs of each (default 3)")
     add("--rate", type=float, default=1.0, help="where the search begins (default 1 per second)")
-    add("--rates", type=numbers(float), help="of the curves; default: around the best goodput")
+    add("--rates", type=numbers(float), default=[], help="of the curves; default: around the best goodput")
     add("--capacities", type=numbers(int), default=[], help="tokens; goodput and hits at each")
     add("--output", type=Path, help="folder for compare.json and figures")
     add("--real", action="store_true", help="on these ranks, with the small model")
@@ -295,9 +296,14 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     N = int(os.environ.get("WORLD_SIZE", 1)) if options.real else options.instances
     try:
+        options.num_requests = options.num_requests or (80 if options.real else 300)
         sim.check(options)
         if options.real and (N < 2 or options.workload not in WORKLOADS):
             raise ValueError("--real: a generated load, and ranks by torchrun, are expected")
+        if not all(0 < x < 2**40 for x in (*options.rates, *options.capacities)):
+            raise ValueError("--rates and --capacities: positive numbers are expected")
+        if options.workload == "demo":
+            raise ValueError("--workload demo has no rate; a generated load or a file is expected")
         for policy in options.policies:
             make_fleet(policy, N, sim.MODELS["tiny"], LakeConfig())
         if options.output:

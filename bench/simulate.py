@@ -107,8 +107,10 @@ class Simulation:
         self.plan, self.left = [None] * len(fleet.lakes), [0] * len(fleet.lakes)  # see `steady`
         self.following = {line.previous.index: line for line in lines if line.previous}
         self.ms = lambda value: value / 1e3 / speed
-        self.arrived, self.times, self.prompts, self.misses = {}, {}, 0, 0
+        self.arrived, self.times, self.prompts = {}, {}, 0
+        self.kept = self.missed = self.refused = 0  # requests, by their SLO
         self.busy, self.windows, self.log = np.zeros(2), {}, []
+        fleet.bandwidth = roofline.link
         for lake in fleet.lakes:
             lake.ridge = roofline.ridge
         for line in lines:
@@ -120,7 +122,7 @@ class Simulation:
 
     def run(self, limit: int | None = None):
         """Until all is served, or more than `limit` requests have missed their SLO."""
-        while self.events and (limit is None or self.misses <= limit):
+        while self.events and (limit is None or self.missed <= limit):
             self.now = self.events[0][0]
             while self.events and self.events[0][0] == self.now:
                 _, _, what, arguments = heapq.heappop(self.events)
@@ -201,7 +203,9 @@ class Simulation:
         self.begin(self.fleet.advance(i))
 
     def ended(self, line, refused=False):
-        self.misses += refused or not self.good(line)
+        good = not refused and self.good(line)
+        self.kept, self.missed, self.refused = (
+            self.kept + good, self.missed + (not good), self.refused + refused)
         if turn := self.following.get(line.index):
             due = max(self.ms(turn.keys["timestamp"]), self.now + self.ms(turn.keys["think_ms"]))
             self.at(due, self.arrive, turn)
@@ -233,10 +237,11 @@ class Simulation:
             p90_ttft_ms=float(np.percentile(1e3 * latency[:, 0], 90)) if done else None,
             normalised_ttft=mean(1e3 * latency[:, 0] / lengths), tbt_ms=mean(1e3 * latency[:, 1]),
             p99_tbt_ms=1e3 * float(np.percentile(gaps, 99)),
-            slo_attainment=1 - (self.misses + len(self.lines) - len(self.arrived))
-            / len(self.lines), hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
+            slo_attainment=self.kept / len(self.lines), refused=self.refused / len(self.lines),
+            hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
             cache_load_cv=variation(self.windows.values()),
-            idle_fraction=float(1 - self.busy[0] / self.busy[1]) if self.busy[1] else None)
+            idle_fraction=float(1 - self.busy[0] / self.busy[1])
+            if len(self.fleet.lakes) == 1 and self.busy[1] else None)
 
 
 def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512):
@@ -252,16 +257,18 @@ def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512)
 def simulate(options, policy=None, workload=None, rate=None, seed=None, limit=None, model=None,
              capacity=None) -> Simulation:
     """A run by the command line's options, but for what is given."""
-    name, rate, model = workload or options.workload, rate or options.rate, model or options.model
+    name, rate = workload or options.workload, rate or options.rate
+    model = model or options.model
     C, N, model = 16 if model == "tiny" else 512, options.instances, MODELS[model]
     slots = (capacity or options.capacity_tokens) // (C * N)
     config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens,
                         max_batch=options.max_batch // N)
     fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms,
                        dtype=torch.bfloat16)
-    lines = load(name, options.num_requests, rate, options.seed if seed is None else seed)
+    seed = options.seed if seed is None else seed
+    lines = load(name, options.num_requests, rate or 1.0, seed)
     roofline, speed = Roofline(model, options.hardware, options.tp), 1.0
-    if name not in ("demo", *WORKLOADS):  # a trace's file: its arrivals, made as fast as that
+    if rate and name not in ("demo", *WORKLOADS):  # a trace's file: arrivals as fast as that
         speed = rate * max(1.0, lines[-1].keys["timestamp"]) / (1e3 * len(lines))
     return Simulation(fleet, lines, roofline, speed=speed).run(limit)
 
@@ -306,14 +313,15 @@ def check(options):
 def table(options):
     """Even split, DP and fixed PD on the pool, side by side."""
     N = options.instances
-    loads = [("demo", 1.0, "tiny"), ("loogle", options.rate, None),
-             ("sharegpt", 6 * options.rate, None)]
-    loads += [(options.trace, 1.0, None)] if options.trace else []
+    rate = options.rate or 1.0
+    loads = [("demo", None, "tiny"), ("loogle", rate, None), ("sharegpt", 6 * rate, None)]
+    loads += [(options.trace, None, None)] if options.trace else []
     print(f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
           f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}")
     for name, rate, model in loads:
         for policy in ("even", "dp", *(f"pd:{p}x{N - p}" for p in sorted({1, N // 2, N - 1}))):
-            r = simulate(options, f"tokenlake:{policy}", name, rate, model=model).summary()
+            options.rate = rate
+            r = simulate(options, f"tokenlake:{policy}", name, model=model).summary()
             print(f"{Path(name).stem[:12]:>12} {policy:>10} {r['duration_s']:>10.3f} "
                   f"{r['ttft_ms']:>10,.2f} {r['p90_ttft_ms']:>10,.2f} {r['tbt_ms']:>8.3f} "
                   f"{r['p99_tbt_ms']:>8.2f} {r['idle_fraction']:>6.1%} {r['hit_rate']:>6.1%}",
@@ -359,7 +367,7 @@ def main(arguments: list[str]) -> int:
     add = options.add_argument
     add("--policy", default="tokenlake",
         help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD")
-    add("--rate", type=float, default=1.0, help="requests per second (default 1)")
+    add("--rate", type=float, help="requests per second; default: 1, a trace's own")
     add("--trace", help="with --table: a trace to be in it, at its own times")
     add("--table", action="store_true", help="every scheduler on the demo and generated loads")
     add("--validate", action="store_true", help="fit it to this machine and compare; all other "
