@@ -2265,7 +2265,8 @@ def test_benchmarks_run(tmp_path, command, said):
     (["simulate.py", "--policy", "magic"], "magic"),
     (["simulate.py", "--policy", "tokenlake:pd:1x4"], "pd:1x4"),
     (["simulate.py", "--workload", "missing.jsonl"], "missing.jsonl"),
-    (["simulate.py", "--rate", "0"], "--rate"), (["simulate.py", "--instances", "0"], "--instances"),
+    (["simulate.py", "--rate", "0"], "--rate"),
+    (["simulate.py", "--instances", "0"], "--instances"),
     (["simulate.py", "--capacity-tokens", "100"], "--capacity-tokens"),
     (["compare.py", "--policies", "router,what"], "what"),
     (["compare.py", "--policies", "dp"], "dp"), (["compare.py", "--rates", "1,0"], "--rates"),
@@ -2357,8 +2358,10 @@ def test_router_follows_the_launcher_s_rules():
     router = fleet("router", slots=8)
     shared = tokens(64, 1)
     first = Request(0, shared + tokens(16, 2), 90)
-    assert router.arrive(first) == [] and [len(s.waiting) for s in router.schedulers] == [1, 0, 0, 0]
-    place = lambda request: (router.lakes[0].balancer.extend_ids(request), router.choose(request))[1]
+    assert router.arrive(first) == []
+    assert [len(s.waiting) for s in router.schedulers] == [1, 0, 0, 0]
+    extend = router.lakes[0].balancer.extend_ids
+    place = lambda request: (extend(request), router.choose(request))[1]
     assert place(Request(1, shared + tokens(32, 3), 100)) == 0  # 64 of 96 tokens are there
     assert place(Request(2, shared + tokens(150, 4), 220)) == 1  # 64 of 214: below 0.3
     assert place(Request(3, shared[:48] + tokens(112, 4), 170)) == 1  # 48 of 160 is not above 0.3

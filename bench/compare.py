@@ -105,10 +105,10 @@ def compare(options) -> dict:
     for p in policies:
         good = [found[p, capacity, s] for s in seeds]
         curve = [mean([curves[p, r, s] for s in seeds]) for r in rates]
-        mean_of = lambda key: mean(curve)[key]
         out[p] = dict(
             p90_goodput=dict(mean=float(np.mean(good)), spread=max(good) - min(good), seeds=good),
-            refused=mean_of("refused"), hit_rate=mean_of("hit_rate"), cache_load_cv=mean_of("cache_load_cv"), curve=curve,
+            curve=curve, **{key: mean(curve)[key] for key in (
+                "refused", "hit_rate", "cache_load_cv")},
             reads=curves[p, middle, seeds[0]]["reads"])
         if hits:
             out[p]["capacities"] = [
@@ -288,7 +288,8 @@ def main(arguments: list[str]) -> int:
         help="separated by commas; see simulate.py --policy")
     add("--seeds", type=int, default=3, help="runs of each (default 3)")
     add("--rate", type=float, default=1.0, help="where the search begins (default 1 per second)")
-    add("--rates", type=numbers(float), default=[], help="of the curves; default: around the best goodput")
+    add("--rates", type=numbers(float), default=[],
+        help="of the curves; default: around the best goodput")
     add("--capacities", type=numbers(int), default=[], help="tokens; goodput and hits at each")
     add("--output", type=Path, help="folder for compare.json and figures")
     add("--real", action="store_true", help="on these ranks, with the small model")
