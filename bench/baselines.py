@@ -1,8 +1,8 @@
 """What the pool is compared with: N lakes of one, and a router in front (§7.1).
 
-A `Fleet` is some lakes, a scheduler for each, and the decision who serves a request:
+A fleet is some lakes, a scheduler for each, and the decision who serves a request:
 
-    Pooled          one lake over all instances: TokenLake itself
+    Fleet           one lake over all instances, nothing to route: TokenLake itself
     Router          cache-aware routing as SGLang's launcher sets it up: the instance that was sent
                     the longest prefix, unless in-flight requests are far apart
     Disaggregated   PD disaggregation with Mooncake's conductor: the prefill instance with the least
@@ -48,7 +48,7 @@ class Transfer:
 
 
 class Fleet:
-    """Lakes of one over the ranks of a cluster, a scheduler for each."""
+    """Lakes, a scheduler for each, and as long as there is one lake nothing to route."""
     def __init__(self, lakes: list[TokenLake], make=Scheduler):
         self.lakes, self.schedulers = lakes, [make(lake) for lake in lakes]
 
@@ -59,7 +59,9 @@ class Fleet:
         return balancer.num_segments(request.max_tokens - 1) <= room
 
     def arrive(self, request: Request) -> list[Transfer]:
-        raise NotImplementedError
+        """Gives a request to a lake's scheduler, now or when what it returns has landed."""
+        self.schedulers[0].add(request)
+        return []
 
     def advance(self, lake: int) -> list[Transfer]:
         """What an iteration of a lake sets in motion."""
@@ -79,13 +81,6 @@ class Fleet:
         for scheduler in reversed(self.schedulers):  # prefill instances come first, and decide
             out |= scheduler.cached_tokens
         return out
-
-
-class Pooled(Fleet):
-    """TokenLake: one lake, so nothing to route."""
-    def arrive(self, request):
-        self.schedulers[0].add(request)
-        return []
 
 
 class Router(Fleet):
@@ -180,18 +175,17 @@ class Disaggregated(Fleet):
     def arrive(self, request):
         chosen, source = self.choose(request)
         add = lambda: self.schedulers[chosen].add(request)
-        C, matched = self.lakes[source].config.segment_tokens, 0
         if chosen != source:
-            matched = self.lakes[source].balancer.match(request)
+            C, holder = self.lakes[source].config.segment_tokens, self.lakes[source].balancer
+            matched = holder.match(request)
             leaving, arriving = (Request(-1, request.tokens[:matched * C], matched * C)
                                  for _ in range(2))
             for part in (leaving, arriving):
                 part.salt, part.ids = request.salt, request.ids[:matched]
-            transfer = self._transfer(source, chosen, leaving, arriving, matched * C, add)
-            if transfer:
-                self.lakes[source].balancer.admit(leaving, matched)
-                after = lambda: (self.lakes[chosen].balancer.release(arriving), add())
-                return [replace(transfer, after=after)]
+            after = lambda: (self.lakes[chosen].balancer.release(arriving), add())
+            if transfer := self._transfer(source, chosen, leaving, arriving, matched * C, after):
+                holder.admit(leaving, matched)
+                return [transfer]
         add()
         return []
 
@@ -251,7 +245,6 @@ def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster
                **options) -> Fleet:
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
     `tokenlake:pd:1x3`), `router`, or `pd:PxD`. config is that of one instance."""
-    scheduler = lambda lake: Scheduler(lake, tbt_slo=slo)
     kind, _, own = policy.partition("tokenlake:")
     counts = re.fullmatch(r"pd:(\d+)x(\d+)", own or kind)
     counts = [int(n) for n in counts.groups()] if counts else []
@@ -260,10 +253,11 @@ def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster
     if not counts and policy not in ("router", *VARIANTS) and own not in ("auto", "even", "dp"):
         raise ValueError(f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
                          "router and pd:PxD are there")
+    scheduler = lambda lake: Scheduler(lake, (), own or "auto", slo)
     if policy in VARIANTS or policy.startswith("tokenlake:"):
         config = replace(config, max_batch=N * config.max_batch, **VARIANTS.get(policy, {}))
         lake = TokenLake(list(range(N)), model, config, cluster, **options)
-        return Pooled([lake], lambda lake: Scheduler(lake, (), own or "auto", slo))
+        return Fleet([lake], scheduler)
     lakes = [TokenLake([i], model, config, cluster, **options) for i in range(N)]
     if policy == "router":
         return Router(lakes, scheduler)

@@ -226,8 +226,7 @@ class Simulation:
 
     def summary(self) -> dict:
         """Of what was served; requests that were not have missed the SLO."""
-        done = [x for x in self.lines if len(self.times.get(x.index, ())) and isinstance(
-            x.request, int) or x.index in self.times and x.request is not None]
+        done = [x for x in self.lines if x.index in self.times]
         latency = np.array([self.latency(x.index) for x in done]).reshape(-1, 2)
         lengths = np.array([x.total - x.keys["output_length"] for x in done])
         gaps = [g for x in done for g in np.diff(self.times[x.index])] or [0.0]
@@ -318,9 +317,8 @@ def table(options):
     loads += [(options.trace, None, None)] if options.trace else []
     print(f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
           f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}")
-    for name, rate, model in loads:
+    for name, options.rate, model in loads:
         for policy in ("even", "dp", *(f"pd:{p}x{N - p}" for p in sorted({1, N // 2, N - 1}))):
-            options.rate = rate
             r = simulate(options, f"tokenlake:{policy}", name, model=model).summary()
             print(f"{Path(name).stem[:12]:>12} {policy:>10} {r['duration_s']:>10.3f} "
                   f"{r['ttft_ms']:>10,.2f} {r['p90_ttft_ms']:>10,.2f} {r['tbt_ms']:>8.3f} "
