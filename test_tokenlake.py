@@ -1681,10 +1681,43 @@ def test_the_shortest_prompt_goes_first_but_none_starves():
     scheduler._arrived += 16 * 20  # requests, long gone: 350 rows weigh as little as 20 new ones
     order = [r.id for r, _ in scheduler._groups(1)[0][0][0]]
     assert order == [102]  # four rows to the one with the fewest left, all are as old
-    scheduler.running[2].order = scheduler._arrived
+    by_id = {request.id: request for request in scheduler.running}
+    by_id[102].order = scheduler._arrived
     assert [r.id for r, _ in scheduler._groups(1)[0][0][0]] == [101]
-    scheduler.running[1].order = scheduler._arrived
+    by_id[101].order = scheduler._arrived
     assert [r.id for r, _ in scheduler._groups(1)[0][0][0]] == [100]  # 400 // 21 < 20
+
+
+def test_the_queue_is_served_by_urgency():
+    """Of those that wait, the one with the fewest uncached rows comes in first; one that was passed
+    over comes in once enough have come after it, and nobody passes one that has no room."""
+    lake = TokenLake([0, 1], Config(), LakeConfig(4, 10, chunk_tokens=16, max_batch=3))
+    scheduler = Scheduler(lake)
+    first = Request(0, tokens(40, 0), 41)
+    scheduler.add(first)
+    while scheduler.running or scheduler.waiting:  # its 40 tokens stay cached
+        plan, transfer, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
+        scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
+    waiting = [Request(1, tokens(30, 1), 31), Request(2, tokens(20, 2), 21),
+               Request(3, first.tokens[:40] + [7, 7], 43)]
+    for request in waiting:
+        scheduler.add(request)
+
+    def admitted():
+        scheduler._admit()
+        return [request.id for request in scheduler.running]
+
+    assert admitted() == [3, 2] and scheduler.cached_tokens == {0: 0, 3: 40, 2: 0}  # 1: no room
+    while scheduler.running:
+        scheduler._preempt()
+    scheduler._arrived += 16 * 20
+    waiting[1].order = waiting[2].order = scheduler._arrived
+    assert admitted() == [1, 3]  # 30 rows of long ago weigh less than 20 new ones
+    scheduler._preempt()
+    big = Request(4, tokens(75, 4), 76)
+    big.order = -10**6
+    scheduler.add(big)
+    assert admitted() == [1]
 
 
 def test_a_satisfiable_slo_is_kept():
@@ -2334,14 +2367,14 @@ def asks(lines):
         hash_ids=ids)) for at, ids, tail, output in lines), "test")
 
 
-def simulated(policy, lines, slots=400, block=16, N=4, **lake):
+def simulated(policy, lines, slots=400, block=16, N=4, limit=None, **lake):
     """A simulation with the tiny model and blocks of 16 tokens; all has to be given back."""
     for line in lines:
         line.total -= line.keys["output_length"]
         line.total = -(-line.total * block // 512) + line.keys["output_length"]
     made = fleet(policy, slots, N, **lake)
-    run = simulate.Simulation(made, lines, simulate.Roofline(Config(), "a100"), block).run()
-    for lake, scheduler in zip(made.lakes, made.schedulers):
+    run = simulate.Simulation(made, lines, simulate.Roofline(Config(), "a100"), block).run(limit)
+    for lake, scheduler in zip(made.lakes, made.schedulers * (limit is None)):
         bal = lake.balancer
         tree = bal.tree
         assert not scheduler.running and not scheduler.waiting and not bal.in_progress
@@ -2448,7 +2481,7 @@ def test_a_request_alone_takes_what_the_roofline_says():
     """TTFT and TBT on one instance, by hand: chunks of a prompt, then decodes."""
     run = simulated("tokenlake", asks([(0, list(range(20)), 512, 30)]), N=1)
     ttft, tbt = run.latency(0)
-    alone = run.roofline.alone(320, 30, 64)
+    alone = run.roofline.alone(run.lines[0], 64)
     assert (ttft, tbt) == (pytest.approx(alone[0], rel=0.01), pytest.approx(alone[1], rel=0.01))
     assert run.summary()["slo_attainment"] == 1.0
     assert run.roofline.compute(64, 0) >= run.roofline.weights
@@ -2472,6 +2505,32 @@ def test_simulated_fleets_serve_everything(policy, monkeypatch):
     run = simulated(policy, lines, slots=40)
     assert len(run.times) == (2 if "tokenlake" in policy else 1)
     assert "tokenlake" in policy or (run.refused, run.summary()["slo_attainment"]) == (1, 0.5)
+
+
+def test_a_simulation_knows_early_that_it_fails():
+    """Requests whose time for a first token is over have missed, served or not; each counts once,
+    so a whole run finds the same."""
+    load = lambda: asks([(0, list(range(20 * i, 20 * i + 8 + i % 9)), 512, 9)
+                          for i in range(60)])
+    whole, short = (simulated("tokenlake", load(), N=1, slots=600, limit=n) for n in (None, 6))
+    assert len(whole.missed) + whole.kept == 60 and 6 < len(whole.missed) < 60
+    assert 6 < len(short.missed) and short.missed < whole.missed and short.now < whole.now
+    assert {i for i in range(60) if not whole.good(whole.lines[i])} == whole.missed
+
+
+def test_a_fleet_serves_by_urgency_or_in_order():
+    """`:fcfs` behind a policy: first come, first served, at the instances of a baseline too."""
+    for policy in ("tokenlake", "router", "pd:1x3"):
+        order = {}
+        for name in (policy, policy + ":fcfs"):
+            lines = asks([(0, list(range(100 * i, 100 * i + 40 - 3 * i)), 512, 2)
+                          for i in range(8)])
+            run = simulated(name, lines, N=4)
+            first = {i: times[0] for i, times in run.times.items()}
+            order[name] = sorted(first, key=first.get)
+        assert order[policy] != order[policy + ":fcfs"]
+        if policy != "router":  # one queue
+            assert order[policy + ":fcfs"] == list(range(8))
 
 
 def test_baselines_are_no_strawmen():

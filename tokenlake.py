@@ -364,11 +364,11 @@ class TimeModel:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill (§6), stateless: the shortest prompt goes first, and
-    one counts shorter the more requests have come after it. policy: `even` gives every instance
-    the same rows, prompt and decode mixed; `dp` is the paper's dynamic program; `pd:PxD` keeps P
-    instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms between tokens, kept by
-    fewer prompt rows where that is possible at all."""
+    """Continuous batching with chunked prefill (§6), stateless. In queue and iteration who needs the
+    fewest rows goes first, and counts fewer the more requests have come since. policy: `even`
+    gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
+    program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms
+    between tokens, kept by fewer prompt rows where that is possible at all."""
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
@@ -383,23 +383,25 @@ class Scheduler:
             request.order = self._arrived = self._arrived + 1
         insort(self.waiting, request, key=lambda r: r.order)
 
+    def urgency(self, request: Request, done: int) -> int:
+        """The lowest goes first, where `done` of its tokens are computed or cached."""
+        return (len(request.tokens) - done) * 16 // (16 + self._arrived - (request.order or 0))
+
     def _admit(self):
-        """First come, first served, with a look-ahead of one batch past requests that wait for a
-        prefix in progress."""
-        config, balancer = self.lake.config, self.balancer
+        """The most urgent of a batch that waits; one that waits for a prefix in progress may."""
+        config, balancer, C = self.lake.config, self.balancer, self.lake.config.segment_tokens
 
         def grows(request):  # slots for the rest of its prompt, and a segment of its answer
-            end = min(len(request.tokens) + config.segment_tokens, request.max_tokens - 1)
+            end = min(len(request.tokens) + C, request.max_tokens - 1)
             return balancer.num_segments(end) - request.num_slots
 
         promised = sum(map(grows, self.running))
-        for request in list(islice(self.waiting, config.max_batch)):
-            if len(self.running) == config.max_batch:
-                break
-            matched = balancer.match(request)
+        first = [(balancer.match(r), r) for r in islice(self.waiting, config.max_batch)]
+        for matched, request in sorted(first, key=lambda at: self.urgency(at[1], at[0] * C)):
             if balancer.awaited(request, matched):
                 continue
-            if not balancer.fits(request, matched, promised):
+            room = len(self.running) < config.max_batch
+            if not (room and balancer.fits(request, matched, promised)):
                 break
             balancer.admit(request, matched)
             promised += grows(request)
@@ -420,8 +422,7 @@ class Scheduler:
         pd = [int(x) for x in self.policy[3:].split("x")] if self.policy[:3] == "pd:" else None
         dp = self.policy == "dp" and N > 1
         prompts, left = [], budget * (pd[0] if pd else N - (dp and bool(decodes)))
-        urgency = lambda r: r.remaining * 16 // (16 + self._arrived - (r.order or 0))
-        for request in sorted(self.running, key=urgency):
+        for request in sorted(self.running, key=lambda r: self.urgency(r, r.done)):
             if request.remaining > 1 and left > 0:
                 prompts.append((request, min(request.remaining, left)))
                 left -= prompts[-1][1]
@@ -445,8 +446,7 @@ class Scheduler:
 
     def schedule(self) -> tuple[list[list[Run]], list[int]]:
         """Batches for the next iteration and their DoPs, their slots reserved; when all are pinned,
-        the youngest is preempted. The even split is a batch per instance, of rows that live there.
-        """
+        the youngest is preempted. The even split: a batch per instance, of rows that live there."""
         self._admit()
         budget, N = self.lake.config.chunk_tokens, len(self.lake.instances)
         groups, time = self._groups(budget)

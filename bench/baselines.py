@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from balancer import Request  # noqa: E402
-from tokenlake import LakeConfig, Scheduler, TokenLake  # noqa: E402
+from tokenlake import NEVER, LakeConfig, Scheduler, TokenLake  # noqa: E402
 
 
 @dataclass
@@ -49,8 +49,15 @@ class Transfer:
 
 class Fleet:
     """Lakes, a scheduler for each, and as long as there is one lake nothing to route."""
+    in_order = False  # of arrival, as conventional engines serve; else by Scheduler.urgency
+
     def __init__(self, lakes: list[TokenLake], make=Scheduler):
         self.lakes, self.schedulers = lakes, [make(lake) for lake in lakes]
+
+    def serve_in_order(self):
+        self.in_order = True
+        for scheduler in self.schedulers:
+            scheduler.urgency = lambda request, done: request.order or 0
 
     def fits(self, request: Request) -> bool:
         """Whether the smallest lake can hold it at all, when it is empty."""
@@ -149,8 +156,9 @@ class Disaggregated(Fleet):
         return (a * chunks + new * (b + c * (prefix + new / 2))) / 1e12
 
     def queue(self, lake: int, new: int) -> float:
-        """Seconds until a prefill instance turns to a prompt with `new` rows: shortest first."""
+        """Seconds until a prefill instance turns to a prompt with `new` rows."""
         scheduler = self.schedulers[lake]
+        new = NEVER if self.in_order else new  # without order, the shortest goes first
         todo = [(len(r.tokens), r.done) for r in scheduler.running]
         todo += [(len(r.tokens), scheduler.balancer.match(r) * scheduler.balancer.segment_tokens)
                  for r in scheduler.waiting]
@@ -244,7 +252,12 @@ VARIANTS = {"tokenlake": {}, "hash": dict(placement="hash"), "unreplicated":
 def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster=None,
                **options) -> Fleet:
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
-    `tokenlake:pd:1x3`), `router`, or `pd:PxD`. config is that of one instance."""
+    `tokenlake:pd:1x3`), `router`, or `pd:PxD`; all serve by urgency, with `:fcfs` behind the name
+    in order of arrival. config is that of one instance."""
+    if policy.endswith(":fcfs"):
+        fleet = make_fleet(policy[:-5], N, model, config, slo, cluster, **options)
+        fleet.serve_in_order()
+        return fleet
     kind, _, own = policy.partition("tokenlake:")
     counts = re.fullmatch(r"pd:(\d+)x(\d+)", own or kind)
     counts = [int(n) for n in counts.groups()] if counts else []
@@ -252,7 +265,7 @@ def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster
         raise ValueError(f"{policy}: P + D = {N} instances, one at least of each, are expected")
     if not counts and policy not in ("router", *VARIANTS) and own not in ("auto", "even", "dp"):
         raise ValueError(f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
-                         "router and pd:PxD are there")
+                         "router and pd:PxD are there, and each with :fcfs behind it")
     scheduler = lambda lake: Scheduler(lake, (), own or "auto", slo)
     if policy in VARIANTS or policy.startswith("tokenlake:"):
         config = replace(config, max_batch=N * config.max_batch, **VARIANTS.get(policy, {}))

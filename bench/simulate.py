@@ -90,8 +90,10 @@ class Roofline:
         """Of KV between two instances."""
         return ALPHA + self.kv * tokens / self.link
 
-    def alone(self, prompt: int, output: int, chunk: int = 1024) -> tuple[float, float]:
+    def alone(self, line, chunk: int = 1024) -> tuple[float, float]:
         """TTFT and TBT of a request on an idle instance, without cache."""
+        output = line.keys["output_length"]
+        prompt = line.total - output
         start = np.arange(0, prompt, chunk)
         rows = np.minimum(prompt - start, chunk)
         ttft = self.compute(rows, np.maximum(rows, self.ridge) * (start + rows / 2)).sum()
@@ -108,7 +110,7 @@ class Simulation:
         self.following = {line.previous.index: line for line in lines if line.previous}
         self.ms = lambda value: value / 1e3 / speed
         self.arrived, self.times, self.prompts = {}, {}, 0
-        self.kept = self.missed = self.refused = 0  # requests, by their SLO
+        self.kept, self.refused, self.missed, self.due = 0, 0, set(), []  # requests, by their SLO
         self.busy, self.windows, self.log = np.zeros(2), {}, []
         fleet.bandwidth = roofline.link
         for lake in fleet.lakes:
@@ -122,8 +124,12 @@ class Simulation:
 
     def run(self, limit: int | None = None):
         """Until all is served, or more than `limit` requests have missed their SLO."""
-        while self.events and (limit is None or self.missed <= limit):
+        while self.events and (limit is None or len(self.missed) <= limit):
             self.now = self.events[0][0]
+            while self.due and self.due[0][0] < self.now:  # so overload shows before it is served
+                index = heapq.heappop(self.due)[1]
+                if index not in self.times:
+                    self.missed.add(index)
             while self.events and self.events[0][0] == self.now:
                 _, _, what, arguments = heapq.heappop(self.events)
                 what(*arguments)
@@ -142,6 +148,7 @@ class Simulation:
             line.arrive(0, self.roofline.model.vocab_size, self.block, 0)
         self.arrived[line.index] = self.now
         self.prompts += line.request.num_prompt
+        heapq.heappush(self.due, (self.now + SLO * self.roofline.alone(line)[0], line.index))
         if self.fleet.fits(line.request):
             self.begin(self.fleet.arrive(line.request))
         else:
@@ -203,9 +210,11 @@ class Simulation:
         self.begin(self.fleet.advance(i))
 
     def ended(self, line, refused=False):
-        good = not refused and self.good(line)
-        self.kept, self.missed, self.refused = (
-            self.kept + good, self.missed + (not good), self.refused + refused)
+        if not refused and self.good(line):
+            self.kept += 1
+        else:
+            self.missed.add(line.index)
+        self.refused += refused
         if turn := self.following.get(line.index):
             due = max(self.ms(turn.keys["timestamp"]), self.now + self.ms(turn.keys["think_ms"]))
             self.at(due, self.arrive, turn)
@@ -220,9 +229,7 @@ class Simulation:
 
     def good(self, line) -> bool:
         """Whether it kept the SLO."""
-        output = line.keys["output_length"]
-        alone = self.roofline.alone(line.total - output, output)
-        return all(x <= SLO * y for x, y in zip(self.latency(line.index), alone))
+        return all(x <= SLO * y for x, y in zip(self.latency(line.index), self.roofline.alone(line)))
 
     def summary(self) -> dict:
         """Of what was served; requests that were not have missed the SLO."""
@@ -262,11 +269,12 @@ def simulate(options, policy=None, workload=None, rate=None, seed=None, limit=No
     slots = (capacity or options.capacity_tokens) // (C * N)
     config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens,
                         max_batch=options.max_batch // N)
-    fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms,
-                       dtype=torch.bfloat16)
     seed = options.seed if seed is None else seed
     lines = load(name, options.num_requests, rate or 1.0, seed)
     roofline, speed = Roofline(model, options.hardware, options.tp), 1.0
+    allowed = np.percentile([SLO * 1e3 * roofline.alone(line)[1] for line in lines], 10)
+    fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms or allowed,
+                       dtype=torch.bfloat16)
     if rate and name not in ("demo", *WORKLOADS):  # a trace's file: arrivals as fast as that
         speed = rate * max(1.0, lines[-1].keys["timestamp"]) / (1e3 * len(lines))
     return Simulation(fleet, lines, roofline, speed=speed).run(limit)
@@ -282,7 +290,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     out.add_argument("--capacity-tokens", type=int, metavar="T", help="of cache in all instances; "
                      "default: what 90 %% of the GPUs' memory has room for beside the weights")
-    out.add_argument("--tbt-slo-ms", type=float, help="for the schedulers; default: none")
+    out.add_argument("--tbt-slo-ms", type=float, help="for the schedulers; default: what "
+                     "nine of ten requests allow")
     out.add_argument("--workload", default="loogle",
                      help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
     out.print_usage = lambda *_: None  # an error is one line
