@@ -2507,6 +2507,25 @@ def test_simulated_fleets_serve_everything(policy, monkeypatch):
     assert "tokenlake" in policy or (run.refused, run.summary()["slo_attainment"]) == (1, 0.5)
 
 
+def test_a_lake_of_one_is_planned_by_hand_as_by_gen_plans():
+    """Rows, attention and cache reads of an iteration, for prompts, decodes and a repeated prompt
+    of which one row is computed that puts nothing."""
+    made = fleet("router", 200, 1)
+    lake, scheduler = made.lakes[0], made.schedulers[0]
+    repeated = tokens(96, 9)
+    for id, prompt in enumerate((repeated, tokens(300, 1), tokens(40, 2), repeated, tokens(64, 3))):
+        scheduler.add(Request(id, list(prompt), len(prompt) + 20))
+        for _ in range(4):
+            batches, dops = scheduler.schedule()
+            plan, transfer, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+            by_hand = simulate.Alone.of(lake, batches[0])
+            assert (by_hand.features == lake.features(plan, transfer)).all()
+            assert by_hand.reads == plan.reads.sum()
+            assert len(by_hand.runs) == len(plan.runs) == (by_hand.instance == by_hand.home).sum()
+            scheduler.update(by_hand, {run.request.id: 7 for run in plan.runs if run.samples})
+    assert scheduler.cached_tokens[3] == 95
+
+
 def test_a_simulation_knows_early_that_it_fails():
     """Requests whose time for a first token is over have missed, served or not; each counts once,
     so a whole run finds the same."""

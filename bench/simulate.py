@@ -21,8 +21,11 @@ import heapq
 import json
 import os
 import sys
+import time
 from array import array
-from itertools import count
+from dataclasses import dataclass
+from itertools import count, groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,34 @@ class Roofline:
         return float(ttft), float(self.compute(1, self.ridge * (prompt + output / 2)))
 
 
+@dataclass
+class Alone:
+    """What gen_plans says of a lake of one, where nothing travels, in a fraction of its time."""
+    runs: list
+    features: np.ndarray  # [1, 3], see TokenLake.features
+    reads: int  # tokens of old KV
+
+    @property
+    def instance(self):
+        return np.zeros(len(self.runs), np.int64)
+
+    home = instance
+
+    @classmethod
+    def of(cls, lake, batch):
+        load = reads = rows = 0
+        for request, own in groupby(batch, attrgetter("request")):
+            own = list(own)
+            written, old = 0, request.done + 1 - own[0].puts
+            for run in own:
+                written += run.rows * run.puts
+                load += run.rows * written  # new KV, up to itself
+            n = sum(run.rows for run in own)
+            load, reads, rows = load + max(n, lake.ridge) * old, reads + old, rows + n
+        lake.balancer.observe(np.array([load]))
+        return cls(batch, np.array([[rows, load, 0]]), reads)
+
+
 class Simulation:
     """Serves the checked lines of a trace on a fleet without tensors."""
     def __init__(self, fleet, lines, roofline: Roofline, block: int = BLOCK, speed: float = 1.0):
@@ -168,25 +199,35 @@ class Simulation:
         if not (scheduler.waiting or scheduler.running):
             return
         if not self.steady(i):
-            plan, transfer, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
-            self.plan[i] = None
-            if not plan.runs:
+            self.plan[i], batches = None, scheduler.schedule()
+            if not any(batches[0]):
                 return
-            features, N = lake.features(plan, transfer), len(lake.instances)
-            took = self.roofline.iteration(features, plan, transfer)
-            scheduler.model.measured(features, took.max())
-            scheduler.model.coefficients = scheduler.model.fitted
-            moved = plan.pulls.moved(N).sum() + transfer.moves.moved(N).sum()
-            facts = len(plan.runs), plan.shipped().sum(), moved, plan.ships.sum(1).max()
-            self.plan[i], self.left[i] = (plan, took, facts), REUSE
-        plan, took, facts = self.plan[i]
+            plan, took = self.planned(lake, scheduler.model, *batches)
+            self.plan[i], self.left[i] = (plan, took), REUSE
+        plan, took = self.plan[i]
         self.busy += took.mean(), took.max()
         size = sum(len(x.instances) for x in self.fleet.lakes)
         self.windows.setdefault(int(self.now * 1e3 // WINDOW), np.zeros(size))[
             lake.instances] += plan.reads
-        self.log.append((took.max(), *facts))
         self.running[i] = True
         self.at(self.now + took.max(), self.finish, i)
+
+    def planned(self, lake, model, batches, dops):
+        """The plan of a lake's next iteration, and seconds [N] at each instance."""
+        if len(lake.instances) == 1:
+            plan = Alone.of(lake, batches[0])
+            features = plan.features
+            took = self.roofline.compute(*features.T[:2])
+        else:
+            started = time.perf_counter()
+            plan, transfer, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+            seconds = time.perf_counter() - started
+            features = lake.features(plan, transfer)
+            took = self.roofline.iteration(features, plan, transfer)
+            self.log.append((1e3 * seconds, features[:, 2].mean() / 1024, plan.ships.sum(1).max()))
+        model.measured(features, took.max())
+        model.coefficients = model.fitted
+        return plan, took
 
     def steady(self, i: int) -> bool:
         """Whether a lake's last plan still holds: the same decodes, in the same segments. It is
@@ -247,7 +288,15 @@ class Simulation:
             hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
             cache_load_cv=variation(self.windows.values()),
             idle_fraction=float(1 - self.busy[0] / self.busy[1])
-            if len(self.fleet.lakes) == 1 and self.busy[1] else None)
+            if len(self.fleet.lakes) == 1 and self.busy[1] else None, **self.traffic())
+
+    def traffic(self) -> dict:
+        """Of iterations that a lake of several planned."""
+        if not self.log:
+            return dict.fromkeys(("plan_ms_median", "sent_mib", "fan_out"))
+        took, sent, fan_out = np.array(self.log, float).T
+        return dict(plan_ms_median=float(np.median(took)), sent_mib=float(sent.mean()),
+                    fan_out=float(fan_out.mean()))
 
 
 def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512):
