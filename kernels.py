@@ -18,7 +18,7 @@ part is o = 0, lse = −inf: written always, and never a NaN.
       run 1 ─────┼─▶ block 1 ─ tiles ────────────────────────────────▶[span]
                  └─▶ …                                    a tile: at most 64 rows of a span
 
-Two implementations: Triton, and PyTorch for CPUs and float64. Left out: splitting a long row, TMA.
+Two implementations: Triton, and PyTorch for CPUs and float64. Left out: TMA.
 
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
 """
@@ -36,7 +36,7 @@ try:
 except ImportError:  # no wheel for this platform: PyTorch serves
     triton = None
 
-TILE = 64  # KV rows a tile
+TILE, PIECE = 64, 4  # KV rows a tile; tiles a piece at least
 NEVER = np.iinfo(np.int64).max  # position of padding: after every row
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -46,6 +46,13 @@ def ranges(starts, counts):
     starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     ends = np.cumsum(counts)
     return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+
+
+def to_device(array, device):
+    """A host array as a tensor there, without waiting: pinned memory lets the copy go on alone."""
+    tensor = torch.from_numpy(array)
+    cuda = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor
 
 
 def cut(lengths, size: int):
@@ -67,30 +74,41 @@ class Work:
     first, rows, position: [runs] first query row, rows, position of the first row.
     span_run (ascending), span_first, span_length, span_position: [spans] the run that reads it,
     first slab row, rows, position of the first row. A run without spans gives empty partials.
+    programs: long blocks are cut into *pieces*, which are merged, until there are about so many.
     """
     def __init__(self, first, rows, position, span_run, span_first, span_length, span_position,
-                 group: int, device="cpu"):
+                 group: int, device="cpu", programs: int = 1):
         first, rows, position, span_run, span_first, span_length, span_position = (
             np.asarray(x, np.int64) for x in (
                 first, rows, position, span_run, span_first, span_length, span_position))
-        self.num_partials = int(rows.sum())
-        self.device = torch.device(device)
+        self.num_partials, self.device = int(rows.sum()), torch.device(device)
         # Lanes of a tile are (row, head of the group): 16 at least, which is what a dot needs.
         longest = min(int(rows.max(initial=1)) * group, 128)
         self.lanes = max(16, 1 << (longest - 1).bit_length(), 1 << (group - 1).bit_length())
 
-        # Spans → tiles, runs → blocks; a block reads its run's tiles.
+        # Spans → tiles, runs → blocks; a block reads its run's tiles, a piece some of them.
         span, offset, length = cut(span_length, TILE)
         tiles = np.stack((span_first[span] + offset, length, span_position[span] + offset), 1)
         last_tile = np.cumsum(np.bincount(span_run[span], minlength=len(rows)))
         first_tile = np.concatenate(([0], last_tile))[:len(rows)]
         run, offset, height = cut(rows, self.lanes // group)
-        partial = np.cumsum(rows) - rows
-        blocks = np.stack((first[run] + offset, height, partial[run] + offset,
-                           position[run] + offset, first_tile[run], last_tile[run]), 1)
-        self._host = blocks, tiles
-        self.blocks, self.tiles = (
-            torch.from_numpy(x).to(self.device, non_blocking=True) for x in (blocks, tiles))
+        begin, end = first_tile[run], last_tile[run]
+        most = max(PIECE, -(-int((end - begin).sum()) // programs))
+        block, before, _ = cut(np.maximum(end - begin, 1), most)
+        partial = np.cumsum(height[block]) - height[block]
+        pieces = np.stack(((first[run] + offset)[block], height[block], partial,
+                           (position[run] + offset)[block], begin[block] + before,
+                           np.minimum(end[block], begin[block] + before + most)), 1)
+        self.num_rows, self.parts = int(height[block].sum()), None
+        if len(block) > len(height):
+            count = np.bincount(block)
+            of, at, _ = cut(height, 1)  # partial rows of a block's pieces follow each other
+            number, start = np.arange(count.max()), partial[np.cumsum(count) - count]
+            parts = (start[of] + at)[:, None] + number * height[of, None]
+            parts = np.where(number < count[of, None], parts, -1).astype(np.int32)
+            self.parts = to_device(parts, device)
+        self._host = pieces, tiles
+        self.blocks, self.tiles = (to_device(x, device) for x in (pieces, tiles))
 
     @cached_property
     def padded(self) -> list:
@@ -112,7 +130,7 @@ class Work:
             inside, valid = row < block[:, 1:2], column < n[:, None]
             source = np.where(valid, kv_before[block[:, 4]][:, None] + column, 0)
             batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
-                     np.where(inside, block[:, 2:3] + row, self.num_partials), block[:, 3:4] + row,
+                     np.where(inside, block[:, 2:3] + row, self.num_rows), block[:, 3:4] + row,
                      np.where(valid, kv_rows[source], 0),
                      np.where(valid, kv_positions[source], NEVER))
             batches.append([torch.from_numpy(x).to(self.device) for x in batch])
@@ -135,17 +153,17 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
     What lies in slab rows outside the spans is never used, NaN included."""
     H, D, Hkv = q.shape[1], q.shape[2], k.shape[1]
     if use_triton(q, backend):
-        o, lse = (torch.empty(work.num_partials, *shape, dtype=torch.float32, device=q.device)
+        o, lse = (torch.empty(work.num_rows, *shape, dtype=torch.float32, device=q.device)
                   for shape in ((H, D), (H,)))
-        if work.num_partials:
+        if work.num_rows:
             _partial_attention_kernel[len(work.blocks), Hkv](
                 q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
                 **attention_config(work.lanes, H, Hkv, D, k.element_size()))
-        return o, lse
+        return (o, lse) if work.parts is None else merge(o, lse, work.parts, backend)
     wide = torch.promote_types(q.dtype, torch.float32)
     # One row more than asked for: padding is written there.
-    o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
-    lse = torch.full((work.num_partials + 1, H), -math.inf, dtype=wide, device=q.device)
+    o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)
+    lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
     for rows, partials, positions, kv_rows, kv_positions in work.padded:
         b, m = rows.shape
         query = q[rows].view(b, m, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).to(wide)
@@ -162,7 +180,8 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
         out = (p.flatten(2, 3) @ value).view(b, Hkv, -1, m, D) / torch.where(total == 0, 1, total)
         o[partials] = out.permute(0, 3, 1, 2, 4).reshape(b, m, H, D)
         lse[partials] = (top + total.log()).permute(0, 3, 1, 2, 4).reshape(b, m, H)
-    return o[:-1], lse[:-1]
+    o, lse = o[:-1], lse[:-1]
+    return (o, lse) if work.parts is None else merge(o, lse, work.parts, backend)
 
 
 def merge(o, lse, parts, backend: str = "auto"):

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kernels import Work, merge, partial_attention, ranges
+from kernels import Work, merge, partial_attention, ranges, to_device
 
 KINDS = "put", "replica", "pull"  # of moves
 HERE, LATE, PULLED, SIBLING = range(4)  # places of KV: see QueryPlan.references
@@ -298,7 +298,7 @@ class Exchange:
         self.rows = np.bincount(moves.kind[mine], moves.length[mine], len(KINDS)).astype(int)
         lands = np.flatnonzero((moves.target == index) & (moves.arrive >= 0))
         self.leave, self.land, self.arrive = (
-            torch.from_numpy(ranges(first[lines], moves.length[lines])).to(device)
+            to_device(ranges(first[lines], moves.length[lines]), device)
             for first, lines in ((moves.leave, mine), (offsets, lands), (moves.arrive, lands)))
 
 
@@ -310,7 +310,7 @@ class KVBuffer:
         if last >= rows:
             raise LakeError(f"instance {index} is to write slab row {last}, its slab has {rows}")
         self.fresh, self.written = (
-            torch.from_numpy(ranges(first[mine], plan.length[mine])).to(device)
+            to_device(ranges(first[mine], plan.length[mine]), device)
             for first in (plan.first, plan.written))
         self.moves = Exchange(plan.moves, plan.num_instances, index, device)
         self.layer = self.k = self.v = None
@@ -322,8 +322,8 @@ class KVBuffer:
 
 class QueryBuffer:
     """Where the engine leaves Q of this instance's rows; which leave, are attended to, merged."""
-    def __init__(self, plan: QueryPlan, index: int, heads_per_kv: int, device):
-        N, S, C = plan.sizes
+    def __init__(self, plan: QueryPlan, index: int, pool: "Pool"):
+        (N, S, C), device = plan.sizes, pool.device
         spans = plan.references(index)
         own, place = plan.instance[spans[0]] == index, spans[1]
         def work(chosen, arriving=False):
@@ -333,7 +333,7 @@ class QueryBuffer:
             rows = plan.rows[runs]
             first = np.cumsum(rows) - rows if arriving else plan.first[runs]
             return Work(first, rows, plan.position[runs], span_run, *spans[2:, chosen],
-                        heads_per_kv, device), runs
+                        pool.heads_per_kv, device, pool.programs), runs
 
         self.works, columns = zip(*(work(own & (place == p)) for p in range(4)))
         self.arrived, _ = work(~own, arriving=True)
@@ -349,8 +349,7 @@ class QueryBuffer:
         parts = np.full((self.num_rows, 4 + N), -1, np.int32)
         parts[np.concatenate(rows), column] = np.arange(len(column))
         parts = np.ascontiguousarray(parts[:, (parts >= 0).any(0)])
-        self.leave, self.parts = (
-            torch.from_numpy(x).to(device, non_blocking=True) for x in (leave, parts))
+        self.leave, self.parts = (to_device(x, device) for x in (leave, parts))
         self.layer = self.q = None
 
     def write(self, layer: int, q):
@@ -371,6 +370,9 @@ class Pool:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv")
         self.query_group, self.move_group = groups or (None, None)
         cuda = self.device.type == "cuda"
+        # A decode alone is to keep a GPU busy: four programs for each multiprocessor.
+        self.programs = 1 if not cuda else -(-4 * torch.cuda.get_device_properties(
+            self.device).multi_processor_count // config.num_kv_heads)
         self.pinned = bool(groups) and cuda and dist.get_backend(groups[0]) == "gloo"
         self.bytes = dict.fromkeys(("query", *KINDS), 0)
         self._transfer = self._pulling = None

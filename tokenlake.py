@@ -262,7 +262,7 @@ class TokenLake:
     def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
         in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
-        q_buf = QueryBuffer(query_plan, self.index, self.pool.heads_per_kv, self.pool.device)
+        q_buf = QueryBuffer(query_plan, self.index, self.pool)
         if sum(run.rows for run, v in zip(batch, group) if v == self.index) != q_buf.num_rows:
             raise LakeError(f"instance {self.index} was handed another batch than is planned")
         return q_buf
