@@ -25,7 +25,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-if not torch.cuda.is_available():
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU leaves children free to use it
+GPU = torch.cuda.is_available()
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels is imported
 
 import balancer
@@ -40,6 +42,8 @@ from tokenlake import LakeConfig, Scheduler, TokenLake
 
 HERE = Path(__file__).parent
 BACKENDS = ["torch"] + ["triton"] * (kernels.triton is not None)
+DEVICE = {"torch": "cpu", "triton": "cuda" if GPU else "cpu"}  # where a backend is tested
+on_gpu = pytest.mark.skipif(not GPU, reason="there is no GPU")
 
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -267,11 +271,13 @@ SPANS = [(0, 0, 70, 0), (0, 100, 31, 70), (1, 200, 16, 0), (1, 232, 16, 16), (1,
 @pytest.mark.parametrize("H, Hkv, D, dtype, limit", [
     (8, 4, 16, "float32", 2e-6), (6, 2, 24, "float32", 2e-6), (8, 1, 64, "float16", 2e-3),
     (4, 4, 32, "bfloat16", 2e-2), (8, 2, 16, "float64", 1e-14)])
-@pytest.mark.parametrize("peak", [1.0, 12.0])
-def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak):
-    """Against float64: peaky logits, poisoned rows outside the spans, rows without keys."""
+@pytest.mark.parametrize("peak, programs", [(1.0, 1), (12.0, 1), (12.0, 8), (12.0, 1000)])
+def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, monkeypatch):
+    """Against float64: peaky logits, poisoned rows outside the spans, rows without keys; also with
+    blocks cut into pieces, down to a tile each."""
     if backend == "triton" and dtype == "float64":
         pytest.skip("the Triton kernels do not take float64")
+    monkeypatch.setattr(kernels, "PIECE", 1)
     generator = torch.Generator().manual_seed(H * D)
     q, k, v = (torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
                for shape in ((60, H, D), (500, Hkv, D), (500, Hkv, D)))
@@ -280,8 +286,11 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak):
     for _, slab, length, _ in SPANS:
         used[slab:slab + length] = True
     k[~used] = v[~used] = math.nan
-    work = Work(*zip(*RUNS), *zip(*SPANS), group=H // Hkv)
-    o, lse = partial_attention(q, k, v, work, D ** -0.5, backend)
+    device = DEVICE[backend]
+    work = Work(*zip(*RUNS), *zip(*SPANS), H // Hkv, device, programs)
+    assert (work.parts is None) == (programs == 1)
+    found = partial_attention(q.to(device), k.to(device), v.to(device), work, D ** -0.5, backend)
+    o, lse = (x.cpu() for x in found)
     expected, expected_lse = reference_attention(q, k, v, RUNS, SPANS, D ** -0.5)
     assert o.dtype == lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
     empty = expected_lse == -math.inf
@@ -294,11 +303,12 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_partial_attention_of_nothing(backend):
     """Zero query rows, and rows over a slab of which they read nothing."""
-    q, kv = torch.randn(5, 8, 16), torch.full((10, 4, 16), math.nan)
-    nothing = Work([], [], [], [], [], [], [], group=2)
+    q, kv = (x.to(DEVICE[backend]) for x in (torch.randn(5, 8, 16),
+                                             torch.full((10, 4, 16), math.nan)))
+    nothing = Work([], [], [], [], [], [], [], 2, q.device)
     o, lse = partial_attention(q[:0], kv, kv, nothing, 1.0, backend)
     assert o.shape == (0, 8, 16) and lse.shape == (0, 8)
-    unread = Work([0], [5], [0], [], [], [], [], group=2)
+    unread = Work([0], [5], [0], [], [], [], [], 2, q.device, 1000)
     o, lse = partial_attention(q, kv, kv, unread, 1.0, backend)
     assert not o.any() and (lse == -math.inf).all()
 
@@ -317,7 +327,8 @@ def test_merge(backend):
     table = torch.arange(20, dtype=torch.int32).view(4, 5)
     table = torch.cat((table, torch.full((4, 1), -1, dtype=torch.int32)), 1)
     table = torch.cat((table, torch.full((1, 6), -1, dtype=torch.int32)))  # a row with no part
-    out, out_lse = merge(o.contiguous(), lse.contiguous(), table, backend)
+    device = DEVICE[backend]
+    out, out_lse = (x.cpu() for x in merge(o.to(device), lse.to(device), table.to(device), backend))
     s[0, :, 3] = -math.inf
     flat = s.flatten(2).double()
     expected = torch.einsum("rhn,rhnd->rhd", flat.softmax(-1), v.flatten(2, 3).double())
@@ -330,9 +341,89 @@ def test_merge(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merge_of_nothing(backend):
-    o, lse = merge(torch.zeros(0, 4, 16), torch.zeros(0, 4), torch.zeros(0, 0, dtype=torch.int32),
-                   backend)
+    empty = torch.zeros(0, 4, 16, device=DEVICE[backend])
+    o, lse = merge(empty, empty[..., 0], empty[:, :0, 0].int(), backend)
     assert o.shape == (0, 4, 16) and lse.shape == (0, 4)
+
+
+def test_long_blocks_are_cut_into_pieces():
+    """As many as fill the programs, none shorter than PIECE tiles; every tile of a block is in one
+    piece, and partial rows of a row's pieces are listed with it."""
+    spans = [(0, 0, 64 * 40, 0), (1, 5000, 64 * 6 + 1, 0), (2, 9000, 64, 0)]
+    runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]
+    whole = Work(*zip(*runs), *zip(*spans), 2)
+    assert whole.parts is None and whole.num_rows == whole.num_partials == 26
+    for programs, most in ((2, 24), (6, 8), (10**6, 4)):
+        work = Work(*zip(*runs), *zip(*spans), 2, programs=programs)
+        first, rows, partial, position, begin, end = work.blocks.T
+        counts = [-(-n // most) for n in (40, 7, 1)] + [1]
+        assert len(first) == sum(counts) and (end - begin).max() == most
+        assert torch.cat([torch.arange(a, b) for a, b in zip(begin, end)]).tolist() == [*range(48)]
+        parts = work.parts[1:21] if counts[1] > 1 else work.parts[:1]
+        number, n = (1, counts[1]) if counts[1] > 1 else (0, counts[0])
+        at = sum(counts[:number])
+        listed = torch.stack([partial[at:at + n] + i for i in range(len(parts))])
+        assert (parts[:, :n] == listed).all() and (parts[:, n:] == -1).all()
+        assert sorted(work.parts[work.parts >= 0].tolist()) == [*range(work.num_rows)]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("H, Hkv, D", [(32, 8, 128), (32, 32, 128), (64, 8, 64)])
+def test_kernels_on_a_gpu_at_real_shapes(H, Hkv, D, dtype):
+    """Decodes and a chunk over scattered segments, in pieces, against float64."""
+    torch.manual_seed(0)
+    slots, C, S = np.random.default_rng(0).permutation(200), 512, 200
+    q, k, v = (torch.randn(n, h, D, device="cuda", dtype=getattr(torch, dtype))
+               for n, h in ((600, H), (S * C, Hkv), (S * C, Hkv)))
+    runs = [(0, 1, 20_000), (1, 1, 700), (2, 512, 9500)]
+    lengths = 20_001, 701, 10_012
+    spans = [(run, int(slots[run * 50 + i]) * C, min(C, n - i * C), i * C)
+             for run, n in enumerate(lengths) for i in range(-(-n // C))]
+    work = Work(*zip(*runs), *zip(*spans), H // Hkv, "cuda", 64)
+    assert work.parts is not None
+    o, lse = partial_attention(2 * q, k, v, work, D ** -0.5, "triton")
+    exact = partial_attention(2 * q.double(), k.double(), v.double(), work, D ** -0.5)
+    assert error(o, exact[0]) < 1e-2 and error(lse, exact[1]) < 1e-4
+
+
+@on_gpu
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_oracle_on_a_gpu(tmp_path, ranks):
+    """In float32, one rank, and several that share a GPU (gloo, through pinned memory)."""
+    lines = [dict(timestamp=i, input_ids=tokens(200, 0) + tokens(50 + 7 * i, i), output_length=12)
+             for i in range(12)]
+    served = serve(tmp_path, lines, "--device", "cuda", "--verify", "--slots", 90,
+                   "--segment-tokens", 16, ranks=ranks, dtype="float32")
+    assert served.summary["verified"] == 12 and served.summary["hit_rate"] > 0.5
+
+
+@on_gpu
+def test_the_slab_takes_half_of_a_gpus_free_memory(tmp_path):
+    """Half of the least that a rank finds free, divided among the ranks of a GPU."""
+    folder = save_model(tmp_path / "m", dict(num_hidden_layers=8, head_dim=128))
+    served = serve(tmp_path, [dict(timestamp=0, input_ids=[1, 2, 3], output_length=2)], "--model",
+                   folder, "--device", "cuda", ranks=2, dtype="float32")
+    config = load_config(folder)
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    free = torch.cuda.mem_get_info()[0]
+    assert 0.3 < 4 * served.summary["config"]["slots"] * 512 * row / free < 1.1
+
+
+@on_gpu
+def test_exchanges_over_nccl():
+    """One rank has no group of its own; with one it finds its rows again."""
+    store = dist.HashStore()
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        cluster = pool.Cluster()
+        group = dist.new_group([0], backend="nccl")
+        made = pool.Pool(cluster, [group, group], Config(), 4, 8, 0, torch.float32, "cuda")
+        rows = torch.randn(7, 3, device="cuda")
+        assert not made.pinned
+        assert torch.equal(made._exchange(rows, [7], [7], group)(), rows)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_error_does_not_grow_with_the_number_of_parts():
