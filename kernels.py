@@ -50,8 +50,7 @@ def ranges(starts, counts):
 
 def to_device(array, device):
     """A host array as a tensor there, without waiting: pinned memory lets the copy go on alone."""
-    tensor = torch.from_numpy(array)
-    cuda = torch.device(device).type == "cuda"
+    tensor, cuda = torch.from_numpy(array), torch.device(device).type == "cuda"
     return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor
 
 
@@ -81,7 +80,6 @@ class Work:
         first, rows, position, span_run, span_first, span_length, span_position = (
             np.asarray(x, np.int64) for x in (
                 first, rows, position, span_run, span_first, span_length, span_position))
-        self.num_partials, self.device = int(rows.sum()), torch.device(device)
         # Lanes of a tile are (row, head of the group): 16 at least, which is what a dot needs.
         longest = min(int(rows.max(initial=1)) * group, 128)
         self.lanes = max(16, 1 << (longest - 1).bit_length(), 1 << (group - 1).bit_length())
@@ -89,6 +87,7 @@ class Work:
         # Spans → tiles, runs → blocks; a block reads its run's tiles, a piece some of them.
         span, offset, length = cut(span_length, TILE)
         tiles = np.stack((span_first[span] + offset, length, span_position[span] + offset), 1)
+        tiles = np.concatenate((tiles, [[0, 0, 0]]))  # none, which the kernel loads ahead
         last_tile = np.cumsum(np.bincount(span_run[span], minlength=len(rows)))
         first_tile = np.concatenate(([0], last_tile))[:len(rows)]
         run, offset, height = cut(rows, self.lanes // group)
@@ -133,7 +132,7 @@ class Work:
                      np.where(inside, block[:, 2:3] + row, self.num_rows), block[:, 3:4] + row,
                      np.where(valid, kv_rows[source], 0),
                      np.where(valid, kv_positions[source], NEVER))
-            batches.append([torch.from_numpy(x).to(self.device) for x in batch])
+            batches.append([to_device(x, self.blocks.device) for x in batch])
         return batches
 
 
@@ -215,6 +214,11 @@ if triton is not None:
     LN2 = tl.constexpr(0.6931471805599453)
 
     @triton.jit
+    def _tile(Tiles, t):
+        """First slab row, length and position of a tile."""
+        return tl.load(Tiles + t * 3), tl.load(Tiles + t * 3 + 1), tl.load(Tiles + t * 3 + 2)
+
+    @triton.jit
     def _partial_attention_kernel(Q, K, V, Blocks, Tiles, O, LSE, scale,
                                   H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
                                   M: tl.constexpr, N: tl.constexpr, DPAD: tl.constexpr,
@@ -224,7 +228,7 @@ if triton is not None:
         block = Blocks + tl.program_id(0) * 6
         head = tl.program_id(1)
         first, rows, partial = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-        lane, d = tl.arange(0, M), tl.arange(0, DPAD)
+        lane, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, DPAD)
         row, query_head = lane // G, head * G + lane % G
         live = row < rows
         position = tl.load(block + 3) + row
@@ -236,19 +240,19 @@ if triton is not None:
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, DPAD], tl.float32)
-        for t in range(tl.load(block + 4), tl.load(block + 5)):
-            tile = Tiles + t * 3
-            n = tl.arange(0, N)
-            inside = n < tl.load(tile + 1)
-            kv_at = ((tl.load(tile) + n) * HKV + head)[:, None] * D + d[None, :]
+        begin = tl.load(block + 4)
+        kv_first, length, kv_position = _tile(Tiles, begin)
+        for t in range(begin, tl.load(block + 5)):
+            inside = n < length
+            kv_at = ((kv_first + n) * HKV + head)[:, None] * D + d[None, :]
             mask = inside[:, None] & (d < D)[None, :]  # masks V too: 0 × NaN is NaN
             k = tl.load(K + kv_at, mask=mask, other=0.0)
             v = tl.load(V + kv_at, mask=mask, other=0.0)
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            visible = inside[None, :] & ((tl.load(tile + 2) + n)[None, :] <= position[:, None])
-            s = tl.where(visible, s, -float("inf"))
+            seen = tl.minimum(position + 1 - kv_position, length).to(tl.int32)  # of this tile
+            s = tl.where(n[None, :] < seen[:, None], s, -float("inf"))
             new = tl.maximum(top, tl.max(s, 1))
             safe = tl.where(new == -float("inf"), 0.0, new)
             p = tl.exp2(s - safe[:, None])
@@ -256,6 +260,8 @@ if triton is not None:
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             top = new
+            # A tile ahead: addresses that wait for a load would cost K and V half their stages.
+            kv_first, length, kv_position = _tile(Tiles, t + 1)
         divisor = tl.where(total == 0.0, 1.0, total)
         o = acc / divisor[:, None]
         lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
@@ -296,9 +302,10 @@ if triton is not None:
 
 def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> dict:
     """Compile-time arguments and launch options of `_partial_attention_kernel`: 16 lanes are
-    decode (many small blocks: a deep pipeline), more are prefill. A stage holds a tile of K and V
-    in shared memory, of which an A100 has 163 KB."""
-    many, width = lanes > 16, max(16, triton.next_power_of_2(head_dim))
-    stages = min(3 if many else 5, max(1, 168_000 // (2 * TILE * width * itemsize)))
+    decode, more are prefill. Of s stages, s − 1 tiles of K and V lie in shared memory (one more
+    where wgmma reads them), besides the lanes' q and p: an A100 has 163 KB, an H100 227."""
+    width = max(16, triton.next_power_of_2(head_dim))
+    room = 163 * 1024 - lanes * (width + TILE) * itemsize
+    stages = min(3, 1 + max(1, room // (2 * TILE * width * itemsize)))
     return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width,
-                UPCAST=INTERPRETED, num_warps=8 if many else 4, num_stages=stages)
+                UPCAST=INTERPRETED, num_warps=8 if lanes > 16 else 4, num_stages=stages)

@@ -17,9 +17,8 @@ and a layer runs in this order, so that exchanges hide behind the attention that
     5  merge per row
 
 Moves have a process group of their own, so that none delays a query, and are issued after it. What
-carries nothing for any rank is skipped by all: every rank knows the whole plan (balancer.py). E.g.
-2 rows on rank 0 read segments on 0 and 1: it attends to its own and ships both rows; 1 attends to
-the rest and sends 2 results back; 0 merges two per row. Left out: RDMA; a lost rank ends the run.
+carries nothing for any rank is skipped by all: every rank knows the whole plan (tokenlake.py). Left
+out: RDMA; a lost rank ends the run.
 
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · C tokens per segment.
 """
@@ -309,9 +308,8 @@ class KVBuffer:
         last = (plan.written + plan.length)[mine].max(initial=0) - 1
         if last >= rows:
             raise LakeError(f"instance {index} is to write slab row {last}, its slab has {rows}")
-        self.fresh, self.written = (
-            to_device(ranges(first[mine], plan.length[mine]), device)
-            for first in (plan.first, plan.written))
+        self.fresh = to_device(ranges(plan.first[mine], plan.length[mine]), device)
+        self.written = to_device(ranges(plan.written[mine], plan.length[mine]), device)
         self.moves = Exchange(plan.moves, plan.num_instances, index, device)
         self.layer = self.k = self.v = None
 
@@ -323,7 +321,7 @@ class KVBuffer:
 class QueryBuffer:
     """Where the engine leaves Q of this instance's rows; which leave, are attended to, merged."""
     def __init__(self, plan: QueryPlan, index: int, pool: "Pool"):
-        (N, S, C), device = plan.sizes, pool.device
+        N, device = plan.sizes[0], pool.device
         spans = plan.references(index)
         own, place = plan.instance[spans[0]] == index, spans[1]
         def work(chosen, arriving=False):
@@ -370,18 +368,12 @@ class Pool:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv")
         self.query_group, self.move_group = groups or (None, None)
         cuda = self.device.type == "cuda"
-        # A decode alone is to keep a GPU busy: four programs for each multiprocessor.
-        self.programs = 1 if not cuda else -(-4 * torch.cuda.get_device_properties(
-            self.device).multi_processor_count // config.num_kv_heads)
         self.pinned = bool(groups) and cuda and dist.get_backend(groups[0]) == "gloo"
+        # A decode alone is to keep a GPU busy: four programs for each of its multiprocessors.
+        busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+        self.programs = -(-busy // config.num_kv_heads)
         self.bytes = dict.fromkeys(("query", *KINDS), 0)
         self._transfer = self._pulling = None
-
-    @staticmethod
-    def bytes_needed(config, segment_tokens: int, staging: int, dtype, slots: int) -> int:
-        """Of a slab."""
-        rows = slots * segment_tokens + staging
-        return 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     def _exchange(self, rows, sends, receives, group):
         """rows [sum(sends), …] by target → a function: waits for [sum(receives), …] by source."""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from balancer import BLOCK, Request, variation
 from model import Config, Llama, Sampler, load_config, load_weights, random_weights, require
-from pool import Cluster, LakeError, Pool, SetupError, Stopped
+from pool import Cluster, LakeError, SetupError, Stopped
 from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
 
 CV_WINDOW = 32  # iterations
@@ -211,7 +211,8 @@ def prepare(options, cluster: Cluster, device, memory: int):
     lake = LakeConfig(C, 0, options.placement, options.replicate_factor, options.pull_tokens,
                       options.chunk_tokens or 4 * C, options.max_batch)
     dtype, staging = getattr(torch, name), lake.staging(cluster.size)
-    bytes_of = lambda n: Pool.bytes_needed(config, C, staging, dtype, n)
+    row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    bytes_of = lambda n: (n * C + staging) * row
     sharing = cluster.ranks_per_device(device)
     room = memory // sharing  # half of it is left for weights and activations
     fit = max(1, (room // 2 - bytes_of(0)) // (bytes_of(1) - bytes_of(0)))
@@ -340,8 +341,7 @@ class Server:
         self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
         self.engine = Engine(cluster, self.lake, self.scheduler, model,
                              Sampler(options.temperature, options.seed))
-        self.drawn = (model.config.vocab_size, BLOCK // (options.trace_scale or 1),
-                      options.seed)  # what hash ids stand for
+        self.drawn = model.config.vocab_size, BLOCK // (options.trace_scale or 1), options.seed
         self.records: dict[int, dict] = {}  # of finished requests, by request id
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
         self.ns = ns = lambda ms: int(ms * 1e6 / options.speed)

@@ -59,8 +59,7 @@ class LakeConfig:
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of shape `model`.
-    Every rank makes all lakes, in the same order. On one that is no instance, or without a cluster,
-    a lake is control plane only."""
+    Every rank makes all lakes, in order; one that is no instance has but the control plane."""
     def __init__(self, instances: list[int], model, config: LakeConfig,
                  cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
         if instances != sorted(set(instances)):
@@ -96,9 +95,8 @@ class TokenLake:
         for request in reqs:
             self.balancer.extend_ids(request)
             prefix = request.done or tree.match(request.ids) * self.config.segment_tokens
-            prefix = min(prefix, len(request.tokens) - 1)
-            new = len(request.tokens) - prefix
-            tokens += prefix + new
+            new = max(1, len(request.tokens) - prefix)
+            tokens, prefix = tokens + len(request.tokens), len(request.tokens) - new
             compute += m.num_layers * 4.0 * m.num_heads * m.head_dim * prefix * new
             linear += 2.0 * m.num_linear_parameters * new  # in the ideal time of N instances
         memory = m.num_layers * self.kv_bytes * tokens
@@ -110,7 +108,7 @@ class TokenLake:
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
-        at most one each, so that the fewest bytes travel. Replicas are chosen first, by load; one
+        at most one each, so that the fewest bytes travel to the replicas chosen first, by load; one
         where the part is computed is then taken instead. Old KV travels to a prompt's rows where
         that is fewer bytes than their queries and results; so does fresh KV between the parts of a
         prompt, which depends on pairs of parts and is left out of the matching. Raises LakeError
@@ -160,27 +158,14 @@ class TokenLake:
         cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
         pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
         puller, source = np.nonzero(pulled) if len(prompt) else (prompt, prompt)
-        # Matching (§5): bytes of a part at each holder and home, saved if that computes the part;
-        # and what else is saved where there are replicas of all that is read.
-        cells, saved = np.zeros((2, sum(dops), N), np.int64)
+        # Matching (§5): bytes of a part at each holder and home, saved if that computes the part.
+        cells = np.zeros((sum(dops), N), np.int64)
         by_share = (tokens > 0) * ship[:, None]
         by_share[puller, source] = tokens[puller, source] * kv
         present, start = np.unique(of_part, return_index=True)
         cells[present] = np.add.reduceat(by_share, start) if G else 0
         np.add.at(cells, (part, home), rows * puts * kv)
-        at = hot[2] // S
-        there, p = (places >= 0) & (at[:, None] != each), pulled[of, at]
-        np.add.at(saved, of_part[of[p]], C * kv * there[p])
-        by = np.flatnonzero(~p)
-        by = by[np.argsort((of * N + at)[by])]
-        cell, start, number = np.unique((of * N + at)[by], return_index=True, return_counts=True)
-        if len(cell):
-            g, w = np.divmod(cell, N)
-            whole = np.logical_and.reduceat(there[by], start)
-            value = np.where(tokens[g, w] == number * C, ship[g], 0)
-            present, start = np.unique(of_part[g], return_index=True)
-            saved[present] += np.add.reduceat(whole * value[:, None], start)
-        cost = cells.sum(1, keepdims=True) - cells - saved
+        cost = cells.sum(1, keepdims=True) - cells
         best = linear_sum_assignment(cost)[1]
         if len(best) == N and not (puts * (home != part)).any():  # every row where it will live
             gain = cost[each, each].sum() - cost[each, best].sum()
@@ -278,8 +263,7 @@ class TokenLake:
         return KVBuffer(transfer_plan, self.index, self.pool.rows, self.pool.device)
 
     def put(self, kv_buf: KVBuffer):
-        """Writes the layer's new KV to its homes: at once here, elsewhere behind `query`, which
-        must follow."""
+        """Writes the layer's new KV to its homes: here at once, elsewhere in `query`, that follows."""
         self.pool.put(kv_buf)
 
 
