@@ -19,7 +19,6 @@ part is o = 0, lse = −inf: written always, and never a NaN.
                  └─▶ …                                    a tile: at most 64 rows of a span
 
 Two implementations: Triton, and PyTorch for CPUs and float64. Left out: TMA.
-
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
 """
 

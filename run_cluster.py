@@ -42,8 +42,8 @@ LENGTH = lambda x: type(x) is int and 0 < x < 2**53, "a positive integer"
 IDS = (lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i < 2**63 for i in x),
        "a list of integers from 0 up")
 SESSION = lambda x: x is None or type(x) in (str, int), "a string or an integer"
-FIELDS = dict(timestamp=TIME, output_length=LENGTH, salt=(lambda x: type(x) is str, "a string", ""),
-              think_ms=(*TIME, 0))
+FIELDS = dict(session_id=SESSION, timestamp=TIME, output_length=LENGTH, think_ms=(*TIME, 0),
+              salt=(lambda x: type(x) is str, "a string", ""))
 
 
 @dataclass
@@ -93,9 +93,8 @@ def read_trace(source, name: str, scale: int = 1, limit: int | None = None) -> l
         require(not (by_ids and raw.keys() & {"hash_ids", "input_length"}), f"{where}: input_ids "
                 "stands in place of input_length and hash_ids; one or the other is expected")
         require(not by_ids or scale < 2, f"{where}: input_ids cannot be scaled; drop --trace-scale")
-        form = dict(input_ids=IDS) if by_ids else dict(input_length=LENGTH, hash_ids=IDS)
-        keys = {}
-        for key, (ok, expected, *default) in dict(session_id=SESSION, **form, **FIELDS).items():
+        form, keys = dict(input_ids=IDS) if by_ids else dict(input_length=LENGTH, hash_ids=IDS), {}
+        for key, (ok, expected, *default) in (form | FIELDS).items():
             value = keys[key] = raw.get(key, *default)
             found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
             require(ok(value), f"{where}: {key} {found}; {expected} is expected")
@@ -413,16 +412,15 @@ REPORT = """\
      TPOT ms  {tpot}
        moved  {moved} ({puts_local:.1%} of all new KV stayed)
     pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
-EXACT = "equal recomputation without a cache, token for token"
-CLOSE = "within rounding of recomputation without a cache; largest gap {max_logit_gap:.1e} logits"
 
 
 def table(s: dict) -> str:
     """The report that ends a run, from its summary. What was not measured is a dash."""
     form, reads = REPORT, s["cache_reads"]
     if s["verified"] is not None:
-        form += "\n    verified  {verified}/{completed} "
-        form += EXACT if s["max_logit_gap"] == 0 else CLOSE
+        form += "\n    verified  {verified}/{completed} " + (
+            "equal recomputation without a cache, token for token" if s["max_logit_gap"] == 0 else
+            "within {max_logit_gap:.1e} logits of recomputation without a cache")
     s = {key: np.nan if value is None else value for key, value in s.items()}
     kinds = dict(query="queries and results", pull="pulled KV", put="new KV", replica="replicas")
     text = form.format(

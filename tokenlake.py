@@ -263,7 +263,7 @@ class TokenLake:
         return KVBuffer(transfer_plan, self.index, self.pool.rows, self.pool.device)
 
     def put(self, kv_buf: KVBuffer):
-        """Writes the layer's new KV to its homes: here at once, elsewhere in `query`, that follows."""
+        """Writes the layer's new KV to its homes: here at once, elsewhere in the `query` after."""
         self.pool.put(kv_buf)
 
 

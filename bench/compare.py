@@ -145,7 +145,10 @@ def draw(result: dict, folder: Path):
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.3, "figure.constrained_layout.use": True})
     policies, config = result["policies"], result["config"]
-    colours = dict(zip(policies, plt.get_cmap("tab10").colors))
+    kinds = list(dict.fromkeys(name.removesuffix(":fcfs") for name in policies))
+    style = {name: dict(color=f"C{kinds.index(name.removesuffix(':fcfs'))}", marker="o",
+                        markersize=4, linestyle=":" if name.endswith(":fcfs") else "-", label=name)
+             for name in policies}
     title = (f"{Path(config['workload']).stem}, {config['instances']} instances of {config['tp']} "
              f"{config['hardware'].upper()}, {config['model']}, "
              f"{config['capacity_tokens']:,} tokens of cache")
@@ -155,18 +158,21 @@ def draw(result: dict, folder: Path):
             "requests that keep the SLO", "TTFT, ms per input token", "time between tokens, ms")):
         for name, r in policies.items():
             points = [(x["rate"], x[key]) for x in r["curve"] if x[key] is not None]
-            axis.plot(*zip(*points), marker="o", markersize=4, color=colours[name], label=name)
+            axis.plot(*zip(*points), **style[name])
         axis.set(xlabel="requests/s", ylabel=label)
     axes[0].axhline(0.9, color="grey", linestyle=":")
     axes[0].set_ylim(0, 1.03)
     axes[1].set_yscale("log")
-    axes[1].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize="small")
     figure.suptitle(title)
     figure.savefig(folder / "latency.png", dpi=110)
 
-    figure, axes = plt.subplots(1, len(policies), figsize=(3.2 * len(policies), 3.2), sharey=True,
-                                squeeze=False)
-    for axis, (name, r) in zip(axes[0], policies.items()):
+    lines = -(-len(policies) // 4)
+    figure, axes = plt.subplots(lines, min(4, len(policies)), squeeze=False, sharey=True,
+                                figsize=(3.2 * min(4, len(policies)), 0.4 + 2.8 * lines))
+    for axis in axes.ravel()[len(policies):]:
+        axis.remove()
+    for axis, (name, r) in zip(axes.ravel(), policies.items()):
         reads = np.array(r["reads"]) / 1e6
         axis.plot(np.arange(len(reads)) * 10, reads, linewidth=1.2)
         axis.set(title=f"{name}: CV {variation(list(reads)) or 0:.2f}", xlabel="seconds")
@@ -180,7 +186,7 @@ def draw(result: dict, folder: Path):
                 "hit rate", "P90 goodput, requests/s")):
             for name, r in policies.items():
                 at = [(x["capacity_tokens"] / 1e3, x[key]) for x in r["capacities"]]
-                axis.plot(*zip(*at), marker="o", markersize=4, color=colours[name], label=name)
+                axis.plot(*zip(*at), **style[name])
             axis.set(xlabel="cache, thousand tokens", ylabel=label, ylim=(0, None))
         axes[0].legend(frameon=False)
         figure.suptitle(title.rpartition(",")[0].rpartition(",")[0])
