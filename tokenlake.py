@@ -348,7 +348,7 @@ class TimeModel:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill (§6), stateless. In queue and iteration who needs the
+    """Continuous batching, chunked prefill (§6), stateless. In queue and iteration, who needs the
     fewest rows goes first, and counts fewer the more requests have come since. policy: `even`
     gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
     program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms
