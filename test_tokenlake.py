@@ -2389,6 +2389,7 @@ import workloads  # noqa: E402
 
 
 @pytest.mark.parametrize("command, said", [
+    (["kernels.py"], "merge  tiny"),
     (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
     (["simulate.py", "--workload", "toolagent", "--policy", "tokenlake:dp", "--num-requests", 8],
      '"requests": 8'),

@@ -270,7 +270,8 @@ class Simulation:
 
     def good(self, line) -> bool:
         """Whether it kept the SLO."""
-        return all(x <= SLO * y for x, y in zip(self.latency(line.index), self.roofline.alone(line)))
+        ttft, tbt = self.roofline.alone(line)
+        return bool((np.array(self.latency(line.index)) <= (SLO * ttft, SLO * tbt)).all())
 
     def summary(self) -> dict:
         """Of what was served; requests that were not have missed the SLO."""
