@@ -112,8 +112,8 @@ class Work:
     def padded(self) -> list:
         """The same work as gathers for PyTorch: blocks of like size padded to one shape, so that
         a batch of them is one matmul; blocks without keys are in none. Per batch: query rows
-        [b, m], partial rows [b, m] (P for padding), row positions [b, m], slab rows [b, n], their
-        positions [b, n] (NEVER for padding)."""
+        [b, m], partial rows [b, m] (the last for padding), slab rows [b, n] (its first again for
+        padding), what a row does not see [b, 1, m, n]."""
         (blocks, tiles), batches, alike = self._host, [], {}
         kv_before = np.concatenate(([0], np.cumsum(tiles[:, 1])))
         kv_rows, kv_positions = (ranges(tiles[:, i], tiles[:, 1]) for i in (0, 2))
@@ -126,11 +126,11 @@ class Work:
             block, n = blocks[chosen], length[chosen]
             row, column = np.arange(block[:, 1].max()), np.arange(n.max())
             inside, valid = row < block[:, 1:2], column < n[:, None]
-            source = np.where(valid, kv_before[block[:, 4]][:, None] + column, 0)
+            source = kv_before[block[:, 4]][:, None] + column * valid
+            at = np.where(valid, kv_positions[source], NEVER)
             batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
-                     np.where(inside, block[:, 2:3] + row, self.num_rows), block[:, 3:4] + row,
-                     np.where(valid, kv_rows[source], 0),
-                     np.where(valid, kv_positions[source], NEVER))
+                     np.where(inside, block[:, 2:3] + row, self.num_rows), kv_rows[source],
+                     at[:, None, None] > (block[:, 3:4] + row)[:, None, :, None])
             batches.append([to_device(x, self.blocks.device) for x in batch])
         return batches
 
@@ -162,22 +162,19 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
     # One row more than asked for: padding is written there.
     o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)
     lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
-    for rows, partials, positions, kv_rows, kv_positions in work.padded:
-        b, m = rows.shape
-        query = q[rows].view(b, m, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).to(wide)
-        query = query.reshape(b, Hkv, -1, D)  # [b, Hkv, G·m, D]
-        key = k[kv_rows].to(wide).permute(0, 2, 3, 1)  # [b, Hkv, D, n]
-        unused = (kv_positions == NEVER)[:, None, :, None]
-        value = v[kv_rows].to(wide).transpose(1, 2).masked_fill(unused, 0)  # [b, Hkv, n, D]
-        hidden = kv_positions[:, None, None, None, :] > positions[:, None, None, :, None]
-        s = (query @ key * scale).view(b, Hkv, -1, m, kv_rows.shape[1])
-        s = s.masked_fill(hidden, -math.inf)  # [b, Hkv, G, m, n]
+    for rows, partials, kv_rows, hidden in work.padded:
+        (b, m), n = rows.shape, kv_rows.shape[1]
+        query = q[rows].view(b, m, Hkv, -1, D).permute(2, 0, 3, 1, 4).to(wide) * scale
+        key, value = (x.flatten(1).index_select(0, kv_rows.flatten()).view(b, n, Hkv, D)
+                      .permute(2, 0, 1, 3).to(wide) for x in (k, v))  # [Hkv, b, n, D]
+        s = (query.reshape(Hkv, b, -1, D) @ key.mT).view(Hkv, b, -1, m, n)
+        s.masked_fill_(hidden, -math.inf)  # [Hkv, b, G, m, n]
         top = s.amax(-1, keepdim=True)
-        p = torch.exp(s - torch.where(top == -math.inf, 0, top))
+        p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
         total = p.sum(-1, keepdim=True)
-        out = (p.flatten(2, 3) @ value).view(b, Hkv, -1, m, D) / torch.where(total == 0, 1, total)
-        o[partials] = out.permute(0, 3, 1, 2, 4).reshape(b, m, H, D)
-        lse[partials] = (top + total.log()).permute(0, 3, 1, 2, 4).reshape(b, m, H)
+        out = (p.flatten(2, 3) @ value).view(Hkv, b, -1, m, D) / torch.where(total == 0, 1, total)
+        o[partials] = out.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
+        lse[partials] = (top + total.log()).permute(1, 3, 0, 2, 4).reshape(b, m, H)
     o, lse = o[:-1], lse[:-1]
     return (o, lse) if work.parts is None else merge(o, lse, work.parts, backend)
 
@@ -308,3 +305,9 @@ def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, items
     stages = min(3, 1 + max(1, room // (2 * TILE * width * itemsize)))
     return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width,
                 UPCAST=INTERPRETED, num_warps=8 if lanes > 16 else 4, num_stages=stages)
+
+
+if __name__ == "__main__":  # a check and a small benchmark, on whatever device there is
+    import sys
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench", "kernels.py")
+    os.execv(sys.executable, [sys.executable, script, *(sys.argv[1:] or ["--small"])])

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 # Keys of config.json that change what is computed: the one value each may have, also if absent.
 SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
@@ -160,16 +161,14 @@ def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch
         file = folder / name
         require(file.is_file(), file, "no such file")
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    if key in shapes:
-                        found = tuple(tensors.get_slice(key).get_shape())
-                        require(found == shapes[key], file, f"{key} has the shape {found}, "
-                                f"config.json makes it {shapes[key]}")
-                        weights[key] = tensors.get_tensor(key).to(device, dtype)
-                    else:
-                        require(key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"),
-                                file, f"{key} is not a tensor of a Llama")
+            for key, tensor in load_file(file).items():
+                if key in shapes:
+                    require(tensor.shape == shapes[key], file, f"{key} has the shape "
+                            f"{tuple(tensor.shape)}, config.json makes it {shapes[key]}")
+                    weights[key] = tensor.to(device, dtype)
+                else:
+                    require(key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"), file,
+                            f"{key} is not a tensor of a Llama")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
     if missing := [name for name in shapes if name not in weights]:

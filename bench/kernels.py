@@ -2,6 +2,7 @@
 
     python bench/kernels.py                      # all shapes (a GPU), or a check of tiny ones (CPU)
     python bench/kernels.py --models llama-3.1-8b --segments 512 --json kernels.json
+    python kernels.py                            # a few shapes of one model: --small
 
 Every line is checked against float64 before it is timed. KV lies in random segments of a slab
 several times what is read, so nothing is at hand in a cache; times are medians.
@@ -150,19 +151,19 @@ def merging(name: str, rows: int, parts: int, copy) -> dict:
 
 def cases(options):
     """What is run: arguments of `attention` or `merging`, behind the model's name."""
-    for name in options.models:
+    for name in options.models[:1] if options.small else options.models:
         H, Hkv, D = MODELS[name]
         if not GPU:  # tiny, but with ends of segments, tiles and pieces
             yield from ((name, *x) for x in ((3, 1, 300, 128), (1, 1, 700, 512), (2, 20, 150, 32)))
             yield from ((name, 5, 2), (name, 9, 6))
             continue
         room = torch.cuda.mem_get_info()[0] / 6  # twice in the slab, once contiguous, and to spare
-        for C in options.segments:
-            for batch in (1, 4, 16, 64, 256):
-                for context in (4096, 16_384, 65_536, 131_072):
+        for C in options.segments[:1] if options.small else options.segments:
+            for batch in (1, 64) if options.small else (1, 4, 16, 64, 256):
+                for context in (16_384,) if options.small else (4096, 16_384, 65_536, 131_072):
                     if batch * context * 4 * Hkv * D <= min(room, 12e9):
                         yield name, batch, 1, context, C
-            yield from ((name, 1, 2048, 2048 + prefix, C) for prefix in (0, 8192, 32_768, 131_072))
+            yield from ((name, 1, 2048, 2048 + n, C) for n in (0, 8192, 32_768, 131_072))
         yield from ((name, rows, parts) for rows in (64, 1024, 8192) for parts in (2, 4, 8))
 
 
@@ -174,6 +175,7 @@ def main(arguments: list[str]) -> int:
     add("--models", type=split(str), help=f"of {', '.join(MODELS)}; default: all, tiny on a CPU")
     add("--segments", type=split(int), default=[128, 512, 2048], help="tokens of a segment")
     add("--dtype", choices=("bfloat16", "float16"), help="default bfloat16 (CPU: float16)")
+    add("--small", action="store_true", help="a few shapes of the first model")
     add("--json", type=Path, help="a file for the lines")
     options = parser.parse_args(arguments)
     if kernels.triton is None:
