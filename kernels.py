@@ -37,7 +37,6 @@ except ImportError:  # no wheel for this platform: PyTorch serves
 
 TILE, PIECE = 64, 4  # KV rows a tile; tiles a piece at least
 NEVER = np.iinfo(np.int64).max  # position of padding: after every row
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def ranges(starts, counts):
@@ -136,8 +135,7 @@ class Work:
 
 
 def use_triton(x, backend: str) -> bool:
-    """`auto` takes Triton on a GPU, but PyTorch for what the kernels do not do: float64, and heads
-    wider than shared memory has room for."""
+    """`auto`: Triton on a GPU, but for float64 and heads wider than shared memory has room for."""
     return backend == "triton" or (
         backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64
         and x.shape[-1] * x.element_size() <= 512)
@@ -303,11 +301,11 @@ def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, items
     width = max(16, triton.next_power_of_2(head_dim))
     room = 163 * 1024 - lanes * (width + TILE) * itemsize
     stages = min(3, 1 + max(1, room // (2 * TILE * width * itemsize)))
-    return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width,
-                UPCAST=INTERPRETED, num_warps=8 if lanes > 16 else 4, num_stages=stages)
+    return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width, num_stages=stages,
+                num_warps=8 if lanes > 16 else 4, UPCAST=os.environ.get("TRITON_INTERPRET") == "1")
 
 
 if __name__ == "__main__":  # a check and a small benchmark, on whatever device there is
     import sys
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench", "kernels.py")
-    os.execv(sys.executable, [sys.executable, script, *(sys.argv[1:] or ["--small"])])
+    os.execv(sys.executable, [sys.executable, os.path.dirname(os.path.abspath(__file__))
+                              + "/bench/kernels.py", *(sys.argv[1:] or ["--small"])])
