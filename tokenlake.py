@@ -349,15 +349,14 @@ class TimeModel:
 
 class Scheduler:
     """Continuous batching, chunked prefill (§6), stateless. In queue and iteration, who needs the
-    fewest rows goes first, and counts fewer the more requests have come since. policy: `even`
-    gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
+    fewest rows goes first, but nobody is passed by many (see `urgency`). policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
     program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms
     between tokens, kept by fewer prompt rows where that is possible at all."""
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
         self.model = TimeModel(lake)
-        self.waiting: list[Request] = []  # by arrival: a preempted one is older than who waits
+        self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # by admission, the youngest last
         self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
         self.counters, self._arrived = Counter(), 0
@@ -368,8 +367,10 @@ class Scheduler:
         insort(self.waiting, request, key=lambda r: r.order)
 
     def urgency(self, request: Request, done: int) -> int:
-        """The lowest goes first, where `done` of its tokens are computed or cached."""
-        return (len(request.tokens) - done) * 16 // (16 + self._arrived - (request.order or 0))
+        """The lowest goes first: rows that are neither computed nor cached, `done` of them are, less
+        a quarter of a chunk for each request that came later; so whoever waits is passed by few."""
+        later = self._arrived - (request.order or 0)
+        return len(request.tokens) - done - later * max(1, self.lake.config.chunk_tokens // 4)
 
     def _admit(self):
         """The most urgent of a batch that waits; one that waits for a prefix in progress may."""
@@ -380,13 +381,14 @@ class Scheduler:
             return balancer.num_segments(end) - request.num_slots
 
         promised = sum(map(grows, self.running))
-        first = [(balancer.match(r), r) for r in islice(self.waiting, config.max_batch)]
+        room = config.max_batch - len(self.running)
+        first = [(balancer.match(r), r) for r in self.waiting[:config.max_batch * (room > 0)]]
         for matched, request in sorted(first, key=lambda at: self.urgency(at[1], at[0] * C)):
             if balancer.awaited(request, matched):
                 continue
-            room = len(self.running) < config.max_batch
             if not (room and balancer.fits(request, matched, promised)):
                 break
+            room -= 1
             balancer.admit(request, matched)
             promised += grows(request)
             self.cached_tokens.setdefault(request.id, request.done)
@@ -394,7 +396,7 @@ class Scheduler:
             self.running.append(request)
 
     def _preempt(self):
-        """The youngest starts over: what it published stays, and it will hit it."""
+        """The last admitted starts over: what it published stays, and it will hit it."""
         self.balancer.release(self.running[-1])
         self.counters["preemptions"] += 1
         self.add(self.running.pop())

@@ -127,7 +127,6 @@ class Alone:
                 load += run.rows * written  # new KV, up to itself
             n = sum(run.rows for run in own)
             load, reads, rows = load + max(n, lake.ridge) * old, reads + old, rows + n
-        lake.balancer.observe(np.array([load]))
         return cls(batch, np.array([[rows, load, 0]]), reads)
 
 
