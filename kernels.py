@@ -308,4 +308,4 @@ def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, items
 if __name__ == "__main__":  # a check and a small benchmark, on whatever device there is
     import sys
     os.execv(sys.executable, [sys.executable, os.path.dirname(os.path.abspath(__file__))
-                              + "/bench/kernels.py", *(sys.argv[1:] or ["--small"])])
+                              + "/bench/kernels.py", "--small", *sys.argv[1:]])

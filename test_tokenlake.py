@@ -77,6 +77,8 @@ class Job:
     """Ranks of one run of the program, started; `finish` waits for them."""
 
     def __init__(self, arguments, ranks=1, prelude=None):
+        if "--device" not in arguments:  # also where there is a GPU
+            arguments = [*arguments, "--device", "cpu"]
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes, self.pipes = [], []
         for rank in range(ranks):
@@ -365,6 +367,18 @@ def test_long_blocks_are_cut_into_pieces():
         listed = torch.stack([partial[at:at + n] + i for i in range(len(parts))])
         assert (parts[:, :n] == listed).all() and (parts[:, n:] == -1).all()
         assert sorted(work.parts[work.parts >= 0].tolist()) == [*range(work.num_rows)]
+    assert not work.tiles[-1].any()  # what the kernel loads ahead is there
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_request_does_not_see_anothers_nan(backend):
+    """Blocks of a batch are padded with rows of their own: one's NaN stays with it."""
+    device = DEVICE[backend]
+    q, kv = torch.ones(2, 2, 16, device=device), torch.ones(200, 1, 16, device=device)
+    kv[0] = math.nan
+    work = Work([0, 1], [1, 1], [99, 99], [0, 1], [0, 100], [100, 80], [0, 0], 2, device)
+    o, lse = partial_attention(q, kv, kv, work, 1.0, backend)
+    assert o[0].isnan().all() and (o[1] == 1).all() and lse[1].isfinite().all()
 
 
 @on_gpu

@@ -349,15 +349,16 @@ class TimeModel:
 
 class Scheduler:
     """Continuous batching, chunked prefill (§6), stateless. In queue and iteration, who needs the
-    fewest rows goes first, but nobody is passed by many (see `urgency`). policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
-    program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms
-    between tokens, kept by fewer prompt rows where that is possible at all."""
+    fewest rows goes first, but nobody is passed by many (`urgency`). policy: `even` gives every
+    instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic program; `pd:PxD`
+    keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms between tokens,
+    kept by fewer prompt rows where that is possible at all."""
     def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
         self.model = TimeModel(lake)
         self.waiting: list[Request] = []  # by arrival
-        self.running: list[Request] = []  # by admission, the youngest last
+        self.running: list[Request] = []  # by admission, the youngest there last
         self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
         self.counters, self._arrived = Counter(), 0
 
@@ -367,28 +368,25 @@ class Scheduler:
         insort(self.waiting, request, key=lambda r: r.order)
 
     def urgency(self, request: Request, done: int) -> int:
-        """The lowest goes first: rows that are neither computed nor cached, `done` of them are, less
-        a quarter of a chunk for each request that came later; so whoever waits is passed by few."""
+        """The lowest goes first: rows to compute, less a quarter of a chunk per later request."""
         later = self._arrived - (request.order or 0)
         return len(request.tokens) - done - later * max(1, self.lake.config.chunk_tokens // 4)
 
     def _admit(self):
         """The most urgent of a batch that waits; one that waits for a prefix in progress may."""
-        config, balancer, C = self.lake.config, self.balancer, self.lake.config.segment_tokens
+        balancer, C, most = self.balancer, self.balancer.segment_tokens, self.lake.config.max_batch
 
         def grows(request):  # slots for the rest of its prompt, and a segment of its answer
             end = min(len(request.tokens) + C, request.max_tokens - 1)
             return balancer.num_segments(end) - request.num_slots
 
         promised = sum(map(grows, self.running))
-        room = config.max_batch - len(self.running)
-        first = [(balancer.match(r), r) for r in self.waiting[:config.max_batch * (room > 0)]]
+        first = [(balancer.match(r), r) for r in self.waiting[:most * (len(self.running) < most)]]
         for matched, request in sorted(first, key=lambda at: self.urgency(at[1], at[0] * C)):
             if balancer.awaited(request, matched):
                 continue
-            if not (room and balancer.fits(request, matched, promised)):
+            if len(self.running) == most or not balancer.fits(request, matched, promised):
                 break
-            room -= 1
             balancer.admit(request, matched)
             promised += grows(request)
             self.cached_tokens.setdefault(request.id, request.done)
@@ -432,7 +430,7 @@ class Scheduler:
 
     def schedule(self) -> tuple[list[list[Run]], list[int]]:
         """Batches for the next iteration and their DoPs, their slots reserved; when all are pinned,
-        the youngest is preempted. The even split: a batch per instance, of rows that live there."""
+        the last admitted is preempted. Even split: a batch per instance, of rows living there."""
         self._admit()
         budget, N = self.lake.config.chunk_tokens, len(self.lake.instances)
         groups, time = self._groups(budget)

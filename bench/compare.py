@@ -36,8 +36,7 @@ from run_cluster import CV_WINDOW, TOLERANCE, Engine, read_trace  # noqa: E402
 from tokenlake import PUT, LakeConfig  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
-PRECISION = 0.04  # of a goodput
-LOWEST, HIGHEST = 1 / 256, 4096.0  # requests/s that are tried
+PRECISION, LOWEST, HIGHEST = 0.04, 1 / 256, 4096.0  # of a goodput; requests/s that are tried
 
 
 def attained(options, policy: str, seed: int, rate: float, capacity: int) -> bool:

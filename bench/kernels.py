@@ -5,15 +5,15 @@
     python kernels.py                            # a few shapes of one model: --small
 
 Every line is checked against float64 before it is timed. KV lies in random segments of a slab
-several times what is read, so nothing is at hand in a cache; times are medians.
+twice what is read, the L2 cache is flushed between runs, and times are medians.
 
     decode     batch × context: TB/s of KV, its share of a copy's bandwidth in this very run
     prefill    a chunk of rows over a prefix: TFLOP/s
     merge      rows × parts: TB/s of what it reads and writes, its share of a copy's
 
 The peer is PyTorch's `scaled_dot_product_attention` over a contiguous cache, its best case, and
-flash-attn where it is installed. `×` is its time over ours: above 1 we are faster. Without a GPU
-the kernels run in Triton's interpreter, and nothing is timed.
+flash-attn where it is installed. `x_` is its time over ours: above 1 we are faster, although what
+we return is float32. Without a GPU the kernels run in Triton's interpreter; nothing is timed.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +32,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, as the next line does
+
+from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 
 import kernels  # noqa: E402
 from kernels import Work, merge, partial_attention  # noqa: E402
@@ -98,7 +101,7 @@ def peers(q, k, v, at, batch: int, rows: int, scale: float) -> dict:
     k, v = k[at], v[at]  # [batch, context, Hkv, D]
     query = q.view(batch, rows, *q.shape[1:])
     by_head = [x.transpose(1, 2).contiguous() for x in (query, k, v)]
-    mask = torch.nn.attention.bias.causal_lower_right(rows, k.shape[1]) if rows > 1 else None
+    mask = causal_lower_right(rows, k.shape[1]) if rows > 1 else None
     out = {"sdpa": lambda: F.scaled_dot_product_attention(
         *by_head, attn_mask=mask, scale=scale, enable_gqa=True)}
     if importlib.util.find_spec("flash_attn"):
@@ -170,21 +173,21 @@ def cases(options):
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Benchmark the kernels.")
     parser.print_usage = lambda *_: None  # an error is one line
-    split = lambda kind: lambda text: [kind(x) for x in text.split(",")]
     add = parser.add_argument
-    add("--models", type=split(str), help=f"of {', '.join(MODELS)}; default: all, tiny on a CPU")
-    add("--segments", type=split(int), default=[128, 512, 2048], help="tokens of a segment")
+    add("--models", help=f"of {', '.join(MODELS)}, by commas; default: all, tiny on a CPU")
+    add("--segments", default="128,512,2048", help="tokens of a segment")
     add("--dtype", choices=("bfloat16", "float16"), help="default bfloat16 (CPU: float16)")
     add("--small", action="store_true", help="a few shapes of the first model")
-    add("--json", type=Path, help="a file for the lines")
+    add("--json", type=argparse.FileType("w"), help="a file for the lines")
     options = parser.parse_args(arguments)
     if kernels.triton is None:
         parser.error("Triton is not installed; it is what is measured")
-    options.models = options.models or ([*MODELS][:-1] if GPU else ["tiny"])
+    options.models = (options.models or ",".join([*MODELS][:-1] if GPU else ["tiny"])).split(",")
     if unknown := [name for name in options.models if name not in MODELS]:
         parser.error(f"--models {unknown[0]}: {', '.join(MODELS)} are there")
-    if min(options.segments) < 1:
-        parser.error("--segments: positive numbers are expected")
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", options.segments):
+        parser.error(f"--segments {options.segments}: positive numbers by commas are expected")
+    options.segments = [int(n) for n in options.segments.split(",")]
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype or ("bfloat16" if GPU else "float16"))
     copy, lines = copy_bandwidth(), []
@@ -194,16 +197,17 @@ def main(arguments: list[str]) -> int:
         try:
             lines.append(attention(name, *case, dtype, copy) if len(case) == 4
                          else merging(name, *case, copy))
-        except ValueError as error:
-            print(f"bench/kernels.py: {error}", file=sys.stderr)
-            return 1
+        except (ValueError, torch.OutOfMemoryError) as error:
+            return print(f"bench/kernels.py: {error}", file=sys.stderr) or 1
         print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{value}"
                         if isinstance(value, str) else f"{key} {value:,}"
                         for key, value in lines[-1].items()), flush=True)
-    if options.json:
-        facts = dict(device=torch.cuda.get_device_name() if GPU else "cpu", copy=copy,
-                     torch=torch.__version__, triton=kernels.triton.__version__, lines=lines)
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        if options.json:  # after every line: a later one may not fit
+            options.json.seek(0)
+            json.dump(dict(device=torch.cuda.get_device_name() if GPU else "cpu", copy=copy,
+                           torch=torch.__version__, triton=kernels.triton.__version__,
+                           lines=lines), options.json, indent=1)
+            options.json.flush()
     return 0
 
 

@@ -339,8 +339,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     out.add_argument("--capacity-tokens", type=int, metavar="T", help="of cache in all instances; "
                      "default: what 90 %% of the GPUs' memory has room for beside the weights")
-    out.add_argument("--tbt-slo-ms", type=float, help="for the schedulers; default: what "
-                     "nine of ten requests allow")
+    out.add_argument("--tbt-slo-ms", type=float, help="default: what nine of ten requests allow")
     out.add_argument("--workload", default="loogle",
                      help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
     out.print_usage = lambda *_: None  # an error is one line
@@ -422,7 +421,7 @@ def main(arguments: list[str]) -> int:
     options = parser("Simulate a fleet.")
     add = options.add_argument
     add("--policy", default="tokenlake",
-        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD")
+        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD, each also with :fcfs")
     add("--rate", type=float, help="requests per second; default: 1, a trace's own")
     add("--trace", help="with --table: a trace to be in it, at its own times")
     add("--table", action="store_true", help="every scheduler on the demo and generated loads")
