@@ -2678,6 +2678,30 @@ def test_a_simulation_knows_early_that_it_fails():
     assert {i for i in range(60) if not whole.good(whole.lines[i])} == whole.missed
 
 
+def test_schedulers_keep_the_time_between_tokens_that_nine_of_ten_allow():
+    """By default; what the command line says instead goes before."""
+    options = simulate.parser("").parse_args(["--workload", "loogle", "--num-requests", "40"])
+    options.policy, options.rate = "router", 1.0
+    simulate.check(options)
+    run = simulate.simulate(options)
+    allowed = [simulate.SLO * 1e12 * run.roofline.alone(line)[1] for line in run.lines]  # ps
+    for scheduler in run.fleet.schedulers:
+        assert 0.85 <= np.mean([x >= scheduler.slo for x in allowed]) <= 0.95
+    options.tbt_slo_ms = 7.0
+    assert simulate.simulate(options, limit=0).fleet.schedulers[0].slo == 7 * 10**9
+
+
+def test_the_conductor_counts_all_who_wait_where_the_queue_is_in_order():
+    """A prompt of 50 rows waits for shorter ones by urgency, and for all in order of arrival."""
+    made = {name: fleet(name, 100) for name in ("pd:1x3", "pd:1x3:fcfs")}
+    for one in made.values():
+        for id, n in enumerate((20, 300)):
+            one.schedulers[0].add(Request(id, tokens(n, id), n + 5))
+    short = made["pd:1x3"].estimate(0, 20, 0)
+    assert made["pd:1x3"].queue(0, 50) == short
+    assert made["pd:1x3:fcfs"].queue(0, 50) == short + made["pd:1x3"].estimate(0, 300, 0)
+
+
 def test_a_fleet_serves_by_urgency_or_in_order():
     """`:fcfs` behind a policy: first come, first served, at the instances of a baseline too."""
     for policy in ("tokenlake", "router", "pd:1x3"):
