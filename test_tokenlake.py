@@ -1387,7 +1387,7 @@ def test_admission_counts_what_is_promised_and_what_would_be_pinned():
 
 
 def test_prompt_rows_share_a_budget():
-    """N·chunk prompt rows per iteration, first come first served; decodes are not counted."""
+    """N·chunk prompt rows per iteration, the most urgent first; decodes are not counted."""
     lake = TokenLake([0, 1], Config(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=10))
     scheduler = Scheduler(lake)
     for id, length in enumerate((1, 13, 30)):

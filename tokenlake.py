@@ -358,7 +358,7 @@ class Scheduler:
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
         self.model = TimeModel(lake)
         self.waiting: list[Request] = []  # by arrival
-        self.running: list[Request] = []  # by admission, the youngest there last
+        self.running: list[Request] = []  # by admission, the last one last
         self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
         self.counters, self._arrived = Counter(), 0
 
@@ -373,7 +373,7 @@ class Scheduler:
         return len(request.tokens) - done - later * max(1, self.lake.config.chunk_tokens // 4)
 
     def _admit(self):
-        """The most urgent of a batch that waits; one that waits for a prefix in progress may."""
+        """Admits the most urgent of the first to come, but for who awaits a prefix in progress."""
         balancer, C, most = self.balancer, self.balancer.segment_tokens, self.lake.config.max_batch
 
         def grows(request):  # slots for the rest of its prompt, and a segment of its answer
