@@ -26,6 +26,7 @@ import heapq
 import json
 import math
 import time
+from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -65,8 +66,8 @@ class PrefixTree:
         self.weight = 1.0  # of an admission: after half_life others it counts half
 
     def match(self, ids: list[bytes]) -> int:
-        """How many of a request's segments, from its first on, are published."""
-        return next((i for i, id in enumerate(ids) if id not in self.segments), len(ids))
+        """How many of a request's segments are published: the first ones, as parents stay."""
+        return bisect_left(ids, True, key=lambda id: id not in self.segments)
 
     def insert(self, id: bytes, parent: Segment | None, instance: int, slot: int) -> Segment:
         segment = self.segments[id] = Segment(id, parent or self.root, {instance: slot})

@@ -24,7 +24,6 @@ Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances �
 """
 
 import hashlib
-import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -361,7 +360,7 @@ class Pool:
                  staging: int, dtype, device):
         self.cluster, self.device = cluster, torch.device(device)
         self.heads_per_kv = config.num_heads // config.num_kv_heads
-        self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.scale = 1.0 / config.head_dim**0.5
         # Rows of slots, then staging. Never read before written: spans end where the tokens do.
         self.rows = slots * segment_tokens + staging
         shape = config.num_layers, self.rows, config.num_kv_heads, config.head_dim

@@ -139,7 +139,7 @@ class Simulation:
         self.plan, self.left = [None] * len(fleet.lakes), [0] * len(fleet.lakes)  # see `steady`
         self.following = {line.previous.index: line for line in lines if line.previous}
         self.ms = lambda value: value / 1e3 / speed
-        self.arrived, self.times, self.prompts = {}, {}, 0
+        self.arrived, self.allowed, self.times, self.prompts = {}, {}, {}, 0
         self.kept, self.refused, self.missed, self.due = 0, 0, set(), []  # requests, by their SLO
         self.busy, self.windows, self.log = np.zeros(2), {}, []
         fleet.bandwidth = roofline.link
@@ -178,7 +178,8 @@ class Simulation:
             line.arrive(0, self.roofline.model.vocab_size, self.block, 0)
         self.arrived[line.index] = self.now
         self.prompts += line.request.num_prompt
-        heapq.heappush(self.due, (self.now + SLO * self.roofline.alone(line)[0], line.index))
+        self.allowed[line.index] = SLO * np.array(self.roofline.alone(line))  # TTFT and TBT
+        heapq.heappush(self.due, (self.now + self.allowed[line.index][0], line.index))
         if self.fleet.fits(line.request):
             self.begin(self.fleet.arrive(line.request))
         else:
@@ -269,8 +270,7 @@ class Simulation:
 
     def good(self, line) -> bool:
         """Whether it kept the SLO."""
-        ttft, tbt = self.roofline.alone(line)
-        return bool((np.array(self.latency(line.index)) <= (SLO * ttft, SLO * tbt)).all())
+        return bool((self.latency(line.index) <= self.allowed[line.index]).all())
 
     def summary(self) -> dict:
         """Of what was served; requests that were not have missed the SLO."""
