@@ -46,10 +46,14 @@ def ranges(starts, counts):
     return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
 
 
-def to_device(array, device):
-    """A host array as a tensor there, without waiting: pinned memory lets the copy go on alone."""
-    tensor, cuda = torch.from_numpy(array), torch.device(device).type == "cuda"
-    return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor
+def to_device(arrays, device) -> list:
+    """Host arrays as tensors there, in one copy that goes on alone, as from pinned memory."""
+    raw = [x.tobytes().ljust(x.nbytes // 16 * 16 + 16) for x in arrays]  # what kernels count on
+    host = torch.frombuffer(bytearray().join(raw), dtype=torch.uint8)
+    host = host.pin_memory() if torch.device(device).type == "cuda" else host
+    there = host.to(device, non_blocking=True).split([*map(len, raw)])
+    return [part[:x.nbytes].view(torch.from_numpy(x).dtype).view(x.shape)
+            for part, x in zip(there, arrays)]
 
 
 def cut(lengths, size: int):
@@ -96,16 +100,15 @@ class Work:
         pieces = np.stack(((first[run] + offset)[block], height[block], partial,
                            (position[run] + offset)[block], begin[block] + before,
                            np.minimum(end[block], begin[block] + before + most)), 1)
-        self.num_rows, self.parts = int(height[block].sum()), None
+        self.num_rows, parts = int(height[block].sum()), np.zeros((0, 0), np.int32)
         if len(block) > len(height):
             count = np.bincount(block)
             of, at, _ = cut(height, 1)  # partial rows of a block's pieces follow each other
             number, start = np.arange(count.max()), partial[np.cumsum(count) - count]
             parts = (start[of] + at)[:, None] + number * height[of, None]
             parts = np.where(number < count[of, None], parts, -1).astype(np.int32)
-            self.parts = to_device(parts, device)
         self._host = pieces, tiles
-        self.blocks, self.tiles = (to_device(x, device) for x in (pieces, tiles))
+        self.blocks, self.tiles, self.parts = to_device((pieces, tiles, parts), device)
 
     @cached_property
     def padded(self) -> list:
@@ -130,7 +133,7 @@ class Work:
             batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
                      np.where(inside, block[:, 2:3] + row, self.num_rows), kv_rows[source],
                      at[:, None, None] > (block[:, 3:4] + row)[:, None, :, None])
-            batches.append([to_device(x, self.blocks.device) for x in batch])
+            batches.append(to_device(batch, self.blocks.device))
         return batches
 
 
@@ -155,26 +158,25 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
             _partial_attention_kernel[len(work.blocks), Hkv](
                 q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
                 **attention_config(work.lanes, H, Hkv, D, k.element_size()))
-        return (o, lse) if work.parts is None else merge(o, lse, work.parts, backend)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    # One row more than asked for: padding is written there.
-    o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)
-    lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
-    for rows, partials, kv_rows, hidden in work.padded:
-        (b, m), n = rows.shape, kv_rows.shape[1]
-        query = q[rows].view(b, m, Hkv, -1, D).permute(2, 0, 3, 1, 4).to(wide) * scale
-        key, value = (x.flatten(1).index_select(0, kv_rows.flatten()).view(b, n, Hkv, D)
-                      .permute(2, 0, 1, 3).to(wide) for x in (k, v))  # [Hkv, b, n, D]
-        s = (query.reshape(Hkv, b, -1, D) @ key.mT).view(Hkv, b, -1, m, n)
-        s.masked_fill_(hidden, -math.inf)  # [Hkv, b, G, m, n]
-        top = s.amax(-1, keepdim=True)
-        p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
-        total = p.sum(-1, keepdim=True)
-        out = (p.flatten(2, 3) @ value).view(Hkv, b, -1, m, D) / torch.where(total == 0, 1, total)
-        o[partials] = out.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
-        lse[partials] = (top + total.log()).permute(1, 3, 0, 2, 4).reshape(b, m, H)
-    o, lse = o[:-1], lse[:-1]
-    return (o, lse) if work.parts is None else merge(o, lse, work.parts, backend)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)  # + 1: for padding
+        lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
+        for rows, partials, kv_rows, hidden in work.padded:
+            (b, m), n = rows.shape, kv_rows.shape[1]
+            query = q[rows].view(b, m, Hkv, -1, D).permute(2, 0, 3, 1, 4).to(wide) * scale
+            key, value = (x.flatten(1).index_select(0, kv_rows.flatten()).view(b, n, Hkv, D)
+                          .permute(2, 0, 1, 3).to(wide) for x in (k, v))  # [Hkv, b, n, D]
+            s = (query.reshape(Hkv, b, -1, D) @ key.mT).view(Hkv, b, -1, m, n)
+            s.masked_fill_(hidden, -math.inf)  # [Hkv, b, G, m, n]
+            top = s.amax(-1, keepdim=True)
+            p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
+            total = p.sum(-1, keepdim=True)  # the maximum gives 1
+            out = (p.flatten(2, 3) @ value).view(Hkv, b, -1, m, D) / total.clamp(min=1)
+            o[partials] = out.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
+            lse[partials] = (top + total.log()).permute(1, 3, 0, 2, 4).reshape(b, m, H)
+        o, lse = o[:-1], lse[:-1]
+    return merge(o, lse, work.parts, backend) if len(work.parts) else (o, lse)
 
 
 def merge(o, lse, parts, backend: str = "auto"):
@@ -199,7 +201,7 @@ def merge(o, lse, parts, backend: str = "auto"):
     weight = torch.exp(part - torch.where(top == -math.inf, 0, top))
     total = weight.sum(1)  # [rows, H]
     seen = o[index].masked_fill((part == -math.inf)[..., None], 0)
-    out = (weight[..., None] * seen).sum(1) / torch.where(total == 0, 1, total)[..., None]
+    out = (weight[..., None] * seen).sum(1) / total.clamp(min=1)[..., None]
     return out, top[:, 0] + total.log()
 
 
@@ -213,10 +215,9 @@ if triton is not None:
         return tl.load(Tiles + t * 3), tl.load(Tiles + t * 3 + 1), tl.load(Tiles + t * 3 + 2)
 
     @triton.jit
-    def _partial_attention_kernel(Q, K, V, Blocks, Tiles, O, LSE, scale,
-                                  H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-                                  M: tl.constexpr, N: tl.constexpr, DPAD: tl.constexpr,
-                                  UPCAST: tl.constexpr):
+    def _partial_attention_kernel(Q, K, V, Blocks, Tiles, O, LSE, scale, H: tl.constexpr,
+                                  HKV: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+                                  N: tl.constexpr, DPAD: tl.constexpr, UPCAST: tl.constexpr):
         """One program: a block of rows × one KV head. Its M lanes are (row, head of the group)."""
         G: tl.constexpr = H // HKV
         block = Blocks + tl.program_id(0) * 6

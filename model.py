@@ -119,18 +119,17 @@ def load_config(folder: Path) -> Config:
 
 def tensor_shapes(config: Config) -> dict[str, tuple]:
     """Every weight by its Hugging Face name. Linear weights are [out, in]."""
-    c, hidden, ffn = config, config.hidden_size, config.intermediate_size
+    c, h, ffn = config, config.hidden_size, config.intermediate_size
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = {"input_layernorm": (hidden,), "self_attn.q_proj": (q, hidden),
-             "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-             "self_attn.o_proj": (hidden, q), "post_attention_layernorm": (hidden,),
-             "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
-             "mlp.down_proj": (hidden, ffn)}
+    layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,),
+             "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+             "self_attn.o_proj": (h, q), "mlp.gate_proj": (ffn, h), "mlp.up_proj": (ffn, h),
+             "mlp.down_proj": (h, ffn)}
     layers = {f"model.layers.{i}.{name}.weight": shape
               for i in range(c.num_layers) for name, shape in layer.items()}
-    head = {} if c.tie_word_embeddings else {"lm_head.weight": (c.vocab_size, hidden)}
-    return {"model.embed_tokens.weight": (c.vocab_size, hidden), **layers,
-            "model.norm.weight": (hidden,), **head}
+    head = {} if c.tie_word_embeddings else {"lm_head.weight": (c.vocab_size, h)}
+    return {"model.embed_tokens.weight": (c.vocab_size, h), **layers,
+            "model.norm.weight": (h,), **head}
 
 
 def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
@@ -206,11 +205,6 @@ class Llama:
         """What tells it from other models: its shape, its type, a number of each tensor."""
         return self.config, self.dtype, [float(w.flatten()[0]) for w in self.weights.values()]
 
-    def norm(self, x, name):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        return wide.to(x.dtype) * self.weights[name]
-
     @torch.inference_mode()
     def forward(self, tokens, positions, attend, rows=None):
         """tokens, positions [T] int64 → logits [T, V], or [len(rows), V] for the wanted rows.
@@ -218,6 +212,7 @@ class Llama:
         `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
         layer, also when T is 0: a rank without rows still holds cache that others read."""
         c, w = self.config, self.weights
+        norm = lambda x, name: F.rms_norm(x, x.shape[-1:], w[name + ".weight"], c.rms_norm_eps)
         angle = positions[:, None].float() * self.frequency  # [T, D/2]
         cos, sin = (f(angle).to(self.dtype)[:, None] for f in (torch.cos, torch.sin))
 
@@ -228,15 +223,15 @@ class Llama:
         x = F.embedding(tokens, w["model.embed_tokens.weight"])  # [T, hidden]
         for layer in range(c.num_layers):
             at = f"model.layers.{layer}."
-            h = self.norm(x, at + "input_layernorm.weight")
+            h = norm(x, at + "input_layernorm")
             q, k, v = (F.linear(h, w[f"{at}self_attn.{name}_proj.weight"])
                        .unflatten(-1, (-1, c.head_dim)) for name in "qkv")
             out = attend(layer, rope(q), rope(k), v).flatten(1)
             x = x + F.linear(out, w[at + "self_attn.o_proj.weight"])
-            h = self.norm(x, at + "post_attention_layernorm.weight")
+            h = norm(x, at + "post_attention_layernorm")
             gate, up = (F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
             x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
-        return F.linear(self.norm(x if rows is None else x[rows], "model.norm.weight"), self.head)
+        return F.linear(norm(x if rows is None else x[rows], "model.norm"), self.head)
 
     def forward_alone(self, tokens: list[int], rows=None):
         """Logits of one sequence from nothing: no cache, no neighbours. The oracle's forward."""

@@ -295,9 +295,9 @@ class Exchange:
         mine = by_target[moves.source[by_target] == index]
         self.rows = np.bincount(moves.kind[mine], moves.length[mine], len(KINDS)).astype(int)
         lands = np.flatnonzero((moves.target == index) & (moves.arrive >= 0))
-        self.leave, self.land, self.arrive = (
-            to_device(ranges(first[lines], moves.length[lines]), device)
-            for first, lines in ((moves.leave, mine), (offsets, lands), (moves.arrive, lands)))
+        self.leave, self.land, self.arrive = to_device([
+            ranges(first[lines], moves.length[lines]) for first, lines in (
+                (moves.leave, mine), (offsets, lands), (moves.arrive, lands))], device)
 
 
 class KVBuffer:
@@ -307,8 +307,8 @@ class KVBuffer:
         last = (plan.written + plan.length)[mine].max(initial=0) - 1
         if last >= rows:
             raise LakeError(f"instance {index} is to write slab row {last}, its slab has {rows}")
-        self.fresh = to_device(ranges(plan.first[mine], plan.length[mine]), device)
-        self.written = to_device(ranges(plan.written[mine], plan.length[mine]), device)
+        self.fresh, self.written = to_device(
+            [ranges(x[mine], plan.length[mine]) for x in (plan.first, plan.written)], device)
         self.moves = Exchange(plan.moves, plan.num_instances, index, device)
         self.layer = self.k = self.v = None
 
@@ -345,8 +345,7 @@ class QueryBuffer:
         leave, column = np.concatenate(rows[4:]), np.repeat(np.arange(4 + N), [*map(len, rows)])
         parts = np.full((self.num_rows, 4 + N), -1, np.int32)
         parts[np.concatenate(rows), column] = np.arange(len(column))
-        parts = np.ascontiguousarray(parts[:, (parts >= 0).any(0)])
-        self.leave, self.parts = (to_device(x, device) for x in (leave, parts))
+        self.leave, self.parts = to_device((leave, parts[:, (parts >= 0).any(0)]), device)
         self.layer = self.q = None
 
     def write(self, layer: int, q):
@@ -424,11 +423,10 @@ class Pool:
         if layer + 1 < len(self.k):
             self._pulling = self.move(layer + 1, buffer.pulls)
         here, late, pulled, sibling = buffer.works
-        partials = [partial_attention(q, *slab, here, self.scale)]
+        attend = lambda kv, work: partial_attention(q, *kv, work, self.scale)
+        partials = [attend(slab, here)]
         fresh = land()
-        partials += [partial_attention(q, *slab, late, self.scale),
-                     partial_attention(q, *pull(), pulled, self.scale),
-                     partial_attention(q, *fresh, sibling, self.scale)]
+        partials += [attend(slab, late), attend(pull(), pulled), attend(fresh, sibling)]
         if buffer.active:
             o, lse = partial_attention(arriving(), *slab, buffer.arrived, self.scale)
             result = torch.cat((o, lse[..., None]), -1)  # one buffer: [n, H, D + 1]

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import BLOCK, Request, variation
+from kernels import to_device
 from model import Config, Llama, Sampler, load_config, load_weights, random_weights, require
 from pool import Cluster, LakeError, SetupError, Stopped
 from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
@@ -175,10 +176,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     plain("--verify", action=argparse.BooleanOptionalAction,
           help="recompute every answer without a cache; default: for the built-in demo")
     add("--output", path, "DIR", "write requests.jsonl and summary.json")
+    plain("--profile", action="store_true", help="with --output: rank 0 writes profile.json.gz too")
     options = parser.parse_args(arguments)
     require(options.model or not options.random_weights,
             "--random-weights needs --model DIR (the built-in model is random)")
     require(options.trace or not options.trace_scale, "--trace-scale needs --trace FILE")
+    require(options.output or not options.profile, "--profile needs --output DIR")
     if options.verify is None:
         options.verify = not (options.trace or options.model)
     return options
@@ -186,8 +189,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def prepare(options, cluster: Cluster, device, memory: int):
     """Checks what the user gave → (lines, LakeConfig, Llama). memory: least bytes of a device."""
-    for name in ("requests.jsonl", "summary.json") if options.output else ():
-        require(not os.path.exists(options.output / name),
+    for name in ("requests.jsonl", "summary.json", "profile.json.gz"):
+        require(not options.output or not os.path.exists(options.output / name),
                 f"--output {options.output}: already holds {name}; a new folder is expected")
     config = load_config(options.model) if options.model else Config()
     V, P = config.vocab_size, config.max_positions
@@ -298,7 +301,6 @@ class Engine:
     def _compute(self, batches, groups, plan, transfer_plan) -> dict[int, int]:
         """This rank's rows through the model → the tokens that they give, by request id."""
         lake = self.lake
-        tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=lake.pool.device)
         batch, group = next((at for at in zip(batches, groups) if lake.index in at[1]), ([], []))
         q_buf = lake.init_query(batch, group, plan)
         kv_buf = lake.init_transfer(batch, transfer_plan)
@@ -313,8 +315,9 @@ class Engine:
         rows = [(run.request, p) for run in runs
                 for p in range(run.position, run.position + run.rows)]
         last = [i for i, (request, p) in enumerate(rows) if p + 1 == len(request.tokens)]
-        logits = self.model.forward(tensor([request.tokens[p] for request, p in rows]),
-                                    tensor([p for _, p in rows]), attend, tensor(last))
+        ids, positions, at = to_device([np.array(x, np.int64) for x in (
+            [r.tokens[p] for r, p in rows], [p for _, p in rows], last)], self.model.device)
+        logits = self.model.forward(ids, positions, attend, at)
         keys = [(rows[i][0].id, rows[i][1] + 1) for i in last]
         return dict(zip((id for id, _ in keys), self.sampler.sample(logits, keys)))
 
@@ -396,11 +399,11 @@ def summarise(server: Server, gaps: dict | None, wrong: list, error: str | None)
         asked_tokens=sum(line.request.peak for line in server.lines if line.request),
         idle_fraction=ratio(np.ptp(engine.busy), engine.busy[1]), iterations=engine.iterations,
         cache_load_cv=variation(windows), max_logit_gap=None if np.isnan(gap) else gap,
-        verified=None if gaps is None else len(gaps) - len(wrong),
-        config={k: v if v is None or isinstance(v, int) else str(v) for k, v in (
-            vars(server.options) | vars(lake.config) | dict(
-                ranks=server.cluster.size, torch=torch.__version__, device=server.model.device,
-                dtype=str(server.model.dtype).removeprefix("torch."))).items()})
+        verified=None if gaps is None else len(gaps) - len(wrong), config={
+            k: v if v is None or isinstance(v, int) else str(v) for k, v in (
+                vars(server.options) | vars(lake.config) | dict(
+                    ranks=server.cluster.size, torch=torch.__version__, device=server.model.device,
+                    dtype=str(server.model.dtype).removeprefix("torch."))).items()})
 
 
 REPORT = """\
@@ -463,10 +466,14 @@ def serve(server: Server, file, on_iteration) -> str | None:
     first, lines, records = server.cluster.rank == 0, server.lines, server.records
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
-    error, gaps, wrong = None, None, []
+    error, gaps, wrong, profile = None, None, [], contextlib.nullcontext()
+    if server.options.profile and first:  # with_stack: functions by their names
+        profile = torch.profiler.profile(with_stack=True, on_trace_ready=lambda profile: (
+            profile.export_chrome_trace(str(server.options.output / "profile.json.gz"))))
     with file, tqdm(total=len(lines), unit="request", leave=False, disable=not first) as bar:
         try:
-            server.serve(file, bar, on_iteration)
+            with profile:
+                server.serve(file, bar, on_iteration)
         except Stopped as stopped:
             error = f"{stopped}; {len(records)} of {len(lines)} are finished"
         if server.options.verify and not error:

@@ -290,7 +290,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
     k[~used] = v[~used] = math.nan
     device = DEVICE[backend]
     work = Work(*zip(*RUNS), *zip(*SPANS), H // Hkv, device, programs)
-    assert (work.parts is None) == (programs == 1)
+    assert (len(work.parts) == 0) == (programs == 1)
     found = partial_attention(q.to(device), k.to(device), v.to(device), work, D ** -0.5, backend)
     o, lse = (x.cpu() for x in found)
     expected, expected_lse = reference_attention(q, k, v, RUNS, SPANS, D ** -0.5)
@@ -354,7 +354,7 @@ def test_long_blocks_are_cut_into_pieces():
     spans = [(0, 0, 64 * 40, 0), (1, 5000, 64 * 6 + 1, 0), (2, 9000, 64, 0)]
     runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]
     whole = Work(*zip(*runs), *zip(*spans), 2)
-    assert whole.parts is None and whole.num_rows == 26
+    assert not len(whole.parts) and whole.num_rows == 26
     for programs, most in ((2, 24), (6, 8), (10**6, 4)):
         work = Work(*zip(*runs), *zip(*spans), 2, programs=programs)
         first, rows, partial, position, begin, end = work.blocks.T
@@ -395,7 +395,7 @@ def test_kernels_on_a_gpu_at_real_shapes(H, Hkv, D, dtype):
     spans = [(run, int(slots[run * 50 + i]) * C, min(C, n - i * C), i * C)
              for run, n in enumerate(lengths) for i in range(-(-n // C))]
     work = Work(*zip(*runs), *zip(*spans), H // Hkv, "cuda", 64)
-    assert work.parts is not None
+    assert len(work.parts)
     o, lse = partial_attention(2 * q, k, v, work, D ** -0.5, "triton")
     exact = partial_attention(2 * q.double(), k.double(), v.double(), work, D ** -0.5)
     assert error(o, exact[0]) < 1e-2 and error(lse, exact[1]) < 1e-4
@@ -2678,15 +2678,15 @@ def test_a_simulation_knows_early_that_it_fails():
     assert {i for i in range(60) if not whole.good(whole.lines[i])} == whole.missed
 
 
-def test_schedulers_keep_the_time_between_tokens_that_nine_of_ten_allow():
+def test_schedulers_keep_the_time_between_tokens_that_nearly_all_allow():
     """By default; what the command line says instead goes before."""
-    options = simulate.parser("").parse_args(["--workload", "loogle", "--num-requests", "40"])
+    options = simulate.parser("").parse_args(["--workload", "loogle", "--num-requests", "200"])
     options.policy, options.rate = "router", 1.0
     simulate.check(options)
     run = simulate.simulate(options)
     allowed = [simulate.SLO * 1e12 * run.roofline.alone(line)[1] for line in run.lines]  # ps
     for scheduler in run.fleet.schedulers:
-        assert 0.85 <= np.mean([x >= scheduler.slo for x in allowed]) <= 0.95
+        assert 0.985 <= np.mean([x >= scheduler.slo for x in allowed]) <= 0.995
     options.tbt_slo_ms = 7.0
     assert simulate.simulate(options, limit=0).fleet.schedulers[0].slo == 7 * 10**9
 

@@ -209,10 +209,9 @@ class TokenLake:
         written = np.where(staged > 0, S * C + offset - offset[start], kept)
         to, g, c = np.flatnonzero(staged), g[comes], c[comes]
         filled, copied = np.array([*copies.items()], np.int64).reshape(-1, 2).T
-        moves = Moves.of(
-            (PULL, instance[c], written[c], v[g], -1, rows[c]),
-            (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
-            (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
+        moves = Moves.of((PULL, instance[c], written[c], v[g], -1, rows[c]),
+                         (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
+                         (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
         # Where fresh KV meets its readers: written there, arrived by then, or of a sibling.
         meet = np.where(far, home[writer], instance[reader])
         late = instance[writer] != meet

@@ -321,7 +321,7 @@ def simulate(options, policy=None, workload=None, rate=None, seed=None, limit=No
     seed = options.seed if seed is None else seed
     lines = load(name, options.num_requests, rate or 1.0, seed)
     roofline, speed = Roofline(model, options.hardware, options.tp), 1.0
-    allowed = np.percentile([SLO * 1e3 * roofline.alone(line)[1] for line in lines], 10)
+    allowed = np.percentile([SLO * 1e3 * roofline.alone(line)[1] for line in lines], 1)
     fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms or allowed,
                        dtype=torch.bfloat16)
     if rate and name not in ("demo", *WORKLOADS):  # a trace's file: arrivals as fast as that
@@ -339,7 +339,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     out.add_argument("--capacity-tokens", type=int, metavar="T", help="of cache in all instances; "
                      "default: what 90 %% of the GPUs' memory has room for beside the weights")
-    out.add_argument("--tbt-slo-ms", type=float, help="default: what nine of ten requests allow")
+    out.add_argument("--tbt-slo-ms", type=float, help="default: what 99 of 100 requests allow")
     out.add_argument("--workload", default="loogle",
                      help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
     out.print_usage = lambda *_: None  # an error is one line
