@@ -4,6 +4,7 @@ Ranks are real processes that talk over gloo, forked from one server that has to
 run has its own store on a free port and its own folder, so runs can go side by side."""
 
 import contextlib
+import gzip
 import importlib.util
 import io
 import json
@@ -36,7 +37,7 @@ import pool
 import run_cluster
 import tokenlake
 from balancer import Balancer, PrefixTree, Request
-from kernels import Work, merge, partial_attention, ranges
+from kernels import Work, merge, partial_attention, ranges, to_device
 from model import Config, Llama, Sampler, load_config, random_weights
 from tokenlake import LakeConfig, Scheduler, TokenLake
 
@@ -256,6 +257,19 @@ def reference_attention(q, k, v, runs, spans, scale):
             o.append(torch.einsum("hn,nhd->hd", s.softmax(-1), vv) if keys
                      else torch.zeros(H, D).double())
     return torch.stack(o), torch.stack(lse)
+
+
+def test_arrays_reach_the_device_in_one_piece():
+    """Of any type and shape, empty and strided ones too; each aligned as kernels are compiled for,
+    which on a CPU the first decides."""
+    arrays = [np.arange(12).reshape(3, 4).T, np.zeros(0, np.int64), np.array([[True], [False]]),
+              np.full((2, 0), -1, np.int32), np.arange(5, dtype=np.int32), np.arange(7.0)]
+    found = to_device(arrays, "cpu")
+    for array, tensor in zip(arrays, found, strict=True):
+        assert tensor.numpy().dtype == array.dtype and tensor.is_contiguous()
+        np.testing.assert_array_equal(tensor.numpy(), array)
+        if array.size:
+            assert (tensor.data_ptr() - found[0].data_ptr()) % 16 == 0
 
 
 def error(found, expected):
@@ -737,7 +751,7 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
     (["--trace-scale", "3", "--trace", "x"], "'3': a divisor of 512 is expected"),
     (["--speed", "0"], "--speed"), (["--speed", "nan"], "--speed"), (["--seed", "-1"], "--seed"),
-    (["--timeout", "0"], "--timeout"),
+    (["--timeout", "0"], "--timeout"), (["--profile"], "--profile needs --output DIR"),
     (["--trace-scale", "2"], "needs --trace"), (["--random-weights"], "needs --model"),
     (["--model", "{tmp}/missing"], "No such file"), (["--dtype", "int8"], "--dtype"),
     (["--placement", "here"], "--placement"), (["--bogus"], "--bogus"), (["extra"], "extra"),
@@ -774,6 +788,23 @@ def test_bad_input_with_several_ranks_is_said_once(tmp_path):
         tmp_path, "--scheduler", "pd:3x2", ranks=3)
     refused(tmp_path, "--trace", tmp_path / "missing", ranks=3)
     assert "staging" in refused(tmp_path, "--max-batch", 99999999999, ranks=2)
+
+
+def test_profile_names_what_the_pool_does(tmp_path):
+    """Rank 0 writes one file, in the format of Chrome's and Perfetto's traces, of serving alone."""
+    served = serve(tmp_path, [dict(input_ids=tokens(40, 1), output_length=4)], "--profile",
+                   "--verify", ranks=2)
+    (path,) = tmp_path.glob("out*/profile*")
+    with gzip.open(path, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    count = Counter(event["name"].split(": ")[-1] for event in events
+                    if event.get("cat") == "python_function")
+    layers = Config().num_layers * served.summary["iterations"]
+    assert count["merge"] == layers and 4 * layers <= count["partial_attention"] <= 5 * layers
+    assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
+    assert count["gen_plans"] == served.summary["iterations"] and not count["score_gap"]
+    assert "aten::index_select" in {event["name"] for event in events}
+    assert served.summary["verified"] == 1
 
 
 def test_torchrun_serves_and_refuses(tmp_path):
