@@ -47,13 +47,12 @@ def ranges(starts, counts):
 
 
 def to_device(arrays, device) -> list:
-    """Host arrays as tensors there, in one copy that goes on alone, as from pinned memory."""
-    raw = [x.tobytes().ljust(x.nbytes // 16 * 16 + 16) for x in arrays]  # what kernels count on
-    host = torch.frombuffer(bytearray().join(raw), dtype=torch.uint8)
-    host = host.pin_memory() if torch.device(device).type == "cuda" else host
-    there = host.to(device, non_blocking=True).split([*map(len, raw)])
-    return [part[:x.nbytes].view(torch.from_numpy(x).dtype).view(x.shape)
-            for part, x in zip(there, arrays)]
+    """int64 arrays of the host as tensors there, in one copy, from pinned memory: nobody waits.
+    Kernels are compiled for aligned tensors, so what they read comes first."""
+    flat = torch.from_numpy(np.concatenate([x.ravel() for x in arrays]))
+    flat = flat.pin_memory() if torch.device(device).type == "cuda" else flat
+    parts = flat.to(device, non_blocking=True).split([x.size for x in arrays])
+    return [part.view(x.shape) for part, x in zip(parts, arrays)]
 
 
 def cut(lengths, size: int):
@@ -100,13 +99,13 @@ class Work:
         pieces = np.stack(((first[run] + offset)[block], height[block], partial,
                            (position[run] + offset)[block], begin[block] + before,
                            np.minimum(end[block], begin[block] + before + most)), 1)
-        self.num_rows, parts = int(height[block].sum()), np.zeros((0, 0), np.int32)
+        self.num_rows, parts = int(height[block].sum()), np.zeros((0, 0), np.int64)
         if len(block) > len(height):
             count = np.bincount(block)
             of, at, _ = cut(height, 1)  # partial rows of a block's pieces follow each other
             number, start = np.arange(count.max()), partial[np.cumsum(count) - count]
             parts = (start[of] + at)[:, None] + number * height[of, None]
-            parts = np.where(number < count[of, None], parts, -1).astype(np.int32)
+            parts = np.where(number < count[of, None], parts, -1)
         self._host = pieces, tiles
         self.blocks, self.tiles, self.parts = to_device((pieces, tiles, parts), device)
 
@@ -133,7 +132,7 @@ class Work:
             batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
                      np.where(inside, block[:, 2:3] + row, self.num_rows), kv_rows[source],
                      at[:, None, None] > (block[:, 3:4] + row)[:, None, :, None])
-            batches.append(to_device(batch, self.blocks.device))
+            batches.append([torch.from_numpy(x).to(self.blocks.device) for x in batch])
         return batches
 
 
@@ -182,7 +181,7 @@ def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
 def merge(o, lse, parts, backend: str = "auto"):
     """Joins the parts of each row in one pass (pairwise merging rounds more often).
 
-    o [P, H, D], lse [P, H], parts [rows, max_parts] int32, −1 where a row has fewer parts → o
+    o [P, H, D], lse [P, H], parts [rows, max_parts], −1 where a row has fewer parts → o
     [rows, H, D], lse [rows, H], of the input's type. o is not read where its lse is −inf. Rows
     whose parts are all empty, or that have none, come out empty: o = 0, lse = −inf."""
     (rows, num_parts), (_, H, D) = parts.shape, o.shape

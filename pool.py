@@ -343,9 +343,9 @@ class QueryBuffer:
         leaving = [np.flatnonzero(mine & plan.ships[:, w]) for w in range(N)]
         rows = [ranges(plan.first[runs], plan.rows[runs]) for runs in (*columns, *leaving)]
         leave, column = np.concatenate(rows[4:]), np.repeat(np.arange(4 + N), [*map(len, rows)])
-        parts = np.full((self.num_rows, 4 + N), -1, np.int32)
+        parts = np.full((self.num_rows, 4 + N), -1, np.int64)
         parts[np.concatenate(rows), column] = np.arange(len(column))
-        self.leave, self.parts = to_device((leave, parts[:, (parts >= 0).any(0)]), device)
+        self.parts, self.leave = to_device((parts[:, (parts >= 0).any(0)], leave), device)
         self.layer = self.q = None
 
     def write(self, layer: int, q):

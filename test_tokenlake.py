@@ -260,16 +260,14 @@ def reference_attention(q, k, v, runs, spans, scale):
 
 
 def test_arrays_reach_the_device_in_one_piece():
-    """Of any type and shape, empty and strided ones too; each aligned as kernels are compiled for,
-    which on a CPU the first decides."""
-    arrays = [np.arange(12).reshape(3, 4).T, np.zeros(0, np.int64), np.array([[True], [False]]),
-              np.full((2, 0), -1, np.int32), np.arange(5, dtype=np.int32), np.arange(7.0)]
+    """Of any shape, empty and strided ones too."""
+    arrays = [np.arange(12).reshape(3, 4).T, np.zeros(0, np.int64), np.full((2, 0), -1),
+              np.arange(7), np.arange(3)[::-1]]
     found = to_device(arrays, "cpu")
     for array, tensor in zip(arrays, found, strict=True):
-        assert tensor.numpy().dtype == array.dtype and tensor.is_contiguous()
+        assert tensor.is_contiguous() and tensor.dtype == torch.int64
         np.testing.assert_array_equal(tensor.numpy(), array)
-        if array.size:
-            assert (tensor.data_ptr() - found[0].data_ptr()) % 16 == 0
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
 
 
 def error(found, expected):
@@ -521,7 +519,7 @@ for arch, (dtype, D, H, Hkv, lanes) in itertools.product((80, 90), shapes):
     assert ("wgmma" in built.asm["ptx"]) == (arch == 90 and lanes >= 64), said
     print(*said)
 for arch in (80, 90):
-    names = dict(O="*fp32", LSE="*fp32", Parts="*i32", Out="*fp32", OutLSE="*fp32",
+    names = dict(O="*fp32", LSE="*fp32", Parts="*i64", Out="*fp32", OutLSE="*fp32",
                  max_parts="i32")
     _, registers, stack = compile(arch, kernels._merge_kernel, names,
                                   dict(H=32, D=128, HPAD=32, DPAD=128))
