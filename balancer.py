@@ -63,7 +63,6 @@ class PrefixTree:
         self.extras: OrderedDict[int, Segment] = OrderedDict()  # slots of all replicas but first
         self.shrunk = False  # extras left since this was last looked at
         self.half_life, self.clock, self.admissions = half_life, 0, 0
-        self.weight = 1.0  # of an admission: after half_life others it counts half
 
     def match(self, ids: list[bytes]) -> int:
         """How many of a request's segments are published: the first ones, as parents stay."""
@@ -75,18 +74,15 @@ class PrefixTree:
         return segment
 
     def hit(self, segments: list[Segment]):
-        """Counts and pins what an admission reads. New ones weigh more, instead of decaying all."""
+        """Counts and pins what an admission reads; after half_life others it counts half."""
         self.clock, self.admissions = self.clock + 1, self.admissions + 1
         if self.admissions % self.half_life == 0:
-            self.weight *= 2.0
-            if self.weight > 2.0**500:
-                for segment in (self.root, *self.segments.values()):
-                    segment.heat *= 2.0**-500
-                self.weight *= 2.0**-500
+            for segment in (self.root, *self.segments.values()):
+                segment.heat *= 0.5
         for segment in segments:
-            segment.heat += self.weight
+            segment.heat += 1.0
             self.pin(segment)
-        self.root.heat += self.weight * len(segments)
+        self.root.heat += len(segments)
 
     def heaviest(self, count: int, above: float = 0.0) -> list[Segment]:
         """The `count` most read over `above`, by best-first search: no child is over its parent."""

@@ -47,9 +47,9 @@ def ranges(starts, counts):
 
 
 def to_device(arrays, device) -> list:
-    """int64 arrays of the host as tensors there, in one copy, from pinned memory: nobody waits.
-    Kernels are compiled for aligned tensors, so what they read comes first."""
-    flat = torch.from_numpy(np.concatenate([x.ravel() for x in arrays]))
+    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. (One
+    for a kernel stands behind even sizes: kernels are compiled for pointers that 16 divides.)"""
+    flat = torch.from_numpy(np.concatenate([x.ravel() for x in arrays], dtype=np.int64))
     flat = flat.pin_memory() if torch.device(device).type == "cuda" else flat
     parts = flat.to(device, non_blocking=True).split([x.size for x in arrays])
     return [part.view(x.shape) for part, x in zip(parts, arrays)]
@@ -88,7 +88,8 @@ class Work:
         # Spans → tiles, runs → blocks; a block reads its run's tiles, a piece some of them.
         span, offset, length = cut(span_length, TILE)
         tiles = np.stack((span_first[span] + offset, length, span_position[span] + offset), 1)
-        tiles = np.concatenate((tiles, [[0, 0, 0]]))  # none, which the kernel loads ahead
+        none = np.zeros((2 - len(tiles) % 2, 3), np.int64)  # the kernel loads one ahead
+        tiles = np.concatenate((tiles, none))  # an even number: what follows is aligned, too
         last_tile = np.cumsum(np.bincount(span_run[span], minlength=len(rows)))
         first_tile = np.concatenate(([0], last_tile))[:len(rows)]
         run, offset, height = cut(rows, self.lanes // group)

@@ -201,10 +201,6 @@ class Llama:
             frequency = keep * frequency + (1 - keep) * frequency / factor
         self.frequency = frequency.to(self.device)
 
-    def fingerprint(self) -> tuple:
-        """What tells it from other models: its shape, its type, a number of each tensor."""
-        return self.config, self.dtype, [float(w.flatten()[0]) for w in self.weights.values()]
-
     @torch.inference_mode()
     def forward(self, tokens, positions, attend, rows=None):
         """tokens, positions [T] int64 → logits [T, V], or [len(rows), V] for the wanted rows.

@@ -172,6 +172,14 @@ class Cluster:
             dist.destroy_process_group()
 
 
+def profiler(folder, after: int):
+    """Of this rank, for Perfetto: functions by name, operators, kernels. Of eight iterations (a
+    `step` ends one), after so many others: each takes megabytes, and a second to write."""
+    return torch.profiler.profile(
+        with_stack=True, schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),
+        on_trace_ready=lambda seen: seen.export_chrome_trace(f"{folder}/profile.json.gz"))
+
+
 @dataclass(frozen=True)
 class Moves:
     """Rows of KV that travel: a line per span of slab rows."""
@@ -261,7 +269,6 @@ class QueryPlan:
         run, at = ranges(first[share[at]], each), np.repeat(at, each)
         length = np.minimum(self.old[share[at]] - segment[at] * C, C)
         old = run, place[at], row[at], length, segment[at] * C
-
         run, writer, _, place, row = self.fresh[:, self.fresh[2] == index]
         fresh = run, place, row, self.rows[writer], self.position[writer]
         spans = np.concatenate((old, fresh), 1)
@@ -335,7 +342,6 @@ class QueryBuffer:
         self.works, columns = zip(*(work(own & (place == p)) for p in range(4)))
         self.arrived, _ = work(~own, arriving=True)
         self.pulls = Exchange(plan.pulls, N, index, device)
-
         mine, shipped = plan.instance == index, plan.shipped()
         self.active = bool(shipped.any())
         self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow the others down
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from balancer import BLOCK, Request, variation
 from kernels import to_device
 from model import Config, Llama, Sampler, load_config, load_weights, random_weights, require
-from pool import Cluster, LakeError, SetupError, Stopped
+from pool import Cluster, LakeError, SetupError, Stopped, profiler
 from tokenlake import LakeConfig, Scheduler, TokenLake, plan_digest
 
 CV_WINDOW = 32  # iterations
@@ -141,14 +142,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     policy = (str, re.compile(r"auto|even|dp|pd:[1-9]\d{0,3}x[1-9]\d{0,3}").fullmatch,
               "auto, even, dp or pd:PxD")
 
-    def add(name, kind, metavar, help, default=None):
+    def add(name, kind, metavar, help, default=None, **more):
         def read(text):
             of, ok, expected = kind
             with contextlib.suppress(ValueError):
                 if ok(value := of(text)):
                     return value
             raise argparse.ArgumentTypeError(f"{text!r}: {expected} is expected")
-        plain(name, type=read, metavar=metavar, help=help, default=default)
+        plain(name, type=read, metavar=metavar, help=help, default=default, **more)
     parser = argparse.ArgumentParser("run_cluster.py", description="Serve a trace on a pool.")
     parser.error = lambda message: require(False, message.removeprefix("argument "))
     plain = parser.add_argument
@@ -176,12 +177,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     plain("--verify", action=argparse.BooleanOptionalAction,
           help="recompute every answer without a cache; default: for the built-in demo")
     add("--output", path, "DIR", "write requests.jsonl and summary.json")
-    plain("--profile", action="store_true", help="with --output: rank 0 writes profile.json.gz too")
+    add("--profile", natural, "K", "with --output: rank 0 writes profile.json.gz, of 8 iterations "
+        "after K others (default 0)", nargs="?", const=0)
     options = parser.parse_args(arguments)
     require(options.model or not options.random_weights,
             "--random-weights needs --model DIR (the built-in model is random)")
     require(options.trace or not options.trace_scale, "--trace-scale needs --trace FILE")
-    require(options.output or not options.profile, "--profile needs --output DIR")
+    require(options.output or options.profile is None, "--profile needs --output DIR")
     if options.verify is None:
         options.verify = not (options.trace or options.model)
     return options
@@ -256,7 +258,7 @@ class Engine:
         self.cluster, self.lake, self.scheduler = cluster, lake, scheduler
         self.model, self.sampler = model, sampler
         self.clock = self.iterations = 0  # the clock: ns since the start, rank 0's on every rank
-        self.stop = False  # set by a signal
+        self.stop, self.profile = False, None  # set by a signal; see `profiler`
         self.reads: list[np.ndarray] = []  # per iteration: [N] cache tokens read
         self.cluster.share(None)  # the clock starts when every rank is here
         self.started = time.monotonic_ns()
@@ -287,6 +289,7 @@ class Engine:
         now = time.monotonic_ns() - self.started
         if plan.runs:
             self.iterations += 1
+            self.profile and self.profile.step()
             self.reads.append(plan.reads)
             features = lake.features(plan, transfer_plan)
             times = model.time(*features.T)
@@ -311,12 +314,11 @@ class Engine:
             lake.put(kv_buf)
             q_buf.write(layer, q)
             return lake.query(q_buf)
-        runs = (plan.runs[b] for b in np.flatnonzero(plan.instance == lake.index))
-        rows = [(run.request, p) for run in runs
+        rows = [(run.request, p) for run, v in zip(plan.runs, plan.instance) if v == lake.index
                 for p in range(run.position, run.position + run.rows)]
         last = [i for i, (request, p) in enumerate(rows) if p + 1 == len(request.tokens)]
         ids, positions, at = to_device([np.array(x, np.int64) for x in (
-            [r.tokens[p] for r, p in rows], [p for _, p in rows], last)], self.model.device)
+            [r.tokens[p] for r, p in rows], [p for _, p in rows], last)], lake.pool.device)
         logits = self.model.forward(ids, positions, attend, at)
         keys = [(rows[i][0].id, rows[i][1] + 1) for i in last]
         return dict(zip((id for id, _ in keys), self.sampler.sample(logits, keys)))
@@ -448,12 +450,13 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
         device, memory = cluster.together(cluster.find_device, options.device)
         lines, lake, model = cluster.together(prepare, options, cluster, device,
                                               min(cluster.share(memory)))
-        cluster.together(cluster.same, repr((vars(options), lines, lake, model.fingerprint())),
+        numbers = [float(w.flatten()[0]) for w in model.weights.values()]
+        cluster.together(cluster.same, repr((vars(options), lines, lake, model.config, numbers)),
                          "options, another trace or another model")
         server = Server(options, cluster, lines, lake, model)
         error = serve(server, cluster.together(open_output, options.output, cluster), on_iteration)
-    except (SetupError, LakeError) as problem:
-        error = problem
+    except (SetupError, LakeError, KeyboardInterrupt) as problem:
+        error = problem if str(problem) else "stopped by a signal"
     finally:
         if error and cluster.speaks():
             print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
@@ -467,9 +470,8 @@ def serve(server: Server, file, on_iteration) -> str | None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
     error, gaps, wrong, profile = None, None, [], contextlib.nullcontext()
-    if server.options.profile and first:  # with_stack: functions by their names
-        profile = torch.profiler.profile(with_stack=True, on_trace_ready=lambda profile: (
-            profile.export_chrome_trace(str(server.options.output / "profile.json.gz"))))
+    if first and server.options.profile is not None:
+        profile = server.engine.profile = profiler(server.options.output, server.options.profile)
     with file, tqdm(total=len(lines), unit="request", leave=False, disable=not first) as bar:
         try:
             with profile:

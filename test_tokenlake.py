@@ -270,6 +270,18 @@ def test_arrays_reach_the_device_in_one_piece():
     assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
 
 
+def test_what_a_kernel_reads_is_aligned(monkeypatch):
+    """By 16 bytes, however many tiles and pieces there are: others would be compiled again."""
+    monkeypatch.setattr(kernels, "PIECE", 1)
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        lengths = rng.integers(1, 400, size=3)
+        work = Work([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths, [0, 1, 2], [0, 500, 1000],
+                    lengths, [0, 0, 0], 1, programs=int(rng.integers(1, 30)))
+        for tensor in (work.blocks, work.tiles, work.parts):
+            assert not tensor.numel() or tensor.storage_offset() * 8 % 16 == 0
+
+
 def error(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -750,6 +762,7 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--trace-scale", "3", "--trace", "x"], "'3': a divisor of 512 is expected"),
     (["--speed", "0"], "--speed"), (["--speed", "nan"], "--speed"), (["--seed", "-1"], "--seed"),
     (["--timeout", "0"], "--timeout"), (["--profile"], "--profile needs --output DIR"),
+    (["--profile", "-1", "--output", "{tmp}/new"], "--profile: '-1': an integer from 0 is expected"),
     (["--trace-scale", "2"], "needs --trace"), (["--random-weights"], "needs --model"),
     (["--model", "{tmp}/missing"], "No such file"), (["--dtype", "int8"], "--dtype"),
     (["--placement", "here"], "--placement"), (["--bogus"], "--bogus"), (["extra"], "extra"),
@@ -788,21 +801,32 @@ def test_bad_input_with_several_ranks_is_said_once(tmp_path):
     assert "staging" in refused(tmp_path, "--max-batch", 99999999999, ranks=2)
 
 
-def test_profile_names_what_the_pool_does(tmp_path):
-    """Rank 0 writes one file, in the format of Chrome's and Perfetto's traces, of serving alone."""
-    served = serve(tmp_path, [dict(input_ids=tokens(40, 1), output_length=4)], "--profile",
-                   "--verify", ranks=2)
+@pytest.mark.parametrize("after, expected", [([], 8), (["7"], 2)])
+def test_profile_names_what_the_pool_does(tmp_path, after, expected):
+    """Rank 0 writes one file, in the format of Chrome's and Perfetto's traces, of eight iterations
+    or as many as there are after those that are left out."""
+    lines = [dict(input_ids=tokens(40, 1), output_length=9)]
+    served = serve(tmp_path, lines, "--profile", *after, "--verify", ranks=2)
     (path,) = tmp_path.glob("out*/profile*")
     with gzip.open(path, "rt") as file:
         events = json.load(file)["traceEvents"]
     count = Counter(event["name"].split(": ")[-1] for event in events
                     if event.get("cat") == "python_function")
-    layers = Config().num_layers * served.summary["iterations"]
+    iterations = min(8, served.summary["iterations"] - int(*after or "0"))
+    layers = Config().num_layers * iterations
     assert count["merge"] == layers and 4 * layers <= count["partial_attention"] <= 5 * layers
     assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
-    assert count["gen_plans"] == served.summary["iterations"] and not count["score_gap"]
+    assert count["gen_plans"] == iterations == expected and not count["score_gap"]
     assert "aten::index_select" in {event["name"] for event in events}
     assert served.summary["verified"] == 1
+
+
+def test_a_signal_while_loading_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(run_cluster, "random_weights", interrupted)
+    assert run_cluster.run([]) == 1
+    assert capsys.readouterr().err == "run_cluster.py: stopped by a signal\n"
 
 
 def test_torchrun_serves_and_refuses(tmp_path):
@@ -1606,7 +1630,7 @@ def test_heavy_hitters_are_exact():
         assert bal.reserve(request, rows, [0] * 4, [0] * 4, 1000)
         bal.commit(request, rows)
         bal.release(request)
-    assert bal.tree.admissions == 2000 and bal.tree.weight < 2.0**501
+    assert bal.tree.admissions == 2000
     heats = sorted((s.heat for s in bal.tree.segments.values()), reverse=True)
     assert all(s.heat <= s.parent.heat for s in bal.tree.segments.values()
                if s.parent is not bal.tree.root)

@@ -35,7 +35,6 @@ from pool import (HERE, KINDS, LATE, SIBLING, Cluster, KVBuffer, LakeError, Move
 
 PUT, REPLICA, PULL = range(len(KINDS))
 FLOPS, BANDWIDTH, LINK = 312e12, 2.04e12, 300e9  # of an instance, 1/s and B/s: an A100's in bf16
-EXCHANGE_BYTES = 3_000_000  # what crosses a link in the 10 µs that an exchange takes anyway
 NEVER = 1 << 60  # ps
 FEW = 128  # rows: fewer of them take as long, as the weights have to be read anyway
 
@@ -70,7 +69,7 @@ class TokenLake:
         # Per row or token, and layer: Q on its way, O and LSE on the way back; K and V.
         self.query_bytes, self.kv_bytes = H * (D * (size + wide) + wide), (
             2 * model.num_kv_heads * D * size)
-        self.exchange_bytes = EXCHANGE_BYTES
+        self.exchange_bytes = 3_000_000  # what crosses a link in the 10 µs that it takes anyway
         self.weight_bytes = model.num_linear_parameters * size
         self.balancer = Balancer(N, config.slots, config.segment_tokens, config.placement,
                                  config.replicate_factor)

@@ -137,11 +137,11 @@ def merging(name: str, rows: int, parts: int, copy) -> dict:
     H, _, D = MODELS[name]
     o = torch.randn(rows * parts, H, D, device=DEVICE)
     lse = 8 * torch.randn(rows * parts, H, device=DEVICE)
-    table = torch.randperm(rows * parts, device=DEVICE).view(rows, parts).int()
+    table = torch.randperm(rows * parts, device=DEVICE).view(rows, parts)
     table[1::2, 0] = -1  # ragged: every second row has a part less
     run = lambda: merge(o, lse, table, "triton")
-    weight = lse[table.long()].double().masked_fill((table < 0)[..., None], -math.inf).softmax(1)
-    expected = (weight[..., None] * o[table.long()].double()).sum(1)
+    weight = lse[table].double().masked_fill((table < 0)[..., None], -math.inf).softmax(1)
+    expected = (weight[..., None] * o[table].double()).sum(1)
     error = float((run()[0].double() - expected).norm() / expected.norm())
     if not error < 1e-5:
         raise ValueError(f"{name}: merge of {rows} rows, {parts} parts: relative error {error:.2g}")
