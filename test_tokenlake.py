@@ -1858,7 +1858,7 @@ def test_the_shortest_prompt_goes_first_but_none_starves():
     for run in (run for batch in batches for run in batch):
         rows[run.request.id] += run.rows
     assert rows == {100: 14, 101: 30, 102: 20}
-    scheduler._arrived += 100  # requests, long gone; each counts a quarter of a chunk of 16
+    scheduler._arrived += 400  # requests, long gone; each counts 1/16 of a chunk of 16
     order = [r.id for r, _ in scheduler._groups(1)[0][0][0]]
     assert order == [102]  # four rows to the one with the fewest left, all are as old
     by_id = {request.id: request for request in scheduler.running}
@@ -1890,7 +1890,7 @@ def test_the_queue_is_served_by_urgency():
     assert admitted() == [3, 2] and scheduler.cached_tokens == {0: 0, 3: 40, 2: 0}  # 1: no room
     while scheduler.running:
         scheduler._preempt()
-    scheduler._arrived += 4  # 30 rows of so long ago are 6
+    scheduler._arrived += 22  # 30 rows of so long ago are 6
     waiting[1].order = waiting[2].order = scheduler._arrived
     assert admitted() == [3, 1]  # and come before 20 new ones, not before 2
     scheduler._preempt()
@@ -1901,8 +1901,8 @@ def test_the_queue_is_served_by_urgency():
 
 
 def test_nobody_waits_for_ever():
-    """A long prompt among ever more short ones comes in after at most a few for each of its
-    quarter chunks, also where the queue never empties."""
+    """A long prompt among ever more short ones comes in after at most one for each of its rows, as
+    1/16 of a chunk is a row here, also where the queue never empties."""
     lake = TokenLake([0, 1], Config(), LakeConfig(4, 80, chunk_tokens=16, max_batch=6))
     scheduler, count, long = Scheduler(lake), 0, Request(0, tokens(300, 0), 301)
     while not (long.segments or long.num_slots):
@@ -1911,7 +1911,8 @@ def test_nobody_waits_for_ever():
             scheduler.add(Request(count, tokens(8, count), 9) if count != 60 else long)
         plan, transfer, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
         scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
-        assert len(scheduler.running) <= 6 and count < 60 + 300 // 4 + 50
+        assert len(scheduler.running) <= 6 and count < 60 + 300 + 50
+
 
 def test_a_satisfiable_slo_is_kept():
     """With decodes waiting, prompt rows are as many as keep the SLO, and not one fewer; what no

@@ -366,9 +366,9 @@ class Scheduler:
         insort(self.waiting, request, key=lambda r: r.order)
 
     def urgency(self, request: Request, done: int) -> int:
-        """The lowest goes first: rows to compute, less a quarter of a chunk per later request."""
+        """The lowest goes first: rows to compute, less 1/16 of a chunk per later request."""
         later = self._arrived - (request.order or 0)
-        return len(request.tokens) - done - later * max(1, self.lake.config.chunk_tokens // 4)
+        return len(request.tokens) - done - later * max(1, self.lake.config.chunk_tokens // 16)
 
     def _admit(self):
         """Admits the most urgent of the first to come, but for who awaits a prefix in progress."""
