@@ -450,8 +450,8 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
         device, memory = cluster.together(cluster.find_device, options.device)
         lines, lake, model = cluster.together(prepare, options, cluster, device,
                                               min(cluster.share(memory)))
-        numbers = [float(w.flatten()[0]) for w in model.weights.values()]
-        cluster.together(cluster.same, repr((vars(options), lines, lake, model.config, numbers)),
+        made = model.config, model.dtype, [float(w.flatten()[0]) for w in model.weights.values()]
+        cluster.together(cluster.same, repr((vars(options), lines, lake, made)),
                          "options, another trace or another model")
         server = Server(options, cluster, lines, lake, model)
         error = serve(server, cluster.together(open_output, options.output, cluster), on_iteration)
