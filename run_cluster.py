@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow the others down
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -443,10 +442,11 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
           contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w"))):
         timeout = parse_options(arguments).timeout
     cluster = Cluster(timeout)
-    if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
     try:
         options = cluster.together(parse_options, arguments)
+        if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            cores = (os.cpu_count() or 1) if options.model else 1  # the small model needs no more
+            torch.set_num_threads(max(1, cores // cluster.local_size))
         device, memory = cluster.together(cluster.find_device, options.device)
         lines, lake, model = cluster.together(prepare, options, cluster, device,
                                               min(cluster.share(memory)))
