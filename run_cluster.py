@@ -469,12 +469,12 @@ def serve(server: Server, file, on_iteration) -> str | None:
     first, lines, records = server.cluster.rank == 0, server.lines, server.records
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(server.engine, "stop", True))
-    error, gaps, wrong, profile = None, None, [], contextlib.nullcontext()
+    error, gaps, wrong = None, None, []
     if first and server.options.profile is not None:
-        profile = server.engine.profile = profiler(server.options.output, server.options.profile)
+        server.engine.profile = profiler(server.options.output, server.options.profile)
     with file, tqdm(total=len(lines), unit="request", leave=False, disable=not first) as bar:
         try:
-            with profile:
+            with server.engine.profile or contextlib.nullcontext():
                 server.serve(file, bar, on_iteration)
         except Stopped as stopped:
             error = f"{stopped}; {len(records)} of {len(lines)} are finished"
