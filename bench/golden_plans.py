@@ -1,0 +1,242 @@
+"""Do plans stay as they are? A few hundred seeded scenes, and the digest of all that is planned in each.
+
+    python bench/golden_plans.py            # compares with bench/golden_plans.json
+    python bench/golden_plans.py --record   # writes it: only in a commit that says why a plan changed
+
+A scene is a lake of 1 to 8 instances without tensors: scheduler and balancer as they are, requests
+with shared prefixes and repeated prompts, a policy, a placement, a size of segment, slots that run
+out or not, all drawn by the scene's seed. Its digest covers, iteration by iteration, who computes
+which run, what is read where, what travels, the loads, and what lies in which row of every slab.
+
+A slab here holds for each row the identity of a token: its number stands for the token and all
+before it. So while a scene runs, every planned read is checked: each row reads each position up to
+its own exactly once, and finds there what was written for it.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+FILE = Path(__file__).resolve().with_suffix(".json")
+sys.path.insert(0, str(FILE.parent.parent))
+
+import tokenlake  # noqa: E402
+from balancer import Request  # noqa: E402
+from model import Config  # noqa: E402
+from pool import HERE, LATE, PULLED, SIBLING  # noqa: E402
+from tokenlake import LakeConfig, Scheduler, TokenLake  # noqa: E402
+
+NUM_SCENES = 320
+ITERATIONS = 60  # of a scene, at most
+EMPTY = -1  # a slab row that was never written
+
+
+def draw_prompt(rng, stems: list[list[int]], earlier: list[list[int]]) -> list[int]:
+    """A prompt behind one of a few stems, or one that was there before, to its last token."""
+    if earlier and rng.random() < 0.25:
+        return list(earlier[rng.integers(len(earlier))])
+    stem = stems[min(rng.geometric(0.5), len(stems)) - 1]
+    own = rng.integers(40, size=rng.integers(0 if stem else 1, 30)).tolist()
+    return stem + own
+
+
+def draw_requests(rng) -> list[Request]:
+    stems = [rng.integers(40, size=rng.integers(0, 50)).tolist() for _ in range(4)]
+    prompts: list[list[int]] = []
+    requests = []
+    for number in range(int(rng.integers(3, 22))):
+        prompt = draw_prompt(rng, stems, prompts) or [7]
+        prompts.append(prompt)
+        answer = int(rng.integers(1, 12))
+        salt = "b" if rng.random() < 0.1 else ""
+        requests.append(Request(number, prompt, len(prompt) + answer, salt))
+    return requests
+
+
+def draw_scheduler(rng, longest: int) -> Scheduler:
+    """A scheduler over a lake that holds the longest request at least."""
+    N = int(rng.integers(1, 9))
+    C = int(rng.choice([1, 2, 4, 8]))
+    least = -(-(-(-longest // C)) // N)
+    policies = ["even", "even", "dp"]
+    policies += [f"pd:{p}x{N - p}" for p in (1, N // 2, N - 1) if 0 < p < N]
+    config = LakeConfig(
+        segment_tokens=C,
+        slots=least + int(rng.choice([0, 2, 10, 100])),
+        placement=str(rng.choice(["stripe", "hash"])),
+        replicate_factor=float(rng.choice([0, 3, 50])),
+        pull_tokens=int(rng.choice([0, 20, 10_000])),
+        chunk_tokens=int(rng.choice([2, 7, 16, 40])),
+        max_batch=int(rng.choice([2, 8, 32])))
+    shape = Config(num_kv_heads=int(rng.choice([1, 4, 8])))
+    lake = TokenLake(list(range(N)), shape, config)
+    lake.exchange_bytes = int(rng.choice([0, 3_000_000]))
+    slo_ms = rng.choice([None, 1e-6, 1e-2])
+    return Scheduler(lake, (), str(rng.choice(policies)), slo_ms)
+
+
+def identities(request: Request) -> np.ndarray:
+    """[tokens] a number for each token and all before it, under the request's salt."""
+    numbers = []
+    number = len(request.salt)
+    for token in request.tokens:
+        number = (number * 1_000_003 + token + 1) % (2**61 - 1)
+        numbers.append(number)
+    return np.array(numbers, np.int64)
+
+
+def reads(plan, instance: int) -> list[tuple]:
+    """(run, place, row, length, position) of all that is read at an instance."""
+    return list(zip(*plan.references(instance).tolist()))
+
+
+def moves_of(moves) -> list[tuple]:
+    """(source, first row there, target, first row there or −1, rows) of each move, in order."""
+    columns = moves.kind, moves.source, moves.leave, moves.target, moves.arrive, moves.length
+    return list(zip(*(column.tolist() for column in columns)))
+
+
+def tables(plan, transfer) -> dict:
+    """What is hashed of the plans, whatever they are made of."""
+    return dict(
+        runs=[(run.request.id, run.position, run.rows, instance, home, first)
+              for run, instance, home, first in zip(
+                  plan.runs, plan.instance.tolist(), plan.home.tolist(), plan.first.tolist())],
+        ships=plan.ships.astype(int).tolist(),
+        moves=moves_of(transfer.moves),
+        pulls=moves_of(plan.pulls),
+        writes=list(zip(transfer.instance.tolist(), transfer.first.tolist(),
+                        transfer.written.tolist(), transfer.length.tolist())),
+        reads=plan.reads.tolist(),
+        load=plan.load.tolist())
+
+
+class Slabs:
+    """What lies in the rows of all slabs, and the receive buffers of an iteration."""
+    def __init__(self, lake: TokenLake):
+        config = lake.config
+        N = len(lake.instances)
+        rows = config.slots * config.segment_tokens + config.staging(N)
+        self.rows = np.full((N, rows), EMPTY, np.int64)
+        self.num_instances = N
+
+    def receive(self, moves) -> list[np.ndarray]:
+        """What each instance receives: by source, a source's in the order of the moves."""
+        parts = [[] for _ in range(self.num_instances)]
+        for _, source, leave, target, _, length in sorted(moves_of(moves), key=lambda m: m[1]):
+            parts[target].append(self.rows[source, leave:leave + length])
+        return [np.concatenate([np.zeros(0, np.int64), *part]) for part in parts]
+
+    def write(self, plan, transfer, tokens: dict):
+        """New KV, where it is computed: `put`."""
+        computed = [[] for _ in range(self.num_instances)]
+        for run, instance in zip(plan.runs, plan.instance.tolist()):
+            computed[instance].append(tokens[run.request.id][run.position:run.position + run.rows])
+        computed = [np.concatenate([np.zeros(0, np.int64), *part]) for part in computed]
+        for instance, first, row, length in tables(plan, transfer)["writes"]:
+            self.rows[instance, row:row + length] = computed[instance][first:first + length]
+
+    def land(self, moves):
+        """What moves brought lies in the slabs."""
+        landed = [(target, arrive, self.rows[source, leave:leave + length].copy())
+                  for _, source, leave, target, arrive, length in moves_of(moves) if arrive >= 0]
+        for target, row, values in landed:
+            self.rows[target, row:row + len(values)] = values
+
+    def iterate(self, plan, transfer, tokens: dict):
+        """An iteration: writes, moves, and the check of every read."""
+        self.write(plan, transfer, tokens)
+        buffers = {PULLED: self.receive(plan.pulls), SIBLING: self.receive(transfer.moves)}
+        found = [Counter() for _ in plan.runs]
+        for late in (False, True):
+            if late:
+                self.land(transfer.moves)
+            for instance in range(self.num_instances):
+                for run, place, row, length, position in reads(plan, instance):
+                    if (place == HERE) == late:
+                        continue
+                    held = self.rows if place in (HERE, LATE) else buffers[place]
+                    values = held[instance][row:row + length].tolist()
+                    assert len(values) == length, "a read beyond the end"
+                    found[run].update(enumerate(values, position))
+                    own = plan.instance[run] == instance
+                    assert own or plan.ships[run, instance], "a row is wanted that does not come"
+        for run, seen in zip(plan.runs, found):
+            last = run.position + run.rows
+            expected = enumerate(tokens[run.request.id][:last].tolist())
+            assert {at: n for at, n in seen.items() if at[0] < last} == dict.fromkeys(expected, 1)
+
+
+def scene(seed: int) -> tuple[str, Counter]:
+    """The digest of a scene, and what came up in it."""
+    rng = np.random.default_rng((seed, 19))
+    requests = draw_requests(rng)
+    scheduler = draw_scheduler(rng, max(request.max_tokens for request in requests))
+    tokenlake.FEW = int(rng.choice([1, 128]))
+    lake = scheduler.lake
+    slabs, counts, digest = Slabs(lake), Counter(), hashlib.blake2b(digest_size=8)
+    waiting = list(requests)
+    for iteration in range(ITERATIONS):
+        while waiting and rng.random() < 0.7:
+            scheduler.add(waiting.pop(0))
+        batches, dops = scheduler.schedule()
+        plan, transfer, groups = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+        tokens = {run.request.id: identities(run.request) for run in plan.runs}
+        slabs.iterate(plan, transfer, tokens)
+        balancer = lake.balancer
+        state = balancer.load.tolist(), balancer.free, list(balancer.tree.segments)
+        found = tables(plan, transfer)
+        listed = [reads(plan, instance) for instance in range(len(lake.instances))]
+        digest.update(repr((groups, dops, found, listed, state)).encode())
+        digest.update(slabs.rows.tobytes())
+        kinds = Counter(kind for kind, *_ in found["moves"])
+        counts.update(plans=bool(plan.runs), siblings=kinds[tokenlake.PULL],
+                      puts=kinds[tokenlake.PUT], replicas=kinds[tokenlake.REPLICA],
+                      pulls=len(found["pulls"]), ships=int(plan.ships.sum()),
+                      cached_prompts=sum(not run.puts for run in plan.runs))
+        sampled = {run.request.id: (7 * run.request.id + len(run.request.tokens)) % 40
+                   for run in plan.runs if run.samples}
+        scheduler.update(plan, sampled)
+        if not (waiting or scheduler.waiting or scheduler.running):
+            break
+    counts.update(preemptions=scheduler.counters["preemptions"], evictions=balancer.evictions)
+    return digest.hexdigest(), counts
+
+
+def scenes(seeds) -> tuple[list[str], Counter]:
+    """Digests of scenes, and what came up in all of them."""
+    few = tokenlake.FEW
+    digests, total = [], Counter()
+    try:
+        for seed in seeds:
+            digest, counts = scene(seed)
+            digests.append(digest)
+            total += counts
+    finally:
+        tokenlake.FEW = few
+    return digests, total
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Compare plans with recorded ones.")
+    parser.add_argument("--record", action="store_true", help=f"write {FILE.name}")
+    options = parser.parse_args(arguments)
+    digests, counts = scenes(range(NUM_SCENES))
+    print("  ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if options.record:
+        FILE.write_text(json.dumps(digests, indent=0) + "\n")
+        return 0
+    recorded = json.loads(FILE.read_text())
+    changed = [seed for seed, digest in enumerate(digests) if digest != recorded[seed]]
+    print(f"{len(changed)} of {NUM_SCENES} scenes are planned otherwise"
+          + (f", the first is {changed[0]}" if changed else ""))
+    return int(bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
