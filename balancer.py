@@ -13,39 +13,61 @@ is a request's own, while it decodes its *open tail*. With `done` tokens in the 
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
-is read. `python balancer.py --trace FILE` shows what each is worth. The same calls give the same
-state on every rank, so nobody asks anybody: no sets, no `hash()`, integer loads, exact heat.
+is read. `python balancer.py --trace FILE` shows what each is worth.
+
+Every rank runs this and has to decide the same, so nobody asks anybody: there are no sets and no
+`hash()`, whose order differs between processes, and whatever decides is an integer, as floats that
+two machines measure or sum differ in the last bit. (Heat is a float, but of exact halves.)
+
+A segment becomes visible when it is *committed*, after the iteration that wrote all its layers. It
+is evicted only when nobody pins it, leaves first: see `PrefixTree.lru`.
 
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
 """
 
-import argparse
 import hashlib
 import heapq
 import json
 import math
-import time
+import os
+import sys
 from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import groupby, islice
-from operator import attrgetter, itemgetter
+from itertools import islice
+from operator import attrgetter
+from typing import Callable, NamedTuple
 
 import numpy as np
+
+# Copying begins where an instance's load is over 11/10 of the mean: that is as even as the paper's
+# pool is (a CV of 11 %, §7.2).
+OVERLOAD = (11, 10)
+# Replicas take 1/16 of all slots at most: they are to cost hits nowhere.
+REPLICA_SLOTS = 16
+# Loads fade by an eighth in each iteration: half is forgotten after five.
+LOAD_FADE = 8
+# Heat is halved after so many admissions per instance.
+HALF_LIFE = 16
 
 
 @dataclass(eq=False, slots=True)
 class Segment:
     """A published segment: C tokens and, through the chain of ids, everything before them."""
+
     id: bytes
     parent: "Segment | None"
-    replicas: dict[int, int]  # instance → global slot; the first one lives as long as the segment
+    replicas: dict[
+        int, int
+    ]  # instance → global slot; the first one lives as long as the segment
     children: dict[bytes, "Segment"] = field(default_factory=dict)
     pins: int = 0  # running requests that read it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
     depth: int = 0  # of a path that ends here: segments
-    heat: float = 0.0  # requests that hit it, recent ones weigh more; never less than a child's
+    heat: float = (
+        0.0  # requests that hit it, recent ones weigh more; never less than a child's
+    )
 
     @property
     def slot(self) -> int:
@@ -54,28 +76,40 @@ class Segment:
 
 
 class PrefixTree:
-    """All published segments (§4.1), the global LRU of what may leave, and what is read most."""
+    """All published segments (§4.1), the global LRU of what may leave, and what is read most.
+
+    A parent never leaves before its child: whoever reads a child reads its parents too, and
+    touches the leaf first (`Balancer.commit`, `Balancer.release`). So a child is always older in
+    the LRU than its parent, and the oldest of all is a leaf."""
+
     def __init__(self, half_life: int = 128):
         self.root = Segment(b"", None, {})  # of no tokens; its heat is that of all hits
         self.segments: dict[bytes, Segment] = {}
-        # Not pinned, oldest first: a leaf, as a path enters leaf before parent and is read whole.
-        self.lru: OrderedDict[bytes, Segment] = OrderedDict()
-        self.extras: OrderedDict[int, Segment] = OrderedDict()  # slots of all replicas but first
-        self.shrunk = False  # extras left since this was last looked at
-        self.half_life, self.clock, self.admissions = half_life, 0, 0
+        self.lru: OrderedDict[bytes, Segment] = OrderedDict()  # not pinned, oldest first
+        # Replicas but the first of each segment, by slot, oldest first.
+        self.extras: OrderedDict[int, Segment] = OrderedDict()
+        self.extras_left = False  # some did since this was last looked at
+        self.half_life = half_life
+        self.clock = 0
+        self.admissions = 0
 
-    def match(self, ids: list[bytes]) -> int:
+    def match(self, ids) -> int:
         """How many of a request's segments are published: the first ones, as parents stay."""
         return bisect_left(ids, True, key=lambda id: id not in self.segments)
 
-    def insert(self, id: bytes, parent: Segment | None, instance: int, slot: int) -> Segment:
-        segment = self.segments[id] = Segment(id, parent or self.root, {instance: slot})
-        segment.parent.children[id], segment.depth = segment, segment.parent.depth + 1
+    def insert(
+        self, id: bytes, parent: Segment | None, instance: int, slot: int
+    ) -> Segment:
+        parent = parent or self.root
+        segment = Segment(id, parent, {instance: slot}, depth=parent.depth + 1)
+        self.segments[id] = segment
+        parent.children[id] = segment
         return segment
 
     def hit(self, segments: list[Segment]):
         """Counts and pins what an admission reads; after half_life others it counts half."""
-        self.clock, self.admissions = self.clock + 1, self.admissions + 1
+        self.clock += 1
+        self.admissions += 1
         if self.admissions % self.half_life == 0:
             for segment in (self.root, *self.segments.values()):
                 segment.heat *= 0.5
@@ -86,42 +120,60 @@ class PrefixTree:
 
     def heaviest(self, count: int, above: float = 0.0) -> list[Segment]:
         """The `count` most read over `above`, by best-first search: no child is over its parent."""
-        found, heap = [], [(0.0, b"", self.root)]
+        found: list[Segment] = []
+        heap = [(0.0, b"", self.root)]
         while heap and len(found) <= count:
-            found.append(heapq.heappop(heap)[2])
-            for child in found[-1].children.values():
+            _, _, segment = heapq.heappop(heap)
+            found.append(segment)
+            for child in segment.children.values():
                 if child.heat > above:
                     heapq.heappush(heap, (-child.heat, child.id, child))
         return found[1:]
 
-    def pin(self, segment: Segment, readers: int = 1):
-        """One reader more; with −1 one less."""
+    def pin(self, segment):
+        """One reader more."""
         self.lru.pop(segment.id, None)
-        segment.pins, segment.touched = segment.pins + readers, self.clock
+        segment.pins += 1
+        self._touch(segment)
+
+    def unpin(self, segment):
+        """One reader less; the last one leaves it the youngest of the LRU."""
+        segment.pins -= 1
         if not segment.pins:
             self.lru[segment.id] = segment
+        self._touch(segment)
+
+    def _touch(self, segment):
+        segment.touched = self.clock
         for slot in islice(segment.replicas.values(), 1, None):
             self.extras.move_to_end(slot)
 
     def evict(self) -> int | None:
         """Takes the globally least recently used replica out (§4.4): its global slot, None if all
-        are pinned. A pin holds a segment's first replica; the others may leave, and before it."""
-        heads = [next(iter(part.values()), None) for part in (self.extras, self.lru)]
+        are pinned. A pin holds a segment's first replica; the others may leave, and before it.
+        """
+        heads = [
+            next(iter(candidates.values()), None)
+            for candidates in (self.extras, self.lru)
+        ]
         oldest = min(filter(None, heads), key=attrgetter("touched"), default=None)
         if oldest is None:
             return None
-        slot = oldest.replicas.popitem()[1]
+        _, slot = oldest.replicas.popitem()
         if oldest.replicas:
             del self.extras[slot]
-            self.shrunk = True
+            self.extras_left = True
         else:
-            del self.lru[oldest.id], self.segments[oldest.id], oldest.parent.children[oldest.id]
+            del self.lru[oldest.id]
+            del self.segments[oldest.id]
+            del oldest.parent.children[oldest.id]
         return slot
 
 
 @dataclass(eq=False)
 class Request:
     """A request and what it holds. KV is written when a token is an input: the last has none."""
+
     id: int
     tokens: list[int]  # the prompt, then what has been generated
     max_tokens: int  # generation stops at this many, prompt included
@@ -133,7 +185,7 @@ class Request:
     segments: list[Segment] = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
-    line: int | None = None  # of Balancer.held, while it runs
+    held_row: int | None = None  # of Balancer.held, while it runs
     order: int | None = None  # of arrival
 
     def __post_init__(self):
@@ -144,10 +196,15 @@ class Request:
         """Tokens to compute before the next one can be sampled."""
         return len(self.tokens) - self.done
 
+    @property
+    def decoding(self) -> bool:
+        return self.remaining == 1 and len(self.tokens) > self.num_prompt
+
 
 @dataclass(eq=False, slots=True)
 class Run:
     """Rows [position, position + rows) of a request, all in one segment."""
+
     request: Request
     position: int
     rows: int
@@ -162,242 +219,372 @@ class Run:
         return self.position + self.rows == len(self.request.tokens)
 
 
-def least(load, start: int, limit: int) -> int:
-    """`start` if its load is within the limit, else the least loaded, the first from `start` on."""
-    among = [start] if load[start] <= limit else range(len(load))
-    return min(among, key=lambda i: (load[i], (i - start) % len(load)))
+def least_loaded(load: list[int], preferred: int, limit: int) -> int:
+    """The preferred instance if its load is within the limit, else the least loaded one, of equals
+    the first after it."""
+    if load[preferred] <= limit:
+        return preferred
+    N = len(load)
+    return min(range(N), key=lambda i: (load[i], (i - preferred) % N))
 
 
 class Balancer:
-    """The pool's bookkeeping. factor: c of the ceil(c·N·ln N) heavy hitters that may be copied."""
-    def __init__(self, num_instances: int, slots: int, segment_tokens: int,
-                 placement: str = "stripe", factor: float = 3.0):
-        N, S = num_instances, slots
-        self.sizes = self.num_instances, self.slots, self.segment_tokens = N, S, segment_tokens
-        # Monte-Carlo over random homes puts the worst max/mean at 1.3 for c = 3, 1.6 for c = 1.
-        self.placement, self.num_heavy = placement, math.ceil(factor * N * math.log(N))
-        self.tree = PrefixTree(16 * N)
-        self.free = [list(range((i + 1) * S - 1, i * S - 1, -1)) for i in range(N)]
+    """The pool's bookkeeping. replicate_factor: c of the ceil(c·N·ln N) heavy hitters that may be
+    copied; over random homes, Monte-Carlo puts the worst max/mean at 1.3 for c = 3, 1.6 for 1.
+    """
+
+    def __init__(
+        self,
+        num_instances: int,
+        slots: int,
+        segment_tokens: int,
+        placement: str = "stripe",
+        replicate_factor: float = 3.0,
+    ):
+        N = num_instances
+        self.num_instances = N
+        self.slots = slots
+        self.segment_tokens = segment_tokens
+        self.sizes = N, slots, segment_tokens  # N, S, C
+        self.placement = placement
+        self.num_heavy = math.ceil(replicate_factor * N * math.log(N))
+        self.tree = PrefixTree(HALF_LIFE * N)
+        # Free slots by instance, the lowest on top.
+        self.free = [
+            list(range((i + 1) * slots - 1, i * slots - 1, -1)) for i in range(N)
+        ]
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
-        self.evictions, self.duplicates, self.copies, self.replicas_max = 0, 0, 0, 1
-        self.load = np.zeros(N, np.int64)  # of each instance: work done, recent iterations more
+        self.evictions = 0
+        self.duplicates = 0
+        self.copies = 0
+        self.replicas_max = 1
+        self.load = np.zeros(
+            N, np.int64
+        )  # of each instance: work done, recent iterations more
         self.copying: dict[int, Segment] = {}  # slot → what this iteration copies there
-        self.held = np.zeros((0, N), np.int64)  # segments with tokens written, by Request.line
-        self._lines: list[int] = []  # of `held` that are free
+        self.held = np.zeros(
+            (0, N), np.int64
+        )  # segments with tokens written, by Request.held_row
+        self._free_held_rows: list[int] = []
         self._rng = np.random.Generator(np.random.PCG64(0))
-        self._index()
+        self._index_replicas()
 
-    def extend_ids(self, request: Request):
+    # ── a request's life: match, admit, reserve and commit by turns, release ──
+
+    def extend_ids(self, request):
         """Ids of the segments that `tokens` has filled since (§4.1: a chained hash)."""
-        C, ids = self.segment_tokens, request.ids
+        C = self.segment_tokens
+        ids = request.ids
         for start in range(len(ids) * C, len(request.tokens) - C + 1, C):
-            tokens = np.asarray(request.tokens[start:start + C], np.int64)
-            salt = request.salt.encode("utf-8", "surrogatepass")
-            id = ids[-1] if ids else hashlib.blake2b(salt, digest_size=16, person=b"root").digest()
-            ids.append(hashlib.blake2b(id + tokens.tobytes(), digest_size=16).digest())
+            if ids:
+                parent = ids[-1]
+            else:
+                salt = request.salt.encode("utf-8", "surrogatepass")
+                parent = hashlib.blake2b(salt, digest_size=16, person=b"root").digest()
+            tokens = np.asarray(request.tokens[start : start + C], np.int64)
+            ids.append(
+                hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+            )
 
-    def match(self, request: Request) -> int:
+    def match(self, request) -> int:
         """The number of leading segments that the pool holds."""
         self.extend_ids(request)
         return self.tree.match(request.ids)
 
-    def awaited(self, request: Request, matched: int) -> bool:
+    def awaited(self, request, matched: int) -> bool:
         """Whether the next segment is being prefilled by another request: better wait for it."""
         return matched < len(request.ids) and request.ids[matched] in self.in_progress
 
     def num_segments(self, tokens: int) -> int:
         return -(-tokens // self.segment_tokens)
 
-    def fits(self, request: Request, matched: int, promised: int) -> bool:
+    def fits(self, request, matched: int, promised: int) -> bool:
         """Whether slots for the rest of the prompt can be had besides those promised to others."""
-        taken = sum(not self.tree.segments[id].pins for id in request.ids[:matched])
-        available = sum(map(len, self.free)) + len(self.tree.lru) + len(self.tree.extras) - taken
+        evictable = len(self.tree.lru) + len(self.tree.extras)
+        # What the request itself would pin is not there to be evicted for it.
+        evictable -= sum(not self.tree.segments[id].pins for id in request.ids[:matched])
+        available = sum(map(len, self.free)) + evictable
         return available - promised >= self.num_segments(len(request.tokens)) - matched
 
-    def admit(self, request: Request, matched: int):
+    def admit(self, request, matched: int):
         """Pins what matched. One row at least stays to compute: its logits are wanted."""
         request.segments = [self.tree.segments[id] for id in request.ids[:matched]]
         self.tree.hit(request.segments)
         request.table = np.zeros(self.num_segments(request.max_tokens), np.int32)
         request.table[:matched] = [segment.slot for segment in request.segments]
-        if not self._lines:
-            self._lines = list(range(len(self.held), len(self.held) * 2 + 8))
-            self.held = np.resize(self.held, (len(self.held) * 2 + 8, self.num_instances))
-        request.line = self._lines.pop()
-        self.held[request.line] = np.bincount(request.table[:matched] // self.slots,
-                                              minlength=self.num_instances)
         request.num_slots = matched
         request.done = min(matched * self.segment_tokens, len(request.tokens) - 1)
+        if not self._free_held_rows:
+            longer = len(self.held) * 2 + 8
+            self._free_held_rows = list(range(len(self.held), longer))
+            self.held = np.resize(self.held, (longer, self.num_instances))
+        request.held_row = self._free_held_rows.pop()
+        instances = request.table[:matched] // self.slots
+        self.held[request.held_row] = np.bincount(instances, minlength=self.num_instances)
         for id in request.ids[matched:]:
             self.in_progress.setdefault(id, request)
 
-    def commit(self, request: Request, rows: int):
+    def commit(self, request, rows: int):
         """The rows are written: publishes full segments, or takes what was published meanwhile."""
-        C, S, table, held = self.segment_tokens, self.slots, request.table, self.held[request.line]
-        old = max(len(request.segments), self.num_segments(request.done))
-        for slot in table[old:self.num_segments(request.done + rows)].tolist():
-            held[slot // S] += 1
+        C = self.segment_tokens
+        held = self.held[request.held_row]
+        # A segment is held from its first token on; a published one was counted at admission.
+        counted = max(len(request.segments), self.num_segments(request.done))
+        for slot in request.table[
+            counted : self.num_segments(request.done + rows)
+        ].tolist():
+            held[slot // self.slots] += 1
         request.done += rows
         request.peak = max(request.peak, request.done)
-        while (index := len(request.segments)) < request.done // C:
-            id, slot = request.ids[index], int(table[index])
-            if segment := self.tree.segments.get(id):
-                self.free[slot // S].append(slot)
-                self.duplicates += 1
-                table[index] = segment.slot
-                held[slot // S] -= 1
-                held[segment.slot // S] += 1
-            else:
-                parent = request.segments[-1] if index else None
-                segment = self.tree.insert(id, parent, slot // S, slot)
+        while len(request.segments) < request.done // C:
+            segment = self._publish(request, len(request.segments))
             self.tree.pin(segment)
             request.segments.append(segment)
-            if self.in_progress.get(id) is request:
-                del self.in_progress[id]
+            self._settle(request, segment.id)
 
-    def release(self, request: Request):
+    def _publish(self, request, index: int) -> Segment:
+        """A segment of a request enters the tree where it is; if its id is there already, ours is
+        freed and the request reads the other."""
+        id = request.ids[index]
+        slot = int(request.table[index])
+        segment = self.tree.segments.get(id)
+        if segment is None:
+            parent = request.segments[-1] if index else None
+            return self.tree.insert(id, parent, slot // self.slots, slot)
+        self.free[slot // self.slots].append(slot)
+        self.duplicates += 1
+        request.table[index] = segment.slot
+        held = self.held[request.held_row]
+        held[slot // self.slots] -= 1
+        held[segment.slot // self.slots] += 1
+        return segment
+
+    def _settle(self, request, id: bytes):
+        """Nobody waits for this request any more to prefill a segment."""
+        if self.in_progress.get(id) is request:
+            del self.in_progress[id]
+
+    def release(self, request):
         """Gives back everything: a finished request, or one that is preempted and starts over."""
-        for slot in request.table[len(request.segments):request.num_slots].tolist():
+        published = len(request.segments)
+        for slot in request.table[published : request.num_slots].tolist():
             self.free[slot // self.slots].append(slot)
         self.tree.clock += 1
-        for segment in reversed(request.segments):  # leaf first: see PrefixTree.lru
-            self.tree.pin(segment, -1)
-        for id in request.ids[len(request.segments):]:
-            if self.in_progress.get(id) is request:
-                del self.in_progress[id]
-        self._lines.append(request.line)
-        request.segments, request.num_slots, request.done = [], 0, 0
+        for segment in reversed(request.segments):  # leaf first: see PrefixTree
+            self.tree.unpin(segment)
+        for id in request.ids[published:]:
+            self._settle(request, id)
+        self._free_held_rows.append(request.held_row)
+        request.segments = []
+        request.num_slots = 0
+        request.done = 0
+
+    # ── placement (§4.3): where new segments live, and who computes their rows ──
 
     def open_tails(self, running: list[Request]) -> list[int]:
         """[N] open tails that live at each instance."""
         N, S, C = self.sizes
-        slots = [r.table[r.num_slots - 1] for r in running if r.num_slots * C > len(r.tokens)]
-        return np.bincount(np.array(slots, np.int64) // S, minlength=N).tolist()
+        open_ones = [r for r in running if r.num_slots * C > len(r.tokens)]
+        slots = np.array([r.table[r.num_slots - 1] for r in open_ones], np.int64)
+        return np.bincount(slots // S, minlength=N).tolist()
 
-    def reserve(self, request: Request, rows: int, planned: list[int], tails: list[int], most: int):
-        """Runs for the next `rows` tokens where their segments will live (§4.3); None if all slots
-        are pinned (what was reserved stays). planned [N]: rows so far, updated on success; tails
-        [N]: open ones, updated. Rows over `most` go to the least planned, and are put."""
-        C, S, load = self.segment_tokens, self.slots, list(planned)
-        decode = request.remaining == 1 and len(request.tokens) > request.num_prompt
-        runs, position, stop = [], request.done, request.done + rows
+    def reserve(
+        self,
+        request,
+        rows: int,
+        planned: list[int],
+        tails: list[int],
+        most: int,
+    ) -> list[Run] | None:
+        """Runs for the next `rows` tokens, in slots where their segments will live; None if all
+        slots are pinned (what was reserved stays). planned [N]: rows so far, updated on success;
+        tails [N]: open ones, updated. No instance is to compute more than `most` rows: the rest of
+        a segment goes to the least planned one, and is put."""
+        C = self.segment_tokens
+        load = list(planned)
+        runs = []
+        position = request.done
+        stop = position + rows
         while position < stop:
             index = position // C
             count = min(stop, (index + 1) * C) - position
             if index == request.num_slots:
-                slot = self._allocate(self._home(request, index, count, load, tails, most))
+                home = self._home(request, index, count, load, tails, most)
+                slot = self._allocate(home)
                 if slot is None:
                     return None
                 request.table[index] = slot
                 request.num_slots += 1
-                tails[slot // S] += index >= len(request.ids)
-            slot = int(request.table[index])
-            count = min(count, max(most - load[slot // S], 0) or count)  # the rest elsewhere
-            instance = least(load, slot // S, most - count)
-            load[instance] += count
-            runs.append(Run(request, position, count, instance, slot,
-                            index >= len(request.segments), decode))
-            position += count
+                tails[slot // self.slots] += index >= len(request.ids)
+            run = self._next_run(request, position, count, load, most)
+            load[run.instance] += run.rows
+            runs.append(run)
+            position += run.rows
         planned[:] = load
         return runs
 
-    def _home(self, request, index, rows, load, tails, most) -> int:
+    def _next_run(self, request, position: int, count: int, load, most: int) -> Run:
+        """Up to `count` rows of a segment: at its home as many as it has room for, and if it has
+        none, all at the least loaded."""
+        index = position // self.segment_tokens
+        slot = int(request.table[index])
+        home = slot // self.slots
+        room = max(most - load[home], 0)
+        rows = min(count, room or count)
+        instance = least_loaded(load, home, most - rows)
+        puts = index >= len(request.segments)
+        return Run(request, position, rows, instance, slot, puts, request.decoding)
+
+    def _home(self, request, index: int, rows: int, load, tails, most: int) -> int:
         """Where a new segment should live. `hash`: the paper's; `stripe`: a first child after its
-        parent, to read long prefixes evenly, others by hash. Open tails spread: decodes follow."""
+        parent, to read long prefixes evenly, others by hash. Open tails spread: decodes follow.
+        """
         N, S, _ = self.sizes
-        home = (int(request.table[index - 1]) // S + 1) % N if index else 0
-        if index >= len(request.ids):
-            return min(range(N), key=lambda i: (load[i] + rows > most, tails[i], (i - home) % N))
-        siblings = index == len(request.segments) > 0 and request.segments[-1].children
-        if self.placement == "hash" or not index or siblings:
+        after_parent = (int(request.table[index - 1]) // S + 1) % N if index else 0
+        if index >= len(request.ids):  # an open tail
+
+            def crowding(i):
+                return load[i] + rows > most, tails[i], (i - after_parent) % N
+
+            return min(range(N), key=crowding)
+        is_first = index == 0
+        parent_is_published = index == len(request.segments)
+        has_siblings = (
+            not is_first and parent_is_published and request.segments[-1].children
+        )
+        home = after_parent
+        if self.placement == "hash" or is_first or has_siblings:
             home = int.from_bytes(request.ids[index][:8], "little") % N
-        return least(load, home, most - rows)
+        return least_loaded(load, home, most - rows)
 
     def _allocate(self, home: int, only: bool = False) -> int | None:
         """A slot at home, else (not `only`) where most are free, else an evicted one; or None."""
-        if free := self.free[home] or not only and max(self.free, key=len):
+        free = self.free[home]
+        if not free and not only:
+            free = max(self.free, key=len)
+        if free:
             return free.pop()
         slot = self.tree.evict()
         self.evictions += slot is not None
         return slot
 
+    # ── replication (§4.3): heavy hitters of overloaded instances are copied ──
+
     def replicate(self) -> dict[int, int]:
-        """Copies for this iteration, read from the next on (§4.3): global slot to fill → to read.
-        Heavy hitters of instances over 1.1 of the mean load go to the least loaded: N an iteration,
-        1/16 of the pool in all, each while its replicas are worth more than 1/num_heavy of an even
-        share of all hits: so steady load stops copying, and what all requests hit is everywhere."""
+        """Copies for this iteration, read from the next on: global slot to fill → to read. N at
+        most, and REPLICA_SLOTS bounds them all. What every request hits ends up everywhere.
+        """
         N, S, _ = self.sizes
-        tree, heavy, readable, self.copying = self.tree, self.num_heavy, self.copying, {}
-        hot = self.load * (10 * N) > self.load.sum() * 11
-        share = tree.root.heat / (heavy * N) if heavy else 0.0
-        ranked = sorted(range(N), key=lambda i: (not self.free[i], self.load[i]))
-        wanted = ((segment, target) for segment in tree.heaviest(heavy * hot.any(), share)
-                  for target in ranked if target not in segment.replicas
-                  and any(hot[i] for i in segment.replicas)
-                  and segment.heat > share * len(segment.replicas))
+        were_copying = self.copying
+        self.copying = {}
         unfit = []  # slots that eviction gave where the segment is already
-        for segment, target in wanted:
-            if len(tree.extras) >= N * S // 16 or N in (len(self.copying), len(unfit)):
+        for segment, target in self._wanted_copies():
+            full = len(self.tree.extras) >= N * S // REPLICA_SLOTS
+            if full or N in (len(self.copying), len(unfit)):
                 break
-            there = tuple(segment.replicas)
+            holders = tuple(
+                segment.replicas
+            )  # before eviction, which may take one of them
             slot = self._allocate(target, only=True)
             if slot is None:
                 break
-            if slot // S in there:
+            if slot // S in holders:
                 unfit.append(slot)
-                continue
-            segment.replicas[slot // S] = slot
-            self.replicas_max = max(self.replicas_max, len(segment.replicas))
-            tree.extras[slot] = self.copying[slot] = segment
+            else:
+                self._add_replica(segment, slot)
         for slot in unfit:
             self.free[slot // S].append(slot)
-        self.copying = {slot: segment for slot, segment in self.copying.items()
-                        if segment.replicas.get(slot // S) == slot}
+        # A slot allocated later may have been evicted from a copy that was planned before.
+        self.copying = {
+            slot: segment
+            for slot, segment in self.copying.items()
+            if segment.replicas.get(slot // S) == slot
+        }
         self.copies += len(self.copying)
-        if readable or self.copying:
-            self._index()
+        if were_copying or self.copying:
+            self._index_replicas()
         return {slot: segment.slot for slot, segment in self.copying.items()}
 
-    def _index(self):
-        """Where the segments with replicas can be read now: of a first replica's slot the line in
-        `_places`, [segments with replicas, N] global slot or −1; and how deep they are."""
-        segments, self.tree.shrunk = list(dict.fromkeys(self.tree.extras.values())), False
-        self._replicated = np.full(self.num_instances * self.slots, -1, np.int32)
-        self._replicated[[segment.slot for segment in segments]] = np.arange(len(segments))
-        self._places = np.full((len(segments), self.num_instances), -1, np.int64)
-        self.deepest = max((segment.depth for segment in segments), default=0)
-        for line, segment in enumerate(segments):
+    def _wanted_copies(self):
+        """Segments that are worth a replica, the most read first, and an instance for it: those
+        with free slots first, then the least loaded.
+
+        A replica of a segment pays while those it has are each worth more than `worth`: an even
+        share of all hits, root.heat / N, divided by num_heavy. What is left uncopied then weighs,
+        even if all num_heavy of them met at one instance, no more than the share that it should
+        have. So a steady load stops copying."""
+        N = self.num_instances
+        limit, whole = OVERLOAD
+        overloaded = self.load * (whole * N) > self.load.sum() * limit
+        if not overloaded.any() or not self.num_heavy:
+            return
+        worth = self.tree.root.heat / (self.num_heavy * N)
+        targets = sorted(range(N), key=lambda i: (not self.free[i], self.load[i]))
+        for segment in self.tree.heaviest(self.num_heavy, worth):
+            for target in targets:
+                helps = any(overloaded[i] for i in segment.replicas)
+                pays = segment.heat > worth * len(segment.replicas)
+                if helps and pays and target not in segment.replicas:
+                    yield segment, target
+
+    def _add_replica(self, segment, slot: int):
+        segment.replicas[slot // self.slots] = slot
+        self.replicas_max = max(self.replicas_max, len(segment.replicas))
+        self.tree.extras[slot] = segment
+        self.copying[slot] = segment
+
+    def _index_replicas(self):
+        """Tables of the segments with replicas that can be read now, for `replicas_of`."""
+        N, S, _ = self.sizes
+        segments = list(dict.fromkeys(self.tree.extras.values()))
+        self.tree.extras_left = False
+        self.deepest_replicated = max((segment.depth for segment in segments), default=0)
+        # [N·S] of the slot of a first replica: its row in the other table, −1: it is the only one.
+        self._replica_row = np.full(N * S, -1, np.int32)
+        self._replica_row[[segment.slot for segment in segments]] = np.arange(
+            len(segments)
+        )
+        # [segments with replicas, N] global slot, −1 where there is none.
+        self._replica_slots = np.full((len(segments), N), -1, np.int64)
+        for row, segment in enumerate(segments):
             for instance, slot in segment.replicas.items():
                 if slot not in self.copying:
-                    self._places[line, instance] = slot
+                    self._replica_slots[row, instance] = slot
 
-    def places(self, slots: np.ndarray):
-        """Which of the slots have replicas: [h] indices, and where: [h, N] slot or −1."""
-        if self.tree.shrunk:
-            self._index()
-        hot = np.flatnonzero(self._replicated[slots] >= 0)
-        return hot, self._places[self._replicated[slots[hot]]]
+    # ── choice (§4.4): which replica is read ──
 
-    def choose(self, places: np.ndarray, cost: np.ndarray, load: np.ndarray) -> np.ndarray:
-        """Power of two choices (§4.4): for each read [h] of a segment at `places` [h, N], the less
-        loaded of two random replicas → [h] global slot. Adds costs to load [N], N at a time."""
-        N, picks, rank = len(load), [np.zeros(0, np.int64)], (places >= 0).cumsum(1)
-        count = rank[:, -1]
+    def replicas_of(self, slots) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the first replicas' slots have others: [h] indices, and all of their slots:
+        [h, N], −1 where there is none."""
+        if self.tree.extras_left:
+            self._index_replicas()
+        replicated = np.flatnonzero(self._replica_row[slots] >= 0)
+        return replicated, self._replica_slots[self._replica_row[slots[replicated]]]
+
+    def choose_replicas(self, candidates, cost, load: np.ndarray):
+        """Power of two choices: for each read [h] of a segment in slots `candidates` [h, N], the
+        less loaded of two random replicas → [h] global slot. Adds costs [h] to load [N], after N
+        reads each."""
+        N = len(load)
+        number = (candidates >= 0).cumsum(1)  # of replicas up to an instance
+        count = number[:, -1]
         first = self._rng.integers(count)
-        second = (first + 1 + self._rng.integers(np.maximum(count - 1, 1))) % count
-        pair = np.stack([(rank > n[:, None]).argmax(1) for n in (first, second)])
-        for start in range(0, len(places), N):
-            a, b = pair[:, start:start + N]
-            picks.append(np.where(load[b] < load[a], b, a))
-            np.add.at(load, picks[-1], cost[start:start + N])
-        return places[np.arange(len(places)), np.concatenate(picks)]
+        other = self._rng.integers(np.maximum(count - 1, 1))
+        second = (first + 1 + other) % count
+        # The instance of the n-th replica is the first that has n + 1 up to it.
+        pair = np.stack([(number > n[:, None]).argmax(1) for n in (first, second)])
+        chosen = np.zeros(len(candidates), np.int64)
+        for start in range(0, len(candidates), N):
+            reads = slice(start, start + N)
+            a, b = pair[:, reads]
+            less_loaded = np.where(load[b] < load[a], b, a)
+            np.add.at(load, less_loaded, cost[reads])
+            chosen[reads] = less_loaded
+        return candidates[np.arange(len(candidates)), chosen]
 
-    def observe(self, cost: np.ndarray):
-        """Adds the work [N] of a planned iteration to the loads, which fade by an eighth each."""
-        self.load += cost - (self.load + 7) // 8
-
-
-BLOCK, WINDOW = 512, 10_000  # of a trace: tokens per hash id; ms that a CV is taken over
+    def observe(self, cost):
+        """Adds the work [N] of a planned iteration to the loads, which fade."""
+        self.load += cost - (self.load + LOAD_FADE - 1) // LOAD_FADE
 
 
 def variation(windows) -> float | None:
@@ -406,90 +593,164 @@ def variation(windows) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = 131_072) -> dict:
-    """A trace, (timestamp in ms, input_length, hash_ids), through the control plane alone: a
-    timestamp is an iteration; each request reads what it hits once, and puts the rest. Load: tokens
-    read at an instance; its CV: mean over windows; bytes cross instances. No room: ValueError."""
-    N, S, C = balancer.sizes
-    hits, put, total = 0, 0, sum(length for _, length, _ in lines)
-    windows, milliseconds = {}, []
-    for timestamp, group in groupby(lines, key=lambda line: line[0]):
-        requests = [Request(0, (np.asarray(ids)[:, None] * BLOCK + np.arange(BLOCK)).ravel()[:n], n)
-                    for _, n, ids in group]
-        for request in requests:
-            balancer.extend_ids(request)  # hashing is not planning
-        started = time.perf_counter()
-        balancer.replicate()
-        load, planned = balancer.load.copy(), [0] * N
-        most = -(-sum(len(request.tokens) for request in requests) // N) + C
-        for request in requests:
-            balancer.admit(request, matched := balancer.match(request))
-            hits += request.done
-            hot, places = balancer.places(request.table[:matched])
-            load += C * np.bincount(np.delete(request.table[:matched], hot) // S, minlength=N)
-            balancer.choose(places, np.full(len(hot), C), load)  # adds the chosen reads to it
-            runs = balancer.reserve(request, request.remaining, planned, [0] * N, most)
-            if runs is None:
-                raise ValueError(f"the requests of {timestamp} ms need more than {N * S} segments")
-            put += sum(run.rows for run in runs if run.puts and run.instance != run.slot // S)
-        for request in requests:
-            balancer.commit(request, request.remaining)
-            balancer.release(request)
-        reads = load - balancer.load
-        balancer.observe(reads)
-        milliseconds.append((time.perf_counter() - started) * 1e3)
-        windows[timestamp // WINDOW] = windows.get(timestamp // WINDOW, 0) + reads
-    return dict(hit_rate=hits / total, cache_load_cv=variation(windows.values()),
-                replicas_max=balancer.replicas_max, replica_segments=len(balancer.tree.extras),
-                put_bytes=put * kv_bytes, replica_bytes=balancer.copies * C * kv_bytes,
-                plan_ms_median=float(np.median(milliseconds)), iterations=len(milliseconds))
+# ── traces: the requests that come ───────────────────────────────────────────────────────────────
+
+TRACE_BLOCK = 512  # tokens per hash id
 
 
-def read_line(text: bytes, after: float) -> tuple:
-    """(timestamp, input_length, hash_ids) of a trace's line. Raises ValueError or TypeError."""
-    at, length, ids = itemgetter("timestamp", "input_length", "hash_ids")(json.loads(text))
-    if not (after <= at < 2**53 and length > 0 and len(ids) == -(-length // BLOCK)
-            and all(type(id) is int and 0 <= id < 2**50 for id in (length, *ids))):
-        raise ValueError
-    return at, length, ids
+class Field(NamedTuple):
+    """What a field of a trace line must be, in code and in words, and what it is if absent."""
+
+    allows: Callable
+    expected: str
+    default: object = None
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser("balancer.py", description="Replay a trace, planning only.")
-    parser.print_usage = lambda *_: None  # an error is one line
-    add = parser.add_argument
-    add("--trace", required=True, metavar="FILE", help="timestamp, input_length, hash_ids per line")
-    add("--instances", type=int, default=8, metavar="N", help="default 8")
-    add("--placement", choices=("stripe", "hash"), default="stripe", help="default stripe")
-    add("--replicate-factor", type=float, default=3.0, metavar="c", help="0: none; default 3")
-    add("--segment-tokens", type=int, default=512, metavar="C", help="default 512")
-    add("--capacity-tokens", type=int, metavar="T", help="of the whole pool; default: all fits")
-    add("--json", action="store_true", help="print one JSON object")
-    options, lines = parser.parse_args(arguments), []
-    for name, value in vars(options).items():
-        lowest = 0 if name == "replicate_factor" else 1
-        if type(value) in (int, float) and not lowest <= value < 2**40:
-            parser.error(f"--{name.replace('_', '-')} {value}: a number from {lowest} is expected")
+def _is_integer(value, lowest: int, end: int) -> bool:
+    return type(value) is int and lowest <= value < end
+
+
+def _is_time(value) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**53
+
+
+def _are_ids(value) -> bool:
+    return (
+        isinstance(value, list) and value and all(_is_integer(i, 0, 2**63) for i in value)
+    )
+
+
+MILLISECONDS = Field(_is_time, "a number of ms from 0 up")
+LENGTH = Field(lambda value: _is_integer(value, 1, 2**53), "a positive integer")
+IDS = Field(_are_ids, "a list of integers from 0 up")
+FIELDS = {
+    "session_id": Field(
+        lambda value: value is None or type(value) in (str, int),
+        "a string or an integer",
+    ),
+    "timestamp": MILLISECONDS,
+    "output_length": LENGTH,
+    "think_ms": MILLISECONDS._replace(default=0),
+    "salt": Field(lambda value: type(value) is str, "a string", ""),
+}
+
+
+@dataclass
+class TraceLine:
+    """A request of a trace, lengths scaled, and what became of it."""
+
+    index: int  # request id: which request of the trace, from 0
+    where: str  # file:line
+    previous: "TraceLine | None" = field(repr=False)  # of the session
+    timestamp: float  # ms
+    think_ms: float
+    salt: str
+    input_ids: list[int] | None  # its own; with a session, behind all before
+    hash_ids: list[int] | None
+    input_length: int  # with a session, an upper bound until it is sent
+    output_length: int
+    request: Request | None = None  # from its arrival on
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.input_length + self.output_length
+
+    def arrive(self, vocab_size: int, block: int, seed: int) -> Request:
+        """Its request. A hash id's block of tokens comes from a generator seeded by (seed, id)."""
+        if self.input_ids is not None:
+            earlier = self.previous.request.tokens if self.previous else []
+            prompt = earlier + self.input_ids
+        else:
+            prompt = []
+            for id in self.hash_ids:
+                rng = np.random.default_rng((seed, id))
+                prompt += rng.integers(vocab_size, size=block).tolist()
+            prompt = prompt[: self.input_length]
+        self.request = Request(
+            self.index, prompt, len(prompt) + self.output_length, self.salt
+        )
+        return self.request
+
+
+def read_trace(
+    source, name: str, scale: int = 1, limit: int | None = None
+) -> list[TraceLine]:
+    """The first `limit` requests of a trace, checked; `source` yields its lines, bytes or text.
+    Lengths are divided by `scale`. Raises ValueError: file:line, what is wrong, what is right.
+    """
+    lines: list[TraceLine] = []
+    last_of_session: dict = {}
+    texts = ((number, text) for number, text in enumerate(source, 1) if text.strip())
+    for number, text in islice(texts, limit):
+        where = f"{name}:{number}"
+        fields = _read_fields(text, where)
+        session_id = fields["session_id"]
+        previous = None if session_id is None else last_of_session.get(session_id)
+        line = _make_line(len(lines), where, fields, previous, scale)
+        if lines and line.timestamp < lines[-1].timestamp:
+            said = f"timestamp {line.timestamp} is before the previous line's "
+            said += f"{lines[-1].timestamp}; lines in order of time are expected"
+            raise ValueError(f"{where}: {said}")
+        last_of_session[session_id] = line
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{name}: is empty; one JSON object per line is expected")
+    return lines
+
+
+def _read_fields(text, where: str) -> dict:
+    """The known fields of a line, each as it must be."""
     try:
-        with open(options.trace, "rb") as file:
-            for number, text in enumerate(file, 1):
-                try:
-                    lines.append(read_line(text, lines[-1][0] if lines else 0))
-                except (ValueError, TypeError, KeyError):
-                    raise ValueError(f"{options.trace}:{number}: timestamp (ms, in order), input_"
-                                     "length and a hash id per 512 tokens are expected") from None
-        if not lines:
-            raise ValueError(f"{options.trace}: is empty; one JSON object per line is expected")
-        N, C = options.instances, options.segment_tokens
-        room = options.capacity_tokens or 2 * C * sum(-(-n // C) for _, n, _ in lines)
-        result = replay(lines, Balancer(N, -(-room // (N * C)), C, options.placement,
-                                        options.replicate_factor))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(json.dumps(result) if options.json else "\n".join(
-        f"{key:>16}  {'–' if value is None else format(value, ',.4g')}"
-        for key, value in result.items()))
+        raw = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: not JSON; one object per line is expected") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: a JSON object is expected")
+    if "input_ids" not in raw:
+        form = {"input_length": LENGTH, "hash_ids": IDS}
+    elif "hash_ids" in raw or "input_length" in raw:
+        said = "input_ids stands in place of input_length and hash_ids; one or the other"
+        raise ValueError(f"{where}: {said} is expected")
+    else:
+        form = {"input_ids": IDS}
+    fields = {}
+    for key, rule in (form | FIELDS).items():
+        value = fields[key] = raw.get(key, rule.default)
+        if not rule.allows(value):
+            found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
+            raise ValueError(f"{where}: {key} {found}; {rule.expected} is expected")
+    return fields
 
 
-if __name__ == "__main__":
-    main()
+def _make_line(index: int, where: str, fields: dict, previous, scale: int) -> TraceLine:
+    """A line from its fields, which have to fit each other and the scale."""
+    input_ids = fields.get("input_ids")
+    hash_ids = fields.get("hash_ids")
+    if input_ids is None:
+        length = fields["input_length"]
+        blocks = -(-length // TRACE_BLOCK)
+        if len(hash_ids) != blocks:
+            said = f"hash_ids lists {len(hash_ids)} blocks; input_length {length} makes {blocks}"
+            raise ValueError(f"{where}: {said} of {TRACE_BLOCK} tokens")
+    elif scale > 1:
+        raise ValueError(f"{where}: input_ids cannot be scaled; drop --trace-scale")
+    else:
+        length = len(input_ids) + (previous.total if previous else 0)
+    return TraceLine(
+        index,
+        where,
+        previous,
+        fields["timestamp"],
+        fields["think_ms"],
+        fields["salt"],
+        input_ids,
+        hash_ids,
+        input_length=-(-length // scale),
+        output_length=-(-fields["output_length"] // scale),
+    )
+
+
+if __name__ == "__main__":  # what placement, replication and choice are worth on a trace
+    replay = os.path.dirname(os.path.abspath(__file__)) + "/bench/replay.py"
+    os.execv(sys.executable, [sys.executable, replay, *sys.argv[1:]])

@@ -13,10 +13,13 @@ fact the pool rests on. `partial_attention` gives (o, lse) of rows over spans of
 joins parts. Both subtract the running maximum before exp (the textbook form overflows); an empty
 part is o = 0, lse = −inf: written always, and never a NaN.
 
-    query rows ──┐ blocks: a few rows of one run          slab rows (one layer)
-      run 0 ─────┼─▶ block 0 ─ tiles ──────────────────▶ [span][ ][span    ][ ]
-      run 1 ─────┼─▶ block 1 ─ tiles ────────────────────────────────▶[span]
-                 └─▶ …                                    a tile: at most 64 rows of a span
+What is to be done is said by two tables, and cut for the hardware into three more:
+
+    QueryRuns ──▶ blocks: as many rows of one run as a program takes ─┐
+                                                                      ├─▶ pieces: a block over some
+    KVSpans ────▶ tiles: at most 64 rows of one span ─────────────────┘   of its tiles, a program each
+
+A block has one piece, but for long ones where programs are few: their pieces are merged.
 
 Two implementations: Triton, and PyTorch for CPUs and float64. Left out: TMA.
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
@@ -25,6 +28,7 @@ Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim �
 import math
 import os
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,148 +39,316 @@ try:
 except ImportError:  # no wheel for this platform: PyTorch serves
     triton = None
 
-TILE, PIECE = 64, 4  # KV rows a tile; tiles a piece at least
-NEVER = np.iinfo(np.int64).max  # position of padding: after every row
+TILE = 64  # KV rows of a tile, at most
+MIN_PIECE_TILES = (
+    4  # of a piece, where its block has more: fewer do not pay for the merge
+)
+MIN_LANES = 16  # of a block: the least that a dot takes
+MAX_LANES = 128
+AFTER_ALL = np.iinfo(np.int64).max  # a position that no query row sees: that of padding
+
+
+# ── tables of integers ───────────────────────────────────────────────────────────────────────────
+#
+# A table is a NamedTuple of columns: arrays of one length, whose rows are things of one kind.
+
+Column = np.ndarray
+
+
+def select(table, rows):
+    """The chosen rows (indices or a mask) of every column."""
+    return type(table)(*(None if column is None else column[rows] for column in table))
 
 
 def ranges(starts, counts):
     """Concatenated `arange(start, start + count)`, without a loop: [n], [n] → [sum(counts)]."""
-    starts, counts = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
+    starts = np.asarray(starts, np.int64)
+    counts = np.asarray(counts, np.int64)
     ends = np.cumsum(counts)
     return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
 
 
-def to_device(arrays, device) -> list:
-    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. (One
-    for a kernel stands behind even sizes: kernels are compiled for pointers that 16 divides.)"""
-    flat = torch.from_numpy(np.concatenate([x.ravel() for x in arrays], dtype=np.int64))
-    flat = flat.pin_memory() if torch.device(device).type == "cuda" else flat
-    parts = flat.to(device, non_blocking=True).split([x.size for x in arrays])
-    return [part.view(x.shape) for part, x in zip(parts, arrays)]
-
-
-def cut(lengths, size: int):
-    """Cuts each length into pieces of at most `size`: [n] → of each piece the length that it is
-    of, its offset in it, and its own length: 3 × [pieces]."""
+def split_lengths(lengths, size: int):
+    """Cuts each length into sections of `size`, the last one maybe shorter: [n] → of each section
+    which length it is of, its offset there, its own length: 3 × [sections]."""
     counts = -(-lengths // size)
-    of = np.repeat(np.arange(len(lengths)), counts)
+    owner = np.repeat(np.arange(len(lengths)), counts)
     offset = ranges(np.zeros_like(counts), counts) * size
-    return of, offset, np.minimum(lengths[of] - offset, size)
+    return owner, offset, np.minimum(lengths[owner] - offset, size)
+
+
+def to_device(arrays, device) -> list:
+    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. (Rows
+    of a kernel's tables have 16 bytes or a multiple, so that all begin where 16 divides: it
+    is compiled for such pointers.)"""
+    flat = torch.from_numpy(
+        np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
+    )
+    if torch.device(device).type == "cuda":
+        flat = flat.pin_memory()
+    flat = flat.to(device, non_blocking=True)
+    tensors = flat.split([array.size for array in arrays])
+    return [tensor.view(array.shape) for tensor, array in zip(tensors, arrays)]
+
+
+# ── what is to be done ───────────────────────────────────────────────────────────────────────────
+
+
+class QueryRuns(NamedTuple):
+    """A row is a run: query rows at consecutive positions that read the same spans."""
+
+    first_row: Column  # of q
+    rows: Column
+    position: Column  # of the first row
+
+
+class KVSpans(NamedTuple):
+    """A row is a span: consecutive slab rows at consecutive positions. A tile is a short one."""
+
+    run: Column  # that reads it, ascending
+    first_row: Column  # of the slab
+    length: Column
+    position: Column  # of the first row
+
+
+class Blocks(NamedTuple):
+    """A row is a block: as many rows of a run as a program takes. By run."""
+
+    first_row: Column  # of q
+    rows: Column
+    position: Column  # of the first row
+    first_tile: Column  # of those that its run reads
+    end_tile: Column
+
+
+class Pieces(NamedTuple):
+    """A row is a piece: a block over some of its tiles, work for a program. By block."""
+
+    first_row: Column  # of q
+    rows: Column
+    partial: Column  # partial row of its first row
+    position: Column  # of the first row
+    first_tile: Column
+    end_tile: Column
+
+
+def cut_tiles(spans) -> KVSpans:
+    """Spans of TILE rows at most."""
+    span, offset, length = split_lengths(spans.length, TILE)
+    first_row = spans.first_row[span] + offset
+    return KVSpans(spans.run[span], first_row, length, spans.position[span] + offset)
+
+
+def cut_blocks(runs, tiles, most: int) -> Blocks:
+    """Blocks of at most `most` rows."""
+    num_tiles = np.bincount(tiles.run, minlength=len(runs.rows))
+    end_tile = np.cumsum(num_tiles)
+    first_tile = end_tile - num_tiles
+    run, offset, rows = split_lengths(runs.rows, most)
+    first_row = runs.first_row[run] + offset
+    position = runs.position[run] + offset
+    return Blocks(first_row, rows, position, first_tile[run], end_tile[run])
+
+
+def cut_pieces(blocks, programs: int):
+    """Pieces, about as many as `programs` if blocks are fewer; and the block of each: [pieces].
+    A block that reads nothing has one piece, too: it writes that its rows are empty."""
+    num_tiles = blocks.end_tile - blocks.first_tile
+    most = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // programs))
+    block, offset, _ = split_lengths(np.maximum(num_tiles, 1), most)
+    whole = select(blocks, block)
+    first_tile = whole.first_tile + offset
+    pieces = Pieces(
+        whole.first_row,
+        whole.rows,
+        np.cumsum(whole.rows) - whole.rows,
+        whole.position,
+        first_tile,
+        np.minimum(whole.end_tile, first_tile + most),
+    )
+    return pieces, block
+
+
+def partials_of_rows(blocks, pieces, block):
+    """The partial rows that `merge` is to join for each row of the runs: [rows, most pieces of a
+    block], −1 where a block has fewer; [0, 0] if none was cut. block: of each piece."""
+    if len(block) == len(blocks.rows):
+        return np.zeros((0, 0), np.int64)
+    num_pieces = np.bincount(block)
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    # A block's pieces follow each other, each with a partial row for every row of the block.
+    block_of_row, row, _ = split_lengths(blocks.rows, 1)
+    first_partial = pieces.partial[first_piece][block_of_row] + row
+    number = np.arange(num_pieces.max())
+    partials = first_partial[:, None] + number * blocks.rows[block_of_row, None]
+    return np.where(number < num_pieces[block_of_row, None], partials, -1)
+
+
+class PaddedBatch(NamedTuple):
+    """b blocks padded to m query rows and n KV rows, as gathers for PyTorch."""
+
+    query_rows: torch.Tensor  # [b, m]; its block's first row for padding
+    partial_rows: torch.Tensor  # [b, m]; a row behind the last for padding
+    kv_rows: (
+        torch.Tensor
+    )  # [b, n]; its block's first row for padding, so that NaNs stay at home
+    hidden: torch.Tensor  # [b, 1, m, n] what a query row does not see
 
 
 class Work:
     """What `partial_attention` is to do: made on the host once per iteration, used by every layer.
 
-    A *run* is consecutive query rows at consecutive positions that read the same spans; a *span* is
-    consecutive slab rows at consecutive positions. Row t of a run sees the keys at positions up to
-    its own. Partial row p belongs to the p-th row of the runs in order, so P = sum(rows).
-
-    first, rows, position: [runs] first query row, rows, position of the first row.
-    span_run (ascending), span_first, span_length, span_position: [spans] the run that reads it,
-    first slab row, rows, position of the first row. A run without spans gives empty partials.
-    programs: long blocks are cut into *pieces*, which are merged, until there are about so many.
+    Row t of a run sees the keys of its spans at positions up to its own. Partial row p belongs to
+    the p-th row of the runs in order, so P = sum(rows). A run without spans gives empty partials.
+    group: query heads of a KV head. programs: so many are to be busy; long blocks are cut.
     """
-    def __init__(self, first, rows, position, span_run, span_first, span_length, span_position,
-                 group: int, device="cpu", programs: int = 1):
-        first, rows, position, span_run, span_first, span_length, span_position = (
-            np.asarray(x, np.int64) for x in (
-                first, rows, position, span_run, span_first, span_length, span_position))
-        # Lanes of a tile are (row, head of the group): 16 at least, which is what a dot needs.
-        longest = min(int(rows.max(initial=1)) * group, 128)
-        self.lanes = max(16, 1 << (longest - 1).bit_length(), 1 << (group - 1).bit_length())
 
-        # Spans → tiles, runs → blocks; a block reads its run's tiles, a piece some of them.
-        span, offset, length = cut(span_length, TILE)
-        tiles = np.stack((span_first[span] + offset, length, span_position[span] + offset), 1)
-        none = np.zeros((2 - len(tiles) % 2, 3), np.int64)  # the kernel loads one ahead
-        tiles = np.concatenate((tiles, none))  # an even number: what follows is aligned, too
-        last_tile = np.cumsum(np.bincount(span_run[span], minlength=len(rows)))
-        first_tile = np.concatenate(([0], last_tile))[:len(rows)]
-        run, offset, height = cut(rows, self.lanes // group)
-        begin, end = first_tile[run], last_tile[run]
-        most = max(PIECE, -(-int((end - begin).sum()) // programs))
-        block, before, _ = cut(np.maximum(end - begin, 1), most)
-        partial = np.cumsum(height[block]) - height[block]
-        pieces = np.stack(((first[run] + offset)[block], height[block], partial,
-                           (position[run] + offset)[block], begin[block] + before,
-                           np.minimum(end[block], begin[block] + before + most)), 1)
-        self.num_rows, parts = int(height[block].sum()), np.zeros((0, 0), np.int64)
-        if len(block) > len(height):
-            count = np.bincount(block)
-            of, at, _ = cut(height, 1)  # partial rows of a block's pieces follow each other
-            number, start = np.arange(count.max()), partial[np.cumsum(count) - count]
-            parts = (start[of] + at)[:, None] + number * height[of, None]
-            parts = np.where(number < count[of, None], parts, -1)
+    def __init__(self, runs, spans, group: int, device="cpu", programs=1):
+        runs = QueryRuns(*(np.asarray(column, np.int64) for column in runs))
+        spans = KVSpans(*(np.asarray(column, np.int64) for column in spans))
+        # Lanes of a block are (row, head of the group).
+        wanted = min(int(runs.rows.max(initial=1)) * group, MAX_LANES)
+        self.lanes = max(MIN_LANES, _next_power_of_2(wanted), _next_power_of_2(group))
+        tiles = cut_tiles(spans)
+        blocks = cut_blocks(runs, tiles, self.lanes // group)
+        pieces, block = cut_pieces(blocks, programs)
+        parts = partials_of_rows(blocks, pieces, block)
+        self.num_rows = int(pieces.rows.sum())  # P before these are merged
         self._host = pieces, tiles
-        self.blocks, self.tiles, self.parts = to_device((pieces, tiles, parts), device)
+        # The kernel loads a tile ahead, so there is one behind the last.
+        tile_rows = np.pad(np.stack(tiles, 1), ((0, 1), (0, 0)))
+        self.pieces, self.tiles, self.parts = to_device(
+            [np.stack(pieces, 1), tile_rows, parts], device
+        )
 
     @cached_property
-    def padded(self) -> list:
-        """The same work as gathers for PyTorch: blocks of like size padded to one shape, so that
-        a batch of them is one matmul; blocks without keys are in none. Per batch: query rows
-        [b, m], partial rows [b, m] (the last for padding), slab rows [b, n] (its first again for
-        padding), what a row does not see [b, 1, m, n]."""
-        (blocks, tiles), batches, alike = self._host, [], {}
-        kv_before = np.concatenate(([0], np.cumsum(tiles[:, 1])))
-        kv_rows, kv_positions = (ranges(tiles[:, i], tiles[:, 1]) for i in (0, 2))
-        length = kv_before[blocks[:, 5]] - kv_before[blocks[:, 4]]
-        for i, (m, n) in enumerate(zip(blocks[:, 1].tolist(), length.tolist())):
+    def padded(self) -> list[PaddedBatch]:
+        """The same work for PyTorch: pieces of like size in batches, so that a batch is one matmul.
+        Pieces without keys are in none. A batch has 64 at most: it bounds what is copied.
+        """
+        pieces, tiles = self._host
+        keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
+        first_key = keys_before[pieces.first_tile]
+        num_keys = keys_before[pieces.end_tile] - first_key
+        kv_rows = ranges(tiles.first_row, tiles.length)
+        kv_positions = ranges(tiles.position, tiles.length)
+        alike = {}
+        for piece, (m, n) in enumerate(zip(pieces.rows.tolist(), num_keys.tolist())):
             if n:
-                alike.setdefault(((m - 1).bit_length(), (n - 1).bit_length()), []).append(i)
-        for chosen in (group[i:i + 64] for _, group in sorted(alike.items())
-                       for i in range(0, len(group), 64)):  # bounds what a batch copies
-            block, n = blocks[chosen], length[chosen]
-            row, column = np.arange(block[:, 1].max()), np.arange(n.max())
-            inside, valid = row < block[:, 1:2], column < n[:, None]
-            source = kv_before[block[:, 4]][:, None] + column * valid
-            at = np.where(valid, kv_positions[source], NEVER)
-            batch = (np.where(inside, block[:, :1] + row, block[:, :1]),
-                     np.where(inside, block[:, 2:3] + row, self.num_rows), kv_rows[source],
-                     at[:, None, None] > (block[:, 3:4] + row)[:, None, :, None])
-            batches.append([torch.from_numpy(x).to(self.blocks.device) for x in batch])
+                size = (m - 1).bit_length(), (n - 1).bit_length()
+                alike.setdefault(size, []).append(piece)
+        batches = []
+        for _, same in sorted(alike.items()):
+            for start in range(0, len(same), 64):
+                chosen = np.array(same[start : start + 64])[:, None]
+                column = np.arange(num_keys[chosen].max())
+                is_key = column < num_keys[chosen]
+                key = first_key[chosen] + column * is_key
+                position = np.where(is_key, kv_positions[key], AFTER_ALL)
+                batches.append(self._pad(select(pieces, chosen), kv_rows[key], position))
         return batches
+
+    def _pad(self, pieces, kv_rows, kv_positions) -> PaddedBatch:
+        """A batch of pieces [b, 1], whose KV rows and their positions are padded: [b, n]."""
+        row = np.arange(pieces.rows.max())
+        is_row = row < pieces.rows
+        query_positions = pieces.position + row
+        arrays = (
+            np.where(is_row, pieces.first_row + row, pieces.first_row),
+            np.where(is_row, pieces.partial + row, self.num_rows),
+            kv_rows,
+            kv_positions[:, None, None] > query_positions[:, None, :, None],
+        )
+        return PaddedBatch(*(torch.from_numpy(x).to(self.pieces.device) for x in arrays))
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+# ── partial attention ────────────────────────────────────────────────────────────────────────────
 
 
 def use_triton(x, backend: str) -> bool:
     """`auto`: Triton on a GPU, but for float64 and heads wider than shared memory has room for."""
-    return backend == "triton" or (
-        backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64
-        and x.shape[-1] * x.element_size() <= 512)
+    if backend != "auto":
+        return backend == "triton"
+    head_bytes = x.shape[-1] * x.element_size()
+    return (
+        triton is not None
+        and x.is_cuda
+        and x.dtype != torch.float64
+        and head_bytes <= 512
+    )
 
 
-def partial_attention(q, k, v, work: Work, scale: float, backend: str = "auto"):
+def partial_attention(q, k, v, work, scale, backend: str = "auto"):
     """Attention of query rows over spans of a slab, and its log-sum-exp (natural log).
 
     q [T, H, D], k and v [slab rows, Hkv, D] → o [P, H, D], lse [P, H], in float32 (float64 for
     float64 input). Every partial row is written; without a visible key it is o = 0, lse = −inf.
     What lies in slab rows outside the spans is never used, NaN included."""
-    H, D, Hkv = q.shape[1], q.shape[2], k.shape[1]
-    if use_triton(q, backend):
-        o, lse = (torch.empty(work.num_rows, *shape, dtype=torch.float32, device=q.device)
-                  for shape in ((H, D), (H,)))
-        if work.num_rows:
-            _partial_attention_kernel[len(work.blocks), Hkv](
-                q.contiguous(), k, v, work.blocks, work.tiles, o, lse, scale,
-                **attention_config(work.lanes, H, Hkv, D, k.element_size()))
-    else:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)  # + 1: for padding
-        lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
-        for rows, partials, kv_rows, hidden in work.padded:
-            (b, m), n = rows.shape, kv_rows.shape[1]
-            query = q[rows].view(b, m, Hkv, -1, D).permute(2, 0, 3, 1, 4).to(wide) * scale
-            key, value = (x.flatten(1).index_select(0, kv_rows.flatten()).view(b, n, Hkv, D)
-                          .permute(2, 0, 1, 3).to(wide) for x in (k, v))  # [Hkv, b, n, D]
-            s = (query.reshape(Hkv, b, -1, D) @ key.mT).view(Hkv, b, -1, m, n)
-            s.masked_fill_(hidden, -math.inf)  # [Hkv, b, G, m, n]
-            top = s.amax(-1, keepdim=True)
-            p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
-            total = p.sum(-1, keepdim=True)  # the maximum gives 1
-            out = (p.flatten(2, 3) @ value).view(Hkv, b, -1, m, D) / total.clamp(min=1)
-            o[partials] = out.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
-            lse[partials] = (top + total.log()).permute(1, 3, 0, 2, 4).reshape(b, m, H)
-        o, lse = o[:-1], lse[:-1]
-    return merge(o, lse, work.parts, backend) if len(work.parts) else (o, lse)
+    attend = _attend_with_triton if use_triton(q, backend) else _attend_with_torch
+    o, lse = attend(q, k, v, work, scale)
+    if not len(work.parts):
+        return o, lse
+    return merge(o, lse, work.parts, backend)
+
+
+def _attend_with_triton(q, k, v, work, scale):
+    _, H, D = q.shape
+    Hkv = k.shape[1]
+    o = torch.empty(work.num_rows, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(work.num_rows, H, dtype=torch.float32, device=q.device)
+    if work.num_rows:
+        config = attention_config(work.lanes, H, Hkv, D, k.element_size())
+        _partial_attention_kernel[len(work.pieces), Hkv](
+            q.contiguous(), k, v, work.pieces, work.tiles, o, lse, scale, **config
+        )
+    return o, lse
+
+
+def _attend_with_torch(q, k, v, work, scale):
+    """A batch of padded pieces at a time, in float32 at least."""
+    _, H, D = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # One row more than there are: what padding computes goes there.
+    o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)
+    lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
+    for batch in work.padded:
+        o[batch.partial_rows], lse[batch.partial_rows] = _attend_batch(
+            q, k, v, batch, scale, wide
+        )
+    return o[:-1], lse[:-1]
+
+
+def _attend_batch(q, k, v, batch, scale, wide):
+    """→ o [b, m, H, D], lse [b, m, H] of a padded batch."""
+    _, H, D = q.shape
+    Hkv = k.shape[1]
+    b, m = batch.query_rows.shape
+    n = batch.kv_rows.shape[1]
+
+    def gather(slab):  # [slab rows, Hkv, D] → [Hkv, b, n, D]
+        rows = slab.flatten(1).index_select(0, batch.kv_rows.flatten())
+        return rows.view(b, n, Hkv, D).permute(2, 0, 1, 3).to(wide)
+
+    query = q[batch.query_rows].view(b, m, Hkv, -1, D)
+    query = query.permute(2, 0, 3, 1, 4).to(wide) * scale  # [Hkv, b, G, m, D]
+    s = query.reshape(Hkv, b, -1, D) @ gather(k).mT  # [Hkv, b, G·m, n]
+    s = s.view(Hkv, b, -1, m, n)
+    s.masked_fill_(batch.hidden, -math.inf)
+    top = s.amax(-1, keepdim=True)
+    p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
+    total = p.sum(-1, keepdim=True)  # the maximum gives 1: below 1 it is 0, and so is p
+    o = (p.flatten(2, 3) @ gather(v)).view(Hkv, b, -1, m, D) / total.clamp(min=1)
+    lse = top + total.log()  # [Hkv, b, G, m, 1]
+    o = o.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
+    lse = lse.permute(1, 3, 0, 2, 4).reshape(b, m, H)
+    return o, lse
+
+
+# ── merge ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def merge(o, lse, parts, backend: str = "auto"):
@@ -185,128 +357,231 @@ def merge(o, lse, parts, backend: str = "auto"):
     o [P, H, D], lse [P, H], parts [rows, max_parts], −1 where a row has fewer parts → o
     [rows, H, D], lse [rows, H], of the input's type. o is not read where its lse is −inf. Rows
     whose parts are all empty, or that have none, come out empty: o = 0, lse = −inf."""
-    (rows, num_parts), (_, H, D) = parts.shape, o.shape
     if use_triton(o, backend):
-        out, out_lse = o.new_empty(rows, H, D), lse.new_empty(rows, H)
-        if rows:
-            _merge_kernel[rows,](o.contiguous(), lse.contiguous(), parts.contiguous(), out, out_lse,
-                                 num_parts, H=H, D=D, HPAD=triton.next_power_of_2(H),
-                                 DPAD=triton.next_power_of_2(D))
-        return out, out_lse
-    if not o.shape[0] or not num_parts:
+        return _merge_with_triton(o, lse, parts)
+    return _merge_with_torch(o, lse, parts)
+
+
+def _merge_with_triton(o, lse, parts):
+    rows, max_parts = parts.shape
+    _, H, D = o.shape
+    out = o.new_empty(rows, H, D)
+    out_lse = lse.new_empty(rows, H)
+    if rows:
+        _merge_kernel[rows,](
+            o.contiguous(),
+            lse.contiguous(),
+            parts.contiguous(),
+            out,
+            out_lse,
+            max_parts,
+            H=H,
+            D=D,
+            HPAD=triton.next_power_of_2(H),
+            DPAD=triton.next_power_of_2(D),
+        )
+    return out, out_lse
+
+
+def _merge_with_torch(o, lse, parts):
+    rows, max_parts = parts.shape
+    num_partials, H, D = o.shape
+    if not num_partials or not max_parts:
         return o.new_zeros(rows, H, D), lse.new_full((rows, H), -math.inf)
     index = parts.clamp(min=0).long()
-    part = lse[index].masked_fill((parts < 0)[:, :, None], -math.inf)  # [rows, max_parts, H]
-    top = part.amax(1, keepdim=True)
-    weight = torch.exp(part - torch.where(top == -math.inf, 0, top))
-    total = weight.sum(1)  # [rows, H]
-    seen = o[index].masked_fill((part == -math.inf)[..., None], 0)
-    out = (weight[..., None] * seen).sum(1) / total.clamp(min=1)[..., None]
+    part_lse = lse[index].masked_fill(
+        (parts < 0)[:, :, None], -math.inf
+    )  # [rows, max_parts, H]
+    top = part_lse.amax(1, keepdim=True)
+    weight = torch.exp(part_lse - torch.where(top == -math.inf, 0, top))
+    total = weight.sum(1)  # [rows, H]; the maximum gives 1
+    part_o = o[index].masked_fill((part_lse == -math.inf)[..., None], 0)
+    out = (weight[..., None] * part_o).sum(1) / total.clamp(min=1)[..., None]
     return out, top[:, 0] + total.log()
+
+
+# ── the kernels ──────────────────────────────────────────────────────────────────────────────────
 
 
 if triton is not None:
     LOG2E = tl.constexpr(1.4426950408889634)
     LN2 = tl.constexpr(0.6931471805599453)
 
-    @triton.jit
-    def _tile(Tiles, t):
-        """First slab row, length and position of a tile."""
-        return tl.load(Tiles + t * 3), tl.load(Tiles + t * 3 + 1), tl.load(Tiles + t * 3 + 2)
+    def _column(table, name: str):
+        """A column of a table, by the name that the host has for it."""
+        return tl.constexpr(table._fields.index(name))
+
+    TILE_COLUMNS = tl.constexpr(len(KVSpans._fields))
+    TILE_FIRST_ROW = _column(KVSpans, "first_row")
+    TILE_LENGTH = _column(KVSpans, "length")
+    TILE_POSITION = _column(KVSpans, "position")
+    PIECE_COLUMNS = tl.constexpr(len(Pieces._fields))
+    PIECE_FIRST_ROW = _column(Pieces, "first_row")
+    PIECE_ROWS = _column(Pieces, "rows")
+    PIECE_PARTIAL = _column(Pieces, "partial")
+    PIECE_POSITION = _column(Pieces, "position")
+    PIECE_FIRST_TILE = _column(Pieces, "first_tile")
+    PIECE_END_TILE = _column(Pieces, "end_tile")
 
     @triton.jit
-    def _partial_attention_kernel(Q, K, V, Blocks, Tiles, O, LSE, scale, H: tl.constexpr,
-                                  HKV: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-                                  N: tl.constexpr, DPAD: tl.constexpr, UPCAST: tl.constexpr):
-        """One program: a block of rows × one KV head. Its M lanes are (row, head of the group)."""
-        G: tl.constexpr = H // HKV
-        block = Blocks + tl.program_id(0) * 6
-        head = tl.program_id(1)
-        first, rows, partial = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-        lane, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, DPAD)
-        row, query_head = lane // G, head * G + lane % G
-        live = row < rows
-        position = tl.load(block + 3) + row
-        at = ((first + row) * H + query_head)[:, None] * D + d[None, :]  # int64: slabs are long
-        q = tl.load(Q + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    def _load_tile(Tiles, t):
+        """First slab row, length and position of a tile."""
+        tile = Tiles + t * TILE_COLUMNS
+        first_row = tl.load(tile + TILE_FIRST_ROW)
+        length = tl.load(tile + TILE_LENGTH)
+        return first_row, length, tl.load(tile + TILE_POSITION)
+
+    @triton.jit
+    def _load_rows(X, at, mask, UPCAST: tl.constexpr):
+        x = tl.load(X + at, mask=mask, other=0.0)
         if UPCAST:  # the interpreter has no 16-bit arithmetic
-            q = q.to(tl.float32)
-        # Scores in powers of two: exp2 is the hardware's instruction.
+            x = x.to(tl.float32)
+        return x
+
+    @triton.jit
+    def _add_tile(s, v, top, total, acc):
+        """Softmax, a tile at a time: sums so far shrink by what the maximum has grown. Scores are
+        in powers of two: exp2 is the hardware's instruction."""
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.exp2(s - safe_top[:, None])
+        shrink = tl.exp2(top - safe_top)
+        total = total * shrink + tl.sum(p, 1)
+        pv = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        return new_top, total, acc * shrink[:, None] + pv
+
+    @triton.jit
+    def _partial_attention_kernel(
+        Q,
+        K,
+        V,
+        Pieces,
+        Tiles,
+        O,
+        LSE,
+        scale,
+        H: tl.constexpr,
+        HKV: tl.constexpr,
+        D: tl.constexpr,
+        M: tl.constexpr,
+        N: tl.constexpr,
+        DPAD: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """One program: a piece × one KV head. Its M lanes are (row, head of the group)."""
+        G: tl.constexpr = H // HKV
+        piece = Pieces + tl.program_id(0) * PIECE_COLUMNS
+        head = tl.program_id(1)
+        lane = tl.arange(0, M)
+        n = tl.arange(0, N)
+        d = tl.arange(0, DPAD)[None, :]
+        row = lane // G
+        query_head = head * G + lane % G
+        is_row = row < tl.load(piece + PIECE_ROWS)
+        q_mask = is_row[:, None] & (d < D)
+        position = tl.load(piece + PIECE_POSITION) + row
+        q_row = (
+            tl.load(piece + PIECE_FIRST_ROW) + row
+        )  # int64, as all offsets: slabs are long
+        q_at = (q_row * H + query_head)[:, None] * D + d
+        q = _load_rows(Q, q_at, q_mask, UPCAST)
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, DPAD], tl.float32)
-        begin = tl.load(block + 4)
-        kv_first, length, kv_position = _tile(Tiles, begin)
-        for t in range(begin, tl.load(block + 5)):
-            inside = n < length
-            kv_at = ((kv_first + n) * HKV + head)[:, None] * D + d[None, :]
-            mask = inside[:, None] & (d < D)[None, :]  # masks V too: 0 × NaN is NaN
-            k = tl.load(K + kv_at, mask=mask, other=0.0)
-            v = tl.load(V + kv_at, mask=mask, other=0.0)
-            if UPCAST:
-                k, v = k.to(tl.float32), v.to(tl.float32)
+        first_tile = tl.load(piece + PIECE_FIRST_TILE)
+        kv_first, length, kv_position = _load_tile(Tiles, first_tile)
+        for t in range(first_tile, tl.load(piece + PIECE_END_TILE)):
+            kv_at = ((kv_first + n) * HKV + head)[:, None] * D + d
+            kv_mask = (n < length)[:, None] & (d < D)  # of V, too: 0 × NaN is NaN
+            k = _load_rows(K, kv_at, kv_mask, UPCAST)
+            v = _load_rows(V, kv_at, kv_mask, UPCAST)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            seen = tl.minimum(position + 1 - kv_position, length).to(tl.int32)  # of this tile
-            s = tl.where(n[None, :] < seen[:, None], s, -float("inf"))
-            new = tl.maximum(top, tl.max(s, 1))
-            safe = tl.where(new == -float("inf"), 0.0, new)
-            p = tl.exp2(s - safe[:, None])
-            shrink = tl.exp2(top - safe)
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            top = new
+            # As int32: counts of keys of this tile that a row sees.
+            visible = tl.minimum(position + 1 - kv_position, length).to(tl.int32)
+            s = tl.where(n[None, :] < visible[:, None], s, -float("inf"))
+            top, total, acc = _add_tile(s, v, top, total, acc)
             # A tile ahead: addresses that wait for a load would cost K and V half their stages.
-            kv_first, length, kv_position = _tile(Tiles, t + 1)
+            kv_first, length, kv_position = _load_tile(Tiles, t + 1)
         divisor = tl.where(total == 0.0, 1.0, total)
         o = acc / divisor[:, None]
         lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
-        out = (partial + row) * H + query_head
-        tl.store(O + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
-        tl.store(LSE + out, lse, mask=live)
+        out = (tl.load(piece + PIECE_PARTIAL) + row) * H + query_head
+        tl.store(O + out[:, None] * D + d, o, mask=q_mask)
+        tl.store(LSE + out, lse, mask=is_row)
 
     @triton.jit
-    def _merge_kernel(O, LSE, Parts, Out, OutLSE, max_parts,
-                      H: tl.constexpr, D: tl.constexpr, HPAD: tl.constexpr, DPAD: tl.constexpr):
+    def _merge_kernel(
+        O,
+        LSE,
+        Parts,
+        Out,
+        OutLSE,
+        max_parts,
+        H: tl.constexpr,
+        D: tl.constexpr,
+        HPAD: tl.constexpr,
+        DPAD: tl.constexpr,
+    ):
         """One program: one row, all heads. The textbook's weighted mean, with a running maximum."""
         row = tl.program_id(0).to(tl.int64)
-        h, d = tl.arange(0, HPAD), tl.arange(0, DPAD)
-        heads = h < H
-        mask = heads[:, None] & (d < D)[None, :]
+        h = tl.arange(0, HPAD)
+        d = tl.arange(0, DPAD)
+        is_head = h < H
+        mask = is_head[:, None] & (d < D)[None, :]
         top = tl.full([HPAD], -float("inf"), tl.float32)
         total = tl.zeros([HPAD], tl.float32)
         acc = tl.zeros([HPAD, DPAD], tl.float32)
         for i in range(max_parts):
             part = tl.load(Parts + row * max_parts + i).to(tl.int64)
-            lse = tl.load(LSE + tl.maximum(part, 0) * H + h, mask=heads, other=-float("inf"))
+            lse = tl.load(
+                LSE + tl.maximum(part, 0) * H + h, mask=is_head, other=-float("inf")
+            )
             lse = tl.where(part >= 0, lse, -float("inf"))
             full = lse > -float("inf")  # o of an empty part may be anything
-            o = tl.load(O + (part * H + h)[:, None] * D + d[None, :],
-                        mask=mask & full[:, None], other=0.0).to(tl.float32)
-            new = tl.maximum(top, lse)
-            safe = tl.where(new == -float("inf"), 0.0, new)
-            weight, shrink = tl.exp(lse - safe), tl.exp(top - safe)
+            o = tl.load(
+                O + (part * H + h)[:, None] * D + d[None, :],
+                mask=mask & full[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            new_top = tl.maximum(top, lse)
+            safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+            weight = tl.exp(lse - safe_top)
+            shrink = tl.exp(top - safe_top)
             total = total * shrink + weight
             acc = acc * shrink[:, None] + o * weight[:, None]
-            top = new
+            top = new_top
         divisor = tl.where(total == 0.0, 1.0, total)
         out = acc / divisor[:, None]
         lse = top + tl.log(divisor)
         tl.store(Out + (row * H + h)[:, None] * D + d[None, :], out, mask=mask)
-        tl.store(OutLSE + row * H + h, lse, mask=heads)
+        tl.store(OutLSE + row * H + h, lse, mask=is_head)
 
 
-def attention_config(lanes: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> dict:
+def attention_config(
+    lanes: int, heads: int, kv_heads: int, head_dim: int, itemsize: int
+) -> dict:
     """Compile-time arguments and launch options of `_partial_attention_kernel`: 16 lanes are
     decode, more are prefill. Of s stages, s − 1 tiles of K and V lie in shared memory (one more
-    where wgmma reads them), besides the lanes' q and p: an A100 has 163 KB, an H100 227."""
+    where wgmma reads them), besides the lanes' q and p: an A100 has 163 KB, an H100 227.
+    """
     width = max(16, triton.next_power_of_2(head_dim))
     room = 163 * 1024 - lanes * (width + TILE) * itemsize
-    stages = min(3, 1 + max(1, room // (2 * TILE * width * itemsize)))
-    return dict(H=heads, HKV=kv_heads, D=head_dim, M=lanes, N=TILE, DPAD=width, num_stages=stages,
-                num_warps=8 if lanes > 16 else 4, UPCAST=os.environ.get("TRITON_INTERPRET") == "1")
+    tiles_in_room = max(1, room // (2 * TILE * width * itemsize))
+    return dict(
+        H=heads,
+        HKV=kv_heads,
+        D=head_dim,
+        M=lanes,
+        N=TILE,
+        DPAD=width,
+        UPCAST=os.environ.get("TRITON_INTERPRET") == "1",
+        num_stages=min(3, 1 + tiles_in_room),
+        num_warps=8 if lanes > MIN_LANES else 4,
+    )
 
 
 if __name__ == "__main__":  # a check and a small benchmark, on whatever device there is
     import sys
-    os.execv(sys.executable, [sys.executable, os.path.dirname(os.path.abspath(__file__))
-                              + "/bench/kernels.py", "--small", *sys.argv[1:]])
+
+    benchmark = os.path.dirname(os.path.abspath(__file__)) + "/bench/kernel_speed.py"
+    os.execv(sys.executable, [sys.executable, benchmark, "--small", *sys.argv[1:]])

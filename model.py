@@ -30,8 +30,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # Keys of config.json that change what is computed: the one value each may have, also if absent.
-SUPPORTED = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
-                 quantization_config=None, sliding_window=None, partial_rotary_factor=1)
+SUPPORTED = dict(
+    model_type="llama",
+    hidden_act="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    quantization_config=None,
+    sliding_window=None,
+    partial_rotary_factor=1,
+)
+LLAMA3_SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+INDEX = "model.safetensors.index.json"
 
 
 def require(ok, *said):
@@ -41,9 +55,10 @@ def require(ok, *said):
 
 
 @dataclass(frozen=True)
-class Config:
+class LlamaConfig:
     """Shape of a Llama. The defaults are the built-in model: small, yet grouped and deep enough
     that a wrong partial result changes its tokens."""
+
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 256
@@ -53,7 +68,7 @@ class Config:
     head_dim: int = 16
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_scaling: tuple | None = None  # llama3: factor, low_freq_factor, high_freq_factor, original
+    rope_scaling: tuple | None = None  # llama3: the values of LLAMA3_SCALING
     tie_word_embeddings: bool = False
     max_positions: int = 8192
     eos_token_ids: tuple = (0,)
@@ -62,172 +77,287 @@ class Config:
     @property
     def num_linear_parameters(self) -> int:
         """Weights that every row is multiplied with (the P of a roofline)."""
-        linear = (s for n, s in tensor_shapes(self).items() if "layers" in n and len(s) == 2)
-        return self.vocab_size * self.hidden_size + sum(map(math.prod, linear))
+        shapes = tensor_shapes(self).items()
+        layers = [shape for name, shape in shapes if "layers" in name and len(shape) == 2]
+        return self.vocab_size * self.hidden_size + sum(map(math.prod, layers))
 
 
-def load_config(folder: Path) -> Config:
-    """Reads `folder/config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`,
-    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault."""
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except OSError as error:
-        said = f"{error.strerror} (a Hugging Face model folder has this file)"
-        raise ValueError(f"{file}: {said}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not readable as JSON: {error}") from None
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
-    def get(key, kind, default=None, source=raw):
-        value = default if source.get(key) is None else source[key]
-        value = float(value) if kind is float and type(value) is int else value
-        wanted = {int: "a positive integer", float: "a positive number", bool: "true or false"}
-        require(type(value) is kind and (kind not in (int, float) or 0 < value < math.inf), file,
-                f"{key} is {value!r}; {wanted.get(kind, 'a string')} expected")
+
+class ConfigFile:
+    """The values of a config.json, checked as they are asked for. Raises ValueError naming file and
+    key. RoPE's parameters stand in an object of their own, under one of two names."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self.values = json.loads(file.read_text())
+        except OSError as error:
+            said = f"{error.strerror} (a Hugging Face model folder has this file)"
+            raise ValueError(f"{file}: {said}") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: not readable as JSON: {error}") from None
+        self.require(isinstance(self.values, dict), "a JSON object is expected")
+        rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        said = f"rope parameters are {rope!r}; an object is expected"
+        self.require(isinstance(rope, dict), said)
+        self.rope = rope
+        self.values = self.values | rope
+
+    def require(self, ok, said: str):
+        require(ok, self.file, said)
+
+    def get(self, key: str, kind: type, default=None):
+        """The value of a key: a positive number, true or false, or a string. null is absent."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if kind is float and type(value) is int:
+            value = float(value)
+        is_number = kind in (int, float)
+        ok = type(value) is kind and (not is_number or 0 < value < math.inf)
+        wanted = {
+            int: "a positive integer",
+            float: "a positive number",
+            bool: "true or false",
+        }
+        self.require(ok, f"{key} is {value!r}; {wanted.get(kind, 'a string')} expected")
         return value
-    require(isinstance(raw, dict), file, "a JSON object is expected")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    require(isinstance(rope, dict), file, f"rope parameters are {rope!r}; an object is expected")
-    settings = {"model_type": None} | raw | rope  # the model_type is to be there
-    for key, only in SUPPORTED.items():
-        value = settings.get(key, only)
-        require(value == only, file, f"{key} {value!r} is not supported (only {only!r} is)")
-    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    require(rope_type in ("default", "llama3"), file,
-            f"rope_type {rope_type!r} is not supported (default, llama3 are)")
-    if rope_type == "llama3":
-        scaling = tuple(get(key, float, source=rope) for key in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        require(scaling[1] < scaling[2], file, "low_freq_factor must be less than high_freq_factor")
-    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
-    kv_heads = get("num_key_value_heads", int, heads)
-    require(heads % kv_heads == 0, file,
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    head_dim = get("head_dim", int, hidden // heads)
-    require(head_dim % 2 == 0, file, f"head_dim {head_dim} is odd; RoPE rotates pairs")
-    eos = raw.get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    require(all(type(token) is int and token >= 0 for token in eos), file,
-            f"eos_token_id is {eos!r}; null, token ids or one are expected")
-    return Config(  # in the order of its fields
-        get("vocab_size", int), hidden, get("intermediate_size", int),
-        get("num_hidden_layers", int), heads, kv_heads, head_dim, get("rms_norm_eps", float, 1e-6),
-        get("rope_theta", float, 10_000.0, source=settings), scaling,
-        get("tie_word_embeddings", bool, False), get("max_position_embeddings", int, 2048),
-        tuple(eos), get("dtype", str, raw.get("torch_dtype") or "float32"))
+
+    def require_supported(self):
+        """Whatever would change what is computed has the value that is built here."""
+        values = {"model_type": None} | self.values  # the model_type is to be there
+        for key, only in SUPPORTED.items():
+            value = values.get(key, only)
+            said = f"{key} {value!r} is not supported (only {only!r} is)"
+            self.require(value == only, said)
+
+    def rope_scaling(self) -> tuple | None:
+        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
+        said = f"rope_type {kind!r} is not supported (default, llama3 are)"
+        self.require(kind in ("default", "llama3"), said)
+        if kind == "default":
+            return None
+        scaling = tuple(self.get(key, float) for key in LLAMA3_SCALING)
+        _, low, high, _ = scaling
+        self.require(low < high, "low_freq_factor must be less than high_freq_factor")
+        return scaling
+
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads and head dim."""
+        heads = self.get("num_attention_heads", int)
+        kv_heads = self.get("num_key_value_heads", int, heads)
+        said = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        self.require(heads % kv_heads == 0, said)
+        head_dim = self.get("head_dim", int, self.get("hidden_size", int) // heads)
+        self.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd; RoPE rotates pairs")
+        return heads, kv_heads, head_dim
+
+    def eos_token_ids(self) -> tuple:
+        eos = self.values.get("eos_token_id")
+        tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        ok = all(type(token) is int and token >= 0 for token in tokens)
+        self.require(
+            ok, f"eos_token_id is {tokens!r}; null, token ids or one are expected"
+        )
+        return tuple(tokens)
 
 
-def tensor_shapes(config: Config) -> dict[str, tuple]:
+def load_config(folder: Path) -> LlamaConfig:
+    """Reads `folder/config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`,
+    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault.
+    """
+    file = ConfigFile(folder / "config.json")
+    file.require_supported()
+    rope_scaling = file.rope_scaling()
+    heads, kv_heads, head_dim = file.heads()
+    return LlamaConfig(
+        vocab_size=file.get("vocab_size", int),
+        hidden_size=file.get("hidden_size", int),
+        intermediate_size=file.get("intermediate_size", int),
+        num_layers=file.get("num_hidden_layers", int),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=file.get("rms_norm_eps", float, 1e-6),
+        rope_theta=file.get("rope_theta", float, 10_000.0),
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=file.get("tie_word_embeddings", bool, False),
+        max_positions=file.get("max_position_embeddings", int, 2048),
+        eos_token_ids=file.eos_token_ids(),
+        dtype=file.get("dtype", str, file.values.get("torch_dtype") or "float32"),
+    )
+
+
+def tensor_shapes(config) -> dict[str, tuple]:
     """Every weight by its Hugging Face name. Linear weights are [out, in]."""
-    c, h, ffn = config, config.hidden_size, config.intermediate_size
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,),
-             "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
-             "self_attn.o_proj": (h, q), "mlp.gate_proj": (ffn, h), "mlp.up_proj": (ffn, h),
-             "mlp.down_proj": (h, ffn)}
-    layers = {f"model.layers.{i}.{name}.weight": shape
-              for i in range(c.num_layers) for name, shape in layer.items()}
-    head = {} if c.tie_word_embeddings else {"lm_head.weight": (c.vocab_size, h)}
-    return {"model.embed_tokens.weight": (c.vocab_size, h), **layers,
-            "model.norm.weight": (h,), **head}
+    hidden = config.hidden_size
+    ffn = config.intermediate_size
+    q = config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    layer = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_layers):
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
 
 
-def random_weights(config: Config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
+def random_weights(config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
     """Seeded weights, the same numbers for every dtype and device. Queries and keys get thrice the
-    usual scale: attention is then peaky, so that a lost or doubled segment shows in the output."""
-    rng, weights = torch.Generator().manual_seed(seed), {}
+    usual scale: attention is then peaky, so that a lost or doubled segment shows in the output.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    weights = {}
     for name, shape in tensor_shapes(config).items():
-        scale = (3.0 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(shape[-1])
-        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=rng) * scale
+        if len(shape) == 1:
+            weight = torch.ones(shape)
+        else:
+            peaky = "q_proj" in name or "k_proj" in name
+            scale = (3.0 if peaky else 1.0) / math.sqrt(shape[-1])
+            weight = torch.randn(shape, generator=rng) * scale
         weights[name] = weight.to(device, dtype)
     return weights
 
 
-def load_weights(folder: Path, config: Config, dtype, device) -> dict[str, torch.Tensor]:
-    """`model.safetensors`, or else the shards of `model.safetensors.index.json`. ValueError: a
-    missing, misshapen or unknown tensor, a damaged file, an index that leaves the folder."""
-    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists() and not (folder / files[0]).exists():
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or else the shards that the index names. Raises ValueError: not an
+    index, one that leaves the folder, a missing file."""
+    names = ["model.safetensors"]
+    index = folder / INDEX
+    if index.exists() and not (folder / names[0]).exists():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
-        for name in files:
-            require(isinstance(name, str) and Path(name).name == name, index,
-                    f"names the file {name!r}, which is outside the folder")
-    shapes, weights = tensor_shapes(config), {}
-    for name in files:
-        file = folder / name
-        require(file.is_file(), file, "no such file")
+    for name in names:
+        inside = isinstance(name, str) and Path(name).name == name
+        require(inside, index, f"names the file {name!r}, which is outside the folder")
+        require((folder / name).is_file(), folder / name, "no such file")
+    return [folder / name for name in names]
+
+
+def load_weights(folder: Path, config, dtype, device) -> dict[str, torch.Tensor]:
+    """The weights of a folder. ValueError, besides those of `weight_files`: a missing, misshapen
+    or unknown tensor, a damaged file."""
+    shapes = tensor_shapes(config)
+    weights = {}
+    for file in weight_files(folder):
         try:
-            for key, tensor in load_file(file).items():
-                if key in shapes:
-                    require(tensor.shape == shapes[key], file, f"{key} has the shape "
-                            f"{tuple(tensor.shape)}, config.json makes it {shapes[key]}")
-                    weights[key] = tensor.to(device, dtype)
-                else:
-                    require(key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq"), file,
-                            f"{key} is not a tensor of a Llama")
+            tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
-    if missing := [name for name in shapes if name not in weights]:
-        raise ValueError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)")
+            said = f"damaged or not a safetensors file ({error})"
+            raise ValueError(f"{file}: {said}") from None
+        for key, tensor in tensors.items():
+            shape = tuple(tensor.shape)
+            if key in shapes:
+                said = f"{key} has the shape {shape}, config.json makes it {shapes[key]}"
+                require(shape == shapes[key], file, said)
+                weights[key] = tensor.to(device, dtype)
+            else:
+                unused = key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq")
+                require(unused, file, f"{key} is not a tensor of a Llama")
+    missing = [name for name in shapes if name not in weights]
+    if missing:
+        raise ValueError(
+            f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)"
+        )
     return weights
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────
 
 
 def causal_attend(layer: int, q, k, v):
     """Attention of one sequence alone: row t sees rows 0..t.
-    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's own, not ours: it is the oracle's."""
+    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's own, not ours: it is the oracle's.
+    """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
+def rope_frequency(config) -> torch.Tensor:
+    """[D/2] angle per position, in float32 whatever the dtype, as checkpoints were trained."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**half
+    if not config.rope_scaling:
+        return frequency
+    # llama3: stretch waves longer than the original context, keep short ones, else blend.
+    factor, low, high, original = config.rope_scaling
+    turns = original * frequency / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / factor
+
+
+def rope(x, cos, sin):
+    """Rotates (x[i], x[i + D/2]) by its row's angle. x [T, heads, D]; cos, sin [T, 1, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 class Llama:
     """A Llama over a dictionary of weights, by their Hugging Face names."""
-    def __init__(self, config: Config, weights: dict[str, torch.Tensor]):
-        self.config, self.weights = config, weights
+
+    def __init__(self, config, weights):
+        self.config = config
+        self.weights = weights
         embedding = weights["model.embed_tokens.weight"]
         self.head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-        self.dtype, self.device = embedding.dtype, embedding.device
-        # RoPE angles are float32 whatever the dtype, as the checkpoints were trained.
-        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        frequency = 1.0 / config.rope_theta ** half
-        if config.rope_scaling:
-            # llama3: stretch waves longer than the original context, keep short ones, else blend.
-            factor, low, high, original = config.rope_scaling
-            turns = original * frequency / (2 * math.pi)
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-            frequency = keep * frequency + (1 - keep) * frequency / factor
-        self.frequency = frequency.to(self.device)
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self.frequency = rope_frequency(config).to(self.device)
 
     @torch.inference_mode()
     def forward(self, tokens, positions, attend, rows=None):
         """tokens, positions [T] int64 → logits [T, V], or [len(rows), V] for the wanted rows.
 
         `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
-        layer, also when T is 0: a rank without rows still holds cache that others read."""
-        c, w = self.config, self.weights
-        norm = lambda x, name: F.rms_norm(x, x.shape[-1:], w[name + ".weight"], c.rms_norm_eps)
+        layer, also when T is 0: a rank without rows still holds cache that others read.
+        """
         angle = positions[:, None].float() * self.frequency  # [T, D/2]
-        cos, sin = (f(angle).to(self.dtype)[:, None] for f in (torch.cos, torch.sin))
+        cos = angle.cos().to(self.dtype)[:, None]
+        sin = angle.sin().to(self.dtype)[:, None]
+        x = F.embedding(tokens, self.weights["model.embed_tokens.weight"])  # [T, hidden]
+        for layer in range(self.config.num_layers):
+            name = f"model.layers.{layer}."
+            h = self._norm(x, name + "input_layernorm")
+            q, k, v = (self._heads(h, f"{name}self_attn.{part}_proj") for part in "qkv")
+            out = attend(layer, rope(q, cos, sin), rope(k, cos, sin), v)
+            x = x + self._linear(out.flatten(1), name + "self_attn.o_proj")
+            h = self._norm(x, name + "post_attention_layernorm")
+            gate = F.silu(self._linear(h, name + "mlp.gate_proj"))
+            up = self._linear(h, name + "mlp.up_proj")
+            x = x + self._linear(gate * up, name + "mlp.down_proj")
+        if rows is not None:
+            x = x[rows]
+        return F.linear(self._norm(x, "model.norm"), self.head)
 
-        def rope(x):  # [T, heads, D]: rotates (x[i], x[i + D/2]) by its position
-            a, b = x.chunk(2, dim=-1)
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    def _linear(self, x, name: str):
+        return F.linear(x, self.weights[name + ".weight"])
 
-        x = F.embedding(tokens, w["model.embed_tokens.weight"])  # [T, hidden]
-        for layer in range(c.num_layers):
-            at = f"model.layers.{layer}."
-            h = norm(x, at + "input_layernorm")
-            q, k, v = (F.linear(h, w[f"{at}self_attn.{name}_proj.weight"])
-                       .unflatten(-1, (-1, c.head_dim)) for name in "qkv")
-            out = attend(layer, rope(q), rope(k), v).flatten(1)
-            x = x + F.linear(out, w[at + "self_attn.o_proj.weight"])
-            h = norm(x, at + "post_attention_layernorm")
-            gate, up = (F.linear(h, w[f"{at}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
-            x = x + F.linear(F.silu(gate) * up, w[at + "mlp.down_proj.weight"])
-        return F.linear(norm(x if rows is None else x[rows], "model.norm"), self.head)
+    def _heads(self, x, name: str):  # [T, hidden] → [T, heads, D]
+        return self._linear(x, name).unflatten(-1, (-1, self.config.head_dim))
+
+    def _norm(self, x, name: str):
+        return F.rms_norm(
+            x, x.shape[-1:], self.weights[name + ".weight"], self.config.rms_norm_eps
+        )
 
     def forward_alone(self, tokens: list[int], rows=None):
         """Logits of one sequence from nothing: no cache, no neighbours. The oracle's forward."""
@@ -235,15 +365,19 @@ class Llama:
         positions = torch.arange(len(tokens), device=self.device)
         return self.forward(ids, positions, causal_attend, rows)
 
-    def score_gap(self, sampler, tokens: list[int], num_prompt: int, request: int) -> float:
+    def score_gap(
+        self, sampler, tokens: list[int], num_prompt: int, request_id: int
+    ) -> float:
         """The oracle in one forward: how far, at worst, a served token is below the best one, in
         logits, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: each is
-        a best one, but for ties what recomputation gives. Hotter sampling lets this notice less."""
-        at = range(num_prompt, len(tokens))
-        logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in at])
-        scores = sampler.scores(logits, [(request, p) for p in at])
+        a best one, but for ties what recomputation gives. Hotter sampling lets this notice less.
+        """
+        answer = range(num_prompt, len(tokens))  # positions
+        logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in answer])
+        scores = sampler.scores(logits, [(request_id, p) for p in answer])
         served = torch.tensor(tokens[num_prompt:], device=scores.device)
-        return float((scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]).max())
+        gaps = scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]
+        return float(gaps.max())
 
 
 @dataclass(frozen=True)
@@ -251,6 +385,7 @@ class Sampler:
     """Greedy at temperature 0. Above it, Gumbel noise seeded by (seed, request, position), times
     the temperature, is added and the best taken, which draws from softmax(logits / temperature):
     the same draw wherever and in whatever batch the row is computed."""
+
     temperature: float = 0.0
     seed: int = 0
 
@@ -259,8 +394,10 @@ class Sampler:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.temperature or not keys:
             return logits
-        noise = [np.random.default_rng((self.seed, *key)).gumbel(size=logits.shape[-1])
-                 for key in keys]
+        noise = []
+        for key in keys:
+            rng = np.random.default_rng((self.seed, *key))
+            noise.append(rng.gumbel(size=logits.shape[-1]))
         return logits + self.temperature * torch.from_numpy(np.stack(noise)).to(logits)
 
     def sample(self, logits, keys) -> list[int]:

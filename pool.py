@@ -17,26 +17,596 @@ and a layer runs in this order, so that exchanges hide behind the attention that
     5  merge per row
 
 Moves have a process group of their own, so that none delays a query, and are issued after it. What
-carries nothing for any rank is skipped by all: every rank knows the whole plan (tokenlake.py). Left
-out: RDMA; a lost rank ends the run.
+carries nothing for any rank is skipped by all: every rank knows the whole plan (tokenlake.py), and
+all ranks come to the same exchanges in the same order. That is why they step together, layer by
+layer, and why one without rows takes part: others read its KV. Left out: RDMA; a lost rank ends
+the run.
 
-Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · C tokens per segment.
+Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · S slots per instance ·
+C tokens per segment · B runs · G shares.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from functools import cached_property
+from itertools import chain
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from kernels import Work, merge, partial_attention, ranges, to_device
+from kernels import (
+    Column,
+    KVSpans,
+    QueryRuns,
+    Work,
+    merge,
+    partial_attention,
+    ranges,
+    select,
+    to_device,
+)
 
-KINDS = "put", "replica", "pull"  # of moves
-HERE, LATE, PULLED, SIBLING = range(4)  # places of KV: see QueryPlan.references
+# Kinds of moves, and their names in reports.
+PUT, REPLICA, PULL = range(3)
+MOVE_KINDS = ("put", "replica", "pull")
+
+# Places of KV that rows read at an instance.
+HERE = 0  # in its slab, before moves of this iteration land
+LATE = 1  # in its slab, once they have
+PULLED = 2  # in the receive buffer of pulls
+SIBLING = 3  # in the receive buffer of the other moves: from a sibling, for one iteration
+NUM_PLACES = 4
+
+
+def slab_row(slot, S: int, C: int):
+    """First slab row, at its instance, of the segment in a global slot, instance · S + slot."""
+    return slot % S * C
+
+
+# The even split leaves an instance 1/16 more rows than its even share.
+EVEN_SLACK = 16
+
+
+@dataclass(frozen=True)
+class LakeConfig:
+    """How a lake is cut."""
+
+    segment_tokens: int = 16  # C
+    slots: int = 512  # segments per instance
+    placement: str = "stripe"  # or "hash"
+    replicate_factor: float = 3.0  # c of c·N·ln N heavy hitters
+    pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration
+    chunk_tokens: int = 64  # prompt rows per instance and iteration
+    max_batch: int = 32  # running requests in the whole lake
+
+    def staging(self, num_instances: int) -> int:
+        """Slab rows for KV that lives elsewhere: the most that an instance computes."""
+        if num_instances == 1:
+            return 0
+        even = self.chunk_tokens + self.max_batch
+        return even + max(even // EVEN_SLACK + 1, self.segment_tokens)
+
+
+# ── the plan of an iteration ─────────────────────────────────────────────────────────────────────
+
+
+class Moves(NamedTuple):
+    """A row is a move: rows of KV that travel from one instance to another. [moves] each."""
+
+    kind: Column  # PUT, REPLICA or PULL
+    source: Column  # instance
+    source_row: Column  # first slab row there
+    target: Column  # instance
+    target_row: Column  # first slab row there; −1: the rows stay in the receive buffer
+    rows: Column
+
+    @classmethod
+    def of(cls, *parts: tuple) -> "Moves":
+        """Parts one after another; a part's columns are numbers or [moves of the part]."""
+        columns = [
+            np.stack(np.broadcast_arrays(*map(np.atleast_1d, part))) for part in parts
+        ]
+        return cls(*np.concatenate(columns, 1).astype(np.int64))
+
+    def receive_rows(self) -> Column:
+        """[moves] where each begins in its target's receive buffer, which is in order of source."""
+        order = np.lexsort((self.source, self.target))
+        rows = self.rows[order]
+        target = self.target[order]
+        before = np.cumsum(rows) - rows  # in all buffers, one after another
+        first = np.zeros_like(rows)
+        first[order] = before - before[np.searchsorted(target, target)]
+        return first
+
+    def rows_between(self, N: int) -> Column:
+        """[N, N] rows that one instance (line) sends to another (column)."""
+        pair = self.source * N + self.target
+        return np.bincount(pair, self.rows, N * N).astype(np.int64).reshape(N, N)
+
+
+class RunTable(NamedTuple):
+    """A row is a run: rows of one request within one segment."""
+
+    request_id: Column
+    position: Column  # of its first row
+    rows: Column
+    slot: Column  # global slot of its segment
+    puts: Column  # 0: its segment is published already, the row only wants its logits
+    decode: Column
+    home: Column  # instance of that slot: where its KV will live
+    share: Column
+    instance: Column | None = None  # that computes it: after matching
+    first_row: Column | None = None  # among the rows that the instance computes
+
+
+class SegmentReads(NamedTuple):
+    """A row is a segment of old KV that a share reads. [n] each, by share and segment."""
+
+    share: Column
+    segment: Column  # which of its request's: index into the table
+    slot: Column  # global slot that is read
+
+    @classmethod
+    def of(cls, tables: list, counts: Column, replicas=None):
+        """The first `counts` [G] entries of each share's table; replicas that are read instead
+        are those, too, whose segments are among them."""
+        share = np.repeat(np.arange(len(counts)), counts)
+        segment = ranges(np.zeros_like(counts), counts)
+        some = np.flatnonzero(counts)
+        slots = [tables[g][:n] for g, n in zip(some.tolist(), counts[some].tolist())]
+        slot = np.concatenate(slots or [counts[:0]])
+        if replicas is not None:
+            replicas = select(replicas, replicas.segment < counts[replicas.share])
+            slot[np.searchsorted(share, replicas.share) + replicas.segment] = (
+                replicas.slot
+            )
+        return cls(share, segment, slot)
+
+
+class PulledSegments(NamedTuple):
+    """A row is a segment of old KV that travels to the share that reads it."""
+
+    share: Column
+    segment: Column
+    receive_row: Column  # its first row in the receive buffer of `OldKV.pulls`
+
+
+class FreshReads(NamedTuple):
+    """A row is a pair of runs of one request: the reader's rows read what the writer, the same run
+    or one before it, writes in this iteration."""
+
+    reader: Column
+    writer: Column
+    instance: Column  # where they meet
+    place: Column  # HERE, LATE or SIBLING
+    first_row: Column  # of the KV, there
+
+
+class ReadSpans(NamedTuple):
+    """A row is a span of KV that a run reads at an instance. By run."""
+
+    run: Column
+    place: Column
+    first_row: Column  # of the slab, or of the receive buffer of its place
+    length: Column
+    position: Column  # of the first row
+
+
+@dataclass(frozen=True)
+class OldKV:
+    """KV from before the iteration. All rows of a share read all that its request has."""
+
+    tokens: Column  # [G] that a share reads
+    # [G] of the share's request, slots of its segments. The digest has `segment_reads` instead.
+    tables: list = field(metadata={"digest": False})
+    replicas: SegmentReads  # what is read of replicas, in place of what the tables say
+    pulled: PulledSegments  # what travels to its readers
+    pulls: Moves
+
+
+@dataclass(frozen=True)
+class QueryPlan:
+    """Who computes which rows, and how these meet the KV they read: the same on every rank.
+
+    Runs are in order of the instances that compute them, then of requests, then of positions. What
+    an instance computes of a request is a *share*."""
+
+    runs: list = field(
+        metadata={"digest": False}
+    )  # [B] the Run objects; `run_table` says it all
+    run_table: RunTable
+    old: OldKV
+    fresh: FreshReads  # of KV that is written in the iteration
+    ships: Column  # [B, N] whether a run's rows travel to an instance
+    reads: Column  # [N] tokens of old KV read at each holder, once a request (§7.2)
+    load: Column  # [N] attention done there, rows × tokens; what is memory-bound weighs more
+    sizes: tuple[int, int, int]  # N, S, C
+
+    @property
+    def local(self) -> Column:
+        """[B] whether a run is computed where its KV will live."""
+        return self.run_table.instance == self.run_table.home
+
+    @cached_property
+    def token_ids(self) -> Column:
+        """[T] inputs of all rows, run after run."""
+        tokens = (
+            run.request.tokens[run.position : run.position + run.rows]
+            for run in self.runs
+        )
+        return np.fromiter(chain.from_iterable(tokens), np.int64)
+
+    @cached_property
+    def segment_reads(self) -> SegmentReads:
+        """All old KV that is read. Made when it is asked for, as planning can do without."""
+        counts = -(-self.old.tokens // self.sizes[2])
+        return SegmentReads.of(self.old.tables, counts, self.old.replicas)
+
+    def spans_read_at(self, index: int) -> ReadSpans:
+        """What rows read at an instance: its own rows, and those that travel there."""
+        pair = zip(self._old_spans(index), self._fresh_spans(index))
+        spans = ReadSpans(*map(np.concatenate, pair))
+        return select(spans, np.argsort(spans.run, kind="stable"))
+
+    def _old_spans(self, index: int) -> ReadSpans:
+        _, S, C = self.sizes
+        reads = self.segment_reads
+        _, first_run, num_runs = np.unique(
+            self.run_table.share, return_index=True, return_counts=True
+        )
+        # A segment is read in its slot, unless it is pulled: then it comes to its share.
+        instance = reads.slot // S
+        place = np.full(len(reads.slot), HERE)
+        row = slab_row(reads.slot, S, C)
+        pulled = (
+            np.searchsorted(reads.share, self.old.pulled.share) + self.old.pulled.segment
+        )
+        instance[pulled] = self.run_table.instance[first_run[self.old.pulled.share]]
+        place[pulled] = PULLED
+        row[pulled] = self.old.pulled.receive_row
+        # Every run of a share reads it.
+        here = np.flatnonzero(instance == index)
+        share = reads.share[here]
+        run = ranges(first_run[share], num_runs[share])
+        read = np.repeat(here, num_runs[share])
+        position = reads.segment[read] * C
+        length = np.minimum(self.old.tokens[reads.share[read]] - position, C)
+        return ReadSpans(run, place[read], row[read], length, position)
+
+    def _fresh_spans(self, index: int) -> ReadSpans:
+        fresh = select(self.fresh, self.fresh.instance == index)
+        rows = self.run_table.rows[fresh.writer]
+        position = self.run_table.position[fresh.writer]
+        return ReadSpans(fresh.reader, fresh.place, fresh.first_row, rows, position)
+
+    def rows_shipped(self) -> Column:
+        """[N, N] query rows that one instance (line) ships to another (column)."""
+        rows = np.zeros((self.sizes[0],) * 2, np.int64)
+        np.add.at(
+            rows, self.run_table.instance, self.run_table.rows[:, None] * self.ships
+        )
+        return rows
+
+
+class SlabWrites(NamedTuple):
+    """A row is a run whose new KV is written where it is computed."""
+
+    instance: Column
+    first_row: Column  # among the rows that the instance computes
+    slab_row: Column  # first one that is written: at home, or in staging
+    rows: Column
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """New KV: what is written where it is computed, and what travels on, besides copies."""
+
+    writes: SlabWrites
+    moves: Moves
+    num_instances: int
+
+
+def plan_digest(iteration: int, query_plan, transfer_plan: TransferPlan) -> bytes:
+    """16 bytes that two ranks share only if they planned the same, for the same tokens: all that
+    the plans are made of, and the inputs of the planned rows."""
+    digest = hashlib.blake2b(repr(iteration).encode(), digest_size=16)
+    derived = query_plan.token_ids, query_plan.segment_reads.slot
+    for leaf in plan_leaves((query_plan, derived, transfer_plan)):
+        digest.update(leaf)
+    return digest.digest()
+
+
+def plan_leaves(value):
+    """The bytes of everything in a plan. Each array comes behind its shape and type, so that
+    nothing can move from one to the next."""
+    if isinstance(value, Column):
+        yield f"{value.shape}{value.dtype}".encode()
+        yield np.ascontiguousarray(value)
+    elif is_dataclass(value):
+        for part in fields(value):
+            if part.metadata.get("digest", True):
+                yield from plan_leaves(getattr(value, part.name))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from plan_leaves(item)
+    else:
+        yield repr(value).encode()
+
+
+# ── an instance's part in it ─────────────────────────────────────────────────────────────────────
+
+
+class InstanceMoves:
+    """One instance's side of an iteration's moves: slab rows that leave, and where others land."""
+
+    def __init__(self, moves, num_instances: int, index: int, device):
+        between = moves.rows_between(num_instances)
+        self.active = bool(between.any())
+        self.sends = between[index].tolist()
+        self.receives = between[:, index].tolist()
+        by_target = np.argsort(moves.target, kind="stable")
+        leaving = select(moves, by_target[moves.source[by_target] == index])
+        self.rows_of_kind = np.bincount(
+            leaving.kind, leaving.rows, len(MOVE_KINDS)
+        ).astype(int)
+        lands = (moves.target == index) & (moves.target_row >= 0)
+        landing = select(moves, lands)
+        self.leave, self.received, self.land = to_device(
+            [
+                ranges(leaving.source_row, leaving.rows),
+                ranges(moves.receive_rows()[lands], landing.rows),
+                ranges(landing.target_row, landing.rows),
+            ],
+            device,
+        )
+
+
+class KVBuffer:
+    """Where the engine leaves K and V of this instance's new rows. num_rows: of the slab."""
+
+    def __init__(self, plan, index: int, num_rows: int, device):
+        writes = select(plan.writes, plan.writes.instance == index)
+        last = (writes.slab_row + writes.rows).max(initial=0) - 1
+        if last >= num_rows:
+            said = (
+                f"instance {index} is to write slab row {last}, its slab has {num_rows}"
+            )
+            raise LakeError(said)
+        self.rows, self.slab_rows = to_device(
+            [
+                ranges(writes.first_row, writes.rows),
+                ranges(writes.slab_row, writes.rows),
+            ],
+            device,
+        )
+        self.moves = InstanceMoves(plan.moves, plan.num_instances, index, device)
+        self.layer = self.k = self.v = None
+
+    def write(self, layer: int, k, v):
+        """k, v [T, Hkv, D] of the rows that this instance computes."""
+        self.layer = layer
+        self.k = k
+        self.v = v
+
+
+class QueryBuffer:
+    """Where the engine leaves Q of this instance's rows; which leave, what is attended to here.
+
+    A row's attention comes in partial results from several *sources*: the four places of KV at this
+    instance, then the other holders. Results of a source come in order of its rows, those of all
+    sources one after another, and `parts` lists for each row those that `merge` is to join.
+    """
+
+    def __init__(self, plan, index: int, pool):
+        N = plan.sizes[0]
+        runs = plan.run_table
+        spans = plan.spans_read_at(index)
+        mine = runs.instance == index
+        own = mine[spans.run]
+        self.works = []
+        sources = []  # [rows] each: the row that a partial result is of
+        for place in range(NUM_PLACES):
+            found = self._work(plan, select(spans, own & (spans.place == place)), pool)
+            self.works.append(found[0])
+            sources.append(self._rows(runs, found[1]))
+        holders = [np.flatnonzero(mine & plan.ships[:, holder]) for holder in range(N)]
+        leave = [self._rows(runs, shipped) for shipped in holders]
+        self.num_rows = int(runs.rows[mine].sum())
+        parts = self._merge_table(sources + leave)
+        self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
+        # Rows that arrive come by instance, each one's run after run: that is the order of runs.
+        self.arrived, _ = self._work(plan, select(spans, ~own), pool, arriving=True)
+        shipped = plan.rows_shipped()
+        self.active = bool(shipped.any())
+        self.sends = shipped[index].tolist()
+        self.receives = shipped[:, index].tolist()
+        self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
+        self.layer = self.q = None
+
+    @staticmethod
+    def _work(plan, spans, pool, arriving: bool = False):
+        """Work of the runs that read the spans, and these runs. Their query rows are among this
+        instance's own, or those that arrive."""
+        chosen, run = np.unique(spans.run, return_inverse=True)
+        runs = select(plan.run_table, chosen)
+        first_row = np.cumsum(runs.rows) - runs.rows if arriving else runs.first_row
+        work = Work(
+            QueryRuns(first_row, runs.rows, runs.position),
+            KVSpans(run, spans.first_row, spans.length, spans.position),
+            pool.heads_per_kv,
+            pool.device,
+            pool.programs,
+        )
+        return work, chosen
+
+    @staticmethod
+    def _rows(runs, chosen: Column) -> Column:
+        return ranges(runs.first_row[chosen], runs.rows[chosen])
+
+    def _merge_table(self, sources: list[Column]) -> Column:
+        """[T, sources with any] number of the partial result, −1 where a source has none."""
+        sources = [rows for rows in sources if len(rows)]
+        parts = np.full((self.num_rows, len(sources)), -1, np.int64)
+        before = 0
+        for source, rows in enumerate(sources):
+            parts[rows, source] = before + np.arange(len(rows))
+            before += len(rows)
+        return parts
+
+    def write(self, layer: int, q):
+        """q [T, H, D] of the rows that this instance computes."""
+        self.layer = layer
+        self.q = q
+
+
+# ── the slab and its exchanges ───────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class InFlight:
+    """What one call leaves to the next: moves between `put` and `query`, and between layers."""
+
+    staged: InstanceMoves | None = None  # of KV that `put` has written: `query` sends it
+    pull: Callable | None = (
+        None  # begun a layer ahead: waits for the old KV that it pulls
+    )
+
+
+class Pool:
+    """One instance's slab, and its exchanges over two groups (for queries, for moves), or none."""
+
+    def __init__(
+        self,
+        cluster,
+        groups: list,
+        llama_config,
+        config,
+        staging: int,
+        dtype,
+        device,
+    ):
+        self.cluster = cluster
+        self.device = torch.device(device)
+        heads = llama_config.num_kv_heads
+        self.heads_per_kv = llama_config.num_heads // heads
+        self.scale = 1.0 / llama_config.head_dim**0.5
+        # Rows of slots, then staging. Never read before written: spans end where the tokens do.
+        self.num_rows = config.slots * config.segment_tokens + staging
+        shape = llama_config.num_layers, self.num_rows, heads, llama_config.head_dim
+        self.k = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.v = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.query_group, self.move_group = groups or (None, None)
+        on_gpu = self.device.type == "cuda"
+        self.pinned = bool(groups) and on_gpu and dist.get_backend(groups[0]) == "gloo"
+        # A decode alone is to keep a GPU busy: four programs for each of its multiprocessors.
+        busy = 1
+        if on_gpu:
+            busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        self.programs = -(-busy // heads)
+        self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
+        self.in_flight = InFlight()
+
+    def _exchange(self, rows, sends, receives, group) -> Callable:
+        """rows [sum(sends), …] by target → a function: waits for [sum(receives), …] by source."""
+        if self.pinned:  # gloo moves host memory
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            rows = host.copy_(rows)
+        received = rows.new_empty(sum(receives), *rows.shape[1:])
+        work = self.cluster.guard(
+            dist.all_to_all_single,
+            received,
+            rows.contiguous(),
+            receives,
+            sends,
+            group=group,
+            async_op=True,
+        )
+
+        def wait():
+            self.cluster.guard(work.wait)
+            return received.to(self.device)
+
+        return wait
+
+    def move(self, layer: int, moves) -> Callable:
+        """Slab rows travel. Returns a function that waits until those that belong into this slab
+        are there, and returns all arrivals as k, v [n, Hkv, D]. All skip it if none sends any.
+        """
+        k = self.k[layer]
+        v = self.v[layer]
+        if not moves.active:
+            return lambda: (k[:0], v[:0])
+        rows = torch.stack((k[moves.leave], v[moves.leave]), 1)  # [n, 2, Hkv, D]
+        for kind, n in zip(MOVE_KINDS, moves.rows_of_kind.tolist()):
+            self.bytes[kind] += n * rows[:1].nbytes
+        wait = self._exchange(rows, moves.sends, moves.receives, self.move_group)
+
+        def land():
+            new_k, new_v = (x.contiguous() for x in wait().unbind(1))
+            k[moves.land] = new_k[moves.received]
+            v[moves.land] = new_v[moves.received]
+            return new_k, new_v
+
+        return land
+
+    def put(self, buffer):
+        """Writes the layer's new rows into this slab. Those that live elsewhere wait in staging:
+        `query`, which comes next in every layer on every rank, sends them after the queries.
+        """
+        self.k[buffer.layer, buffer.slab_rows] = buffer.k[buffer.rows]
+        self.v[buffer.layer, buffer.slab_rows] = buffer.v[buffer.rows]
+        self.in_flight.staged = buffer.moves
+
+    def query(self, buffer):
+        """Attention of this rank's rows over the whole pool → [T, H, D]."""
+        layer = buffer.layer
+        slab = self.k[layer], self.v[layer]
+        wait_for_queries = self._ship(buffer)
+        # Old KV is complete in every layer, so its pull has a layer's head start. Fresh KV of a
+        # layer is there only now.
+        wait_for_pulled = self.in_flight.pull if layer else self.move(0, buffer.pulls)
+        wait_for_moved = self.move(layer, self.in_flight.staged)
+        if layer + 1 < len(self.k):
+            self.in_flight.pull = self.move(layer + 1, buffer.pulls)
+
+        def attend(kv, place):
+            return partial_attention(buffer.q, *kv, buffer.works[place], self.scale)
+
+        partials = [attend(slab, HERE)]
+        moved = wait_for_moved()
+        partials.append(attend(slab, LATE))
+        partials.append(attend(wait_for_pulled(), PULLED))
+        partials.append(attend(moved, SIBLING))
+        if buffer.active:
+            results = partial_attention(
+                wait_for_queries(), *slab, buffer.arrived, self.scale
+            )
+            partials.append(self._return(buffer, *results))
+        o, lse = (torch.cat(parts) for parts in zip(*partials))
+        return merge(o, lse, buffer.parts)[0].to(buffer.q.dtype)
+
+    def _ship(self, buffer) -> Callable | None:
+        """Rows of Q leave for the holders; returns a function that waits for those that arrive."""
+        if not buffer.active:
+            return None
+        rows = buffer.q[buffer.leave]
+        self.bytes["query"] += rows.nbytes
+        return self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
+
+    def _return(self, buffer, o, lse):
+        """Results of arrived rows go back; → those of this rank's rows, from all holders."""
+        results = torch.cat((o, lse[..., None]), -1)  # one buffer: [n, H, D + 1]
+        self.bytes["query"] += results.nbytes
+        wait = self._exchange(results, buffer.receives, buffer.sends, self.query_group)
+        results = wait()
+        return results[..., :-1], results[..., -1]
+
+
+# ── the ranks' small talk ────────────────────────────────────────────────────────────────────────
 
 
 class SetupError(ValueError):
@@ -51,14 +621,27 @@ class Stopped(LakeError):
     """A rank was asked to stop (a signal); all stop at the same iteration."""
 
 
+class Announcement(NamedTuple):
+    """What each rank says before the first exchange of an iteration."""
+
+    digest_head: int  # of its plan: 8 bytes
+    digest_tail: int
+    stop: int  # it was asked to stop
+    fault: int  # it could not plan
+
+
 class Cluster:
     """The ranks of this job (one without torchrun), and their small talk over gloo on the CPU."""
+
     def __init__(self, timeout: float = 300.0):
-        self.rank, self.size, self.local_rank, self.local_size = (
-            int(os.environ.get(name, default)) for name, default in (
-                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        self.timeout, self.iteration = timedelta(seconds=timeout), 0
-        self.store = self._announced = None
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.timeout = timedelta(seconds=timeout)
+        self.iteration = 0
+        self.store = None
+        self._announced: Callable | None = None
         if self.size > 1:
             dist.init_process_group("gloo", timeout=self.timeout)
             self.store = dist.distributed_c10d._get_default_store()
@@ -68,96 +651,129 @@ class Cluster:
         """This rank's device for `auto`, `cpu` or `cuda`, and the bytes there (free on a GPU).
         Ranks take a machine's GPUs in turn. Raises ValueError when there is none."""
         if wanted == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is visible; cpu or auto is expected")
+            raise ValueError(
+                "--device cuda: no CUDA device is visible; cpu or auto is expected"
+            )
         if wanted != "cpu" and torch.cuda.is_available():
             device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
             return device, torch.cuda.mem_get_info(device)[0]
-        return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
-    def ranks_per_device(self, device: torch.device) -> int:
+    def ranks_per_device(self, device) -> int:
         """How many ranks share a device of this machine."""
-        return -(-self.local_size // (torch.cuda.device_count() if device.type == "cuda" else 1))
+        devices = torch.cuda.device_count() if device.type == "cuda" else 1
+        return -(-self.local_size // devices)
 
-    def share(self, thing) -> list:
-        """Every rank's `thing` (picklable), by rank. Slow; for set-up and reports."""
-        things = [thing] * self.size
+    def gather_objects(self, mine) -> list:
+        """Every rank's (picklable) object, by rank. Slow; for set-up and reports."""
+        objects = [mine] * self.size
         if self.size > 1:
-            self.guard(dist.all_gather_object, things, thing)
-        return things
+            self.guard(dist.all_gather_object, objects, mine)
+        return objects
 
     def together(self, step, *arguments):
         """`step(*arguments)` on every rank. If any fails, raises SetupError on all, in the words of
-        the lowest; but a rank's own error that is no ValueError (no user's mistake), as it is."""
+        the lowest; but a rank's own error that is no ValueError (no user's mistake), as it is.
+        """
+        result = problem = None
         try:
-            result, problem = step(*arguments), None
+            result = step(*arguments)
         except Exception as caught:
             problem = caught
-        said = [e for e in self.share(problem and (str(problem) or repr(problem))) if e]
+        said = self.gather_objects(problem and (str(problem) or repr(problem)))
         if problem and not isinstance(problem, ValueError):
             raise problem
-        if said:
-            raise SetupError(said[0])
+        if errors := [text for text in said if text]:
+            raise SetupError(errors[0])
         return result
 
-    def same(self, text: str, what: str):
+    def require_same(self, text: str, what: str):
         """Raises ValueError unless all have the same text: machines have other files, defaults."""
-        found = self.share(hashlib.blake2b(text.encode("utf-8", "replace")).digest())
-        if odd := [rank for rank in range(self.size) if found[rank] != found[0]]:
-            raise ValueError(f"rank {odd[0]} has other {what} than rank 0; the same is expected")
+        digest = hashlib.blake2b(text.encode("utf-8", "replace")).digest()
+        digests = self.gather_objects(digest)
+        if odd := [rank for rank in range(self.size) if digests[rank] != digests[0]]:
+            said = f"rank {odd[0]} has other {what} than rank 0; the same is expected"
+            raise ValueError(said)
 
-    def gather(self, values: list[int], asynchronous=False):
-        """Every rank's integers → [size][len(values)]; asynchronous: a function that waits."""
+    def gather_integers(self, values: list[int]) -> list[list[int]]:
+        """Every rank's integers: [size][len(values)]."""
+        return self._begin_gather(values)()
+
+    def _begin_gather(self, values: list[int]) -> Callable:
+        """The same, not waited for: returns a function that does."""
         mine = torch.tensor(values, dtype=torch.int64)
-        out = mine.repeat(self.size, 1)
-        work = self.size > 1 and self.guard(dist.all_gather, [*out], mine, async_op=True)
-        def finish():
-            if work:
-                self.guard(work.wait)
-            return out.tolist()
-        return finish if asynchronous else finish()
+        gathered = mine.repeat(self.size, 1)
+        if self.size == 1:
+            return gathered.tolist
+        work = self.guard(dist.all_gather, [*gathered], mine, async_op=True)
+
+        def wait():
+            self.guard(work.wait)
+            return gathered.tolist()
+
+        return wait
 
     def announce(self, digest: bytes, stop: bool, fault: bool = False):
         """Sends the digest of this rank's next plan, and its flags; `confirm` waits for all."""
         self.iteration += 1
         if self.store:
             self.store.set(f"iteration/{self.rank}", str(self.iteration))
-        self._announced = self.gather([*np.frombuffer(digest, "<i8").tolist(), stop, fault], True)
+        mine = Announcement(*np.frombuffer(digest, "<i8").tolist(), stop, fault)
+        self._announced = self._begin_gather(list(mine))
 
     def confirm(self):
         """Before the first exchange of data: raises LakeError on every rank if the plans differ
-        (collectives whose splits disagree end the process in C++), Stopped if one was asked to."""
+        (collectives whose splits disagree end the process in C++), Stopped if one was asked to.
+        """
         if self._announced is None:
             return
-        said, self._announced = self._announced(), None
-        at = f"iteration {self.iteration}: "
-        if faults := [str(rank) for rank, (*_, fault) in enumerate(said) if fault]:
-            raise LakeError(f"{at}planning failed on rank {', '.join(faults)}")
-        if odd := [str(rank) for rank, words in enumerate(said) if words[:2] != said[0][:2]]:
-            raise LakeError(f"{at}the plan of rank {', '.join(odd)} differs from that of rank 0")
-        if any(stop for *_, stop, _ in said):
-            raise Stopped(at + "stopped by a signal")
+        all_said = [Announcement(*values) for values in self._announced()]
+        self._announced = None
+        where = f"iteration {self.iteration}: "
+        if faults := [str(rank) for rank, said in enumerate(all_said) if said.fault]:
+            raise LakeError(f"{where}planning failed on rank {', '.join(faults)}")
+        digests = [(said.digest_head, said.digest_tail) for said in all_said]
+        if odd := [
+            str(rank) for rank, digest in enumerate(digests) if digest != digests[0]
+        ]:
+            raise LakeError(
+                f"{where}the plan of rank {', '.join(odd)} differs from that of rank 0"
+            )
+        if any(said.stop for said in all_said):
+            raise Stopped(where + "stopped by a signal")
 
     def guard(self, collective, *arguments, **options):
         """Calls a collective, or waits for one. If it fails, a rank was lost: LakeError says which
-        is behind, by the store's counters. (NCCL's watchdog ends the process instead.)"""
+        is behind, by the store's counters. (NCCL's watchdog ends the process instead.)
+        """
         try:
             return collective(*arguments, **options)
         except RuntimeError as error:
-            try:
-                self.store.set_timeout(timedelta(seconds=5))
-                at = [int(self.store.get(f"iteration/{rank}")) for rank in range(self.size)]
-                behind = [str(rank) for rank, iteration in enumerate(at) if iteration < max(at)]
-                who = f"behind: rank {', '.join(behind)}" if behind else "all had begun it"
-            except RuntimeError:
-                who = "nobody knows which"
-            said = f"a rank was lost ({who}): {str(error).splitlines()[0]}"
+            said = (
+                f"a rank was lost ({self._who_is_behind()}): {str(error).splitlines()[0]}"
+            )
             raise LakeError(f"iteration {self.iteration}: {said}") from None
 
-    def new_groups(self, instances: list[int], device: torch.device, count: int) -> list:
+    def _who_is_behind(self) -> str:
+        try:
+            self.store.set_timeout(timedelta(seconds=5))
+            keys = [f"iteration/{rank}" for rank in range(self.size)]
+            iterations = [int(self.store.get(key)) for key in keys]
+        except RuntimeError:
+            return "nobody knows which"
+        latest = max(iterations)
+        behind = [
+            str(rank) for rank, iteration in enumerate(iterations) if iteration < latest
+        ]
+        return f"behind: rank {', '.join(behind)}" if behind else "all had begun it"
+
+    def new_groups(self, instances: list[int], device, count: int) -> list:
         """Process groups over a lake's ranks, made by all: NCCL if each has a GPU, else gloo."""
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1
-        backend = "nccl" if all(self.share(alone)) else "gloo"
+        backend = "nccl" if all(self.gather_objects(alone)) else "gloo"
         return [dist.new_group(instances, self.timeout, backend) for _ in range(count)]
 
     def speaks(self) -> bool:
@@ -170,274 +786,3 @@ class Cluster:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def profiler(folder, after: int):
-    """Of this rank, for Perfetto: functions by name, operators, kernels. Of eight iterations (a
-    `step` ends one), after so many others: each takes megabytes, and a second to write."""
-    return torch.profiler.profile(
-        with_stack=True, schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),
-        on_trace_ready=lambda seen: seen.export_chrome_trace(f"{folder}/profile.json.gz"))
-
-
-@dataclass(frozen=True)
-class Moves:
-    """Rows of KV that travel: a line per span of slab rows."""
-    kind: np.ndarray  # index into KINDS
-    source: np.ndarray  # instance
-    leave: np.ndarray  # first slab row there
-    target: np.ndarray  # instance
-    arrive: np.ndarray  # first slab row there; −1: the rows stay in the receive buffer
-    length: np.ndarray
-
-    @classmethod
-    def of(cls, *parts) -> "Moves":
-        """From (kind, source, leave, target, arrive, length), each a number or [lines]."""
-        return cls(*np.concatenate([np.stack(np.broadcast_arrays(*map(np.atleast_1d, part)))
-                                    for part in parts], 1).astype(np.int64))
-
-    def offsets(self) -> np.ndarray:
-        """[lines] where each begins in its target's receive buffer, which is in order of source."""
-        order, out = np.lexsort((self.source, self.target)), np.zeros_like(self.length)
-        length, target = self.length[order], self.target[order]
-        before = np.cumsum(length) - length
-        out[order] = before - before[np.searchsorted(target, target)]
-        return out
-
-    def moved(self, N: int) -> np.ndarray:
-        """[N, N] rows that instance v (line) sends to w (column)."""
-        rows = np.bincount(self.source * N + self.target, self.length, N * N)
-        return rows.astype(np.int64).reshape(N, N)
-
-
-def old_segments(tables: list, count, hot=np.zeros((3, 0), np.int64)):
-    """3 × [n] share, segment, global slot: of the first `count` [G] entries of each share's table,
-    and of replicas that are read instead, `hot` in the same terms, as far as among them."""
-    share, segment = np.repeat(np.arange(len(count)), count), ranges(0 * count, count)
-    some = np.flatnonzero(count)
-    parts = [tables[g][:n] for g, n in zip(some.tolist(), count[some].tolist())]
-    slot = np.concatenate(parts or [count[:0]])
-    hot = hot[:, hot[1] < count[hot[0]]]
-    slot[np.searchsorted(share, hot[0]) + hot[1]] = hot[2]
-    return share, segment, slot
-
-
-@dataclass(frozen=True)
-class QueryPlan:
-    """Who computes which rows, and how these meet the KV they read: the same on every rank.
-
-    Runs stand in order of the instances that compute them, then of requests, then of positions;
-    what an instance computes of a request is a *share*. KV from before this iteration is *old*: all
-    rows of a share read all that its request has. KV written in it is *fresh*: of each pair of runs
-    of a request the reader reads what the writer, the same run or one before it, writes."""
-    runs: list
-    instance: np.ndarray  # [B] computes the run
-    first: np.ndarray  # [B] the run's first row there
-    rows: np.ndarray  # [B]
-    position: np.ndarray  # [B] of the first row
-    home: np.ndarray  # [B] instance where its KV lives
-    share: np.ndarray  # [B]
-    old: np.ndarray  # [G] tokens of old KV that a share reads
-    tables: list  # [G] of the share's request: global slots of its segments
-    hot: np.ndarray  # [3, h] share, segment, slot: replicas that are read instead
-    pull: np.ndarray  # [3, p] share, segment, row in the receive buffer of `pulls`: KV that travels
-    fresh: np.ndarray  # [5, pairs] reader, writer, where they meet: instance, place, row
-    ships: np.ndarray  # [B, N] whether the run's rows travel to that instance
-    pulls: Moves  # of old KV
-    reads: np.ndarray  # [N] tokens of old KV read at each holder, once a request (§7.2)
-    load: np.ndarray  # [N] attention done there, rows × tokens; what is memory-bound weighs more
-    sizes: tuple[int, int, int]  # N, S, C
-
-    @cached_property
-    def segments(self):
-        """3 × [n] share, segment, global slot of old KV. Made when asked for, in the iteration."""
-        return old_segments(self.tables, -(-self.old // self.sizes[2]), self.hot)
-
-    def references(self, index: int):
-        """What rows read at an instance, its own and those that arrive: [5, spans] run (ascending),
-        place, first row, length, position. Places: in the slab, HERE before the iteration's moves
-        or only after them (LATE), or in the receive buffer of pulls (PULLED) or moves (SIBLING)."""
-        N, S, C = self.sizes
-        _, first, runs = np.unique(self.share, return_index=True, return_counts=True)
-        share, segment, slot = self.segments
-        meet, row, place = slot // S, slot % S * C, np.full(len(slot), HERE)
-        to, at, pull_row = self.pull
-        at = np.searchsorted(share, to) + at
-        row[at], place[at], meet[at] = pull_row, PULLED, self.instance[first[to]]
-        at = np.flatnonzero(meet == index)
-        each = runs[share[at]]  # every run of the share reads them
-        run, at = ranges(first[share[at]], each), np.repeat(at, each)
-        length = np.minimum(self.old[share[at]] - segment[at] * C, C)
-        old = run, place[at], row[at], length, segment[at] * C
-        run, writer, _, place, row = self.fresh[:, self.fresh[2] == index]
-        fresh = run, place, row, self.rows[writer], self.position[writer]
-        spans = np.concatenate((old, fresh), 1)
-        return spans[:, np.argsort(spans[0], kind="stable")]
-
-    def shipped(self) -> np.ndarray:
-        """[N, N] query rows that instance v (line) ships to w (column)."""
-        out = np.zeros((self.sizes[0],) * 2, np.int64)
-        np.add.at(out, self.instance, self.rows[:, None] * self.ships)
-        return out
-
-
-@dataclass(frozen=True)
-class TransferPlan:
-    """New KV: what is written where it is computed, and what travels on, besides hot segments."""
-    instance: np.ndarray  # [lines] one per run
-    first: np.ndarray  # first row of those that the instance computes
-    written: np.ndarray  # first slab row
-    length: np.ndarray
-    moves: Moves
-    num_instances: int
-
-
-class Exchange:
-    """An instance's part in an iteration's moves: slab rows that leave, and where others land."""
-    def __init__(self, moves: Moves, num_instances: int, index: int, device):
-        moved, offsets = moves.moved(num_instances), moves.offsets()
-        self.active = bool(moved.any())
-        self.sends, self.receives = moved[index].tolist(), moved[:, index].tolist()
-        by_target = np.argsort(moves.target, kind="stable")
-        mine = by_target[moves.source[by_target] == index]
-        self.rows = np.bincount(moves.kind[mine], moves.length[mine], len(KINDS)).astype(int)
-        lands = np.flatnonzero((moves.target == index) & (moves.arrive >= 0))
-        self.leave, self.land, self.arrive = to_device([
-            ranges(first[lines], moves.length[lines]) for first, lines in (
-                (moves.leave, mine), (offsets, lands), (moves.arrive, lands))], device)
-
-
-class KVBuffer:
-    """Where the engine leaves K and V of this instance's new rows. rows: how many the slab has."""
-    def __init__(self, plan: TransferPlan, index: int, rows: int, device):
-        mine = plan.instance == index
-        last = (plan.written + plan.length)[mine].max(initial=0) - 1
-        if last >= rows:
-            raise LakeError(f"instance {index} is to write slab row {last}, its slab has {rows}")
-        self.fresh, self.written = to_device(
-            [ranges(x[mine], plan.length[mine]) for x in (plan.first, plan.written)], device)
-        self.moves = Exchange(plan.moves, plan.num_instances, index, device)
-        self.layer = self.k = self.v = None
-
-    def write(self, layer: int, k, v):
-        """k, v [T, Hkv, D] of the rows that this instance computes."""
-        self.layer, self.k, self.v = layer, k, v
-
-
-class QueryBuffer:
-    """Where the engine leaves Q of this instance's rows; which leave, are attended to, merged."""
-    def __init__(self, plan: QueryPlan, index: int, pool: "Pool"):
-        N, device = plan.sizes[0], pool.device
-        spans = plan.references(index)
-        own, place = plan.instance[spans[0]] == index, spans[1]
-        def work(chosen, arriving=False):
-            """Work over the chosen references, and the runs it is for. Their query rows are this
-            instance's own, or those arriving, which come run after run."""
-            runs, span_run = np.unique(spans[0, chosen], return_inverse=True)
-            rows = plan.rows[runs]
-            first = np.cumsum(rows) - rows if arriving else plan.first[runs]
-            return Work(first, rows, plan.position[runs], span_run, *spans[2:, chosen],
-                        pool.heads_per_kv, device, pool.programs), runs
-
-        self.works, columns = zip(*(work(own & (place == p)) for p in range(4)))
-        self.arrived, _ = work(~own, arriving=True)
-        self.pulls = Exchange(plan.pulls, N, index, device)
-        mine, shipped = plan.instance == index, plan.shipped()
-        self.active = bool(shipped.any())
-        self.sends, self.receives = shipped[index].tolist(), shipped[:, index].tolist()
-        self.num_rows = int(plan.rows[mine].sum())
-        leaving = [np.flatnonzero(mine & plan.ships[:, w]) for w in range(N)]
-        rows = [ranges(plan.first[runs], plan.rows[runs]) for runs in (*columns, *leaving)]
-        leave, column = np.concatenate(rows[4:]), np.repeat(np.arange(4 + N), [*map(len, rows)])
-        parts = np.full((self.num_rows, 4 + N), -1, np.int64)
-        parts[np.concatenate(rows), column] = np.arange(len(column))
-        self.parts, self.leave = to_device((parts[:, (parts >= 0).any(0)], leave), device)
-        self.layer = self.q = None
-
-    def write(self, layer: int, q):
-        """q [T, H, D] of the rows that this instance computes."""
-        self.layer, self.q = layer, q
-
-
-class Pool:
-    """One instance's slab, and its exchanges over two groups (for queries, for moves), or none."""
-    def __init__(self, cluster: Cluster, groups: list, config, slots: int, segment_tokens: int,
-                 staging: int, dtype, device):
-        self.cluster, self.device = cluster, torch.device(device)
-        self.heads_per_kv = config.num_heads // config.num_kv_heads
-        self.scale = 1.0 / config.head_dim**0.5
-        # Rows of slots, then staging. Never read before written: spans end where the tokens do.
-        self.rows = slots * segment_tokens + staging
-        shape = config.num_layers, self.rows, config.num_kv_heads, config.head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv")
-        self.query_group, self.move_group = groups or (None, None)
-        cuda = self.device.type == "cuda"
-        self.pinned = bool(groups) and cuda and dist.get_backend(groups[0]) == "gloo"
-        # A decode alone is to keep a GPU busy: four programs for each of its multiprocessors.
-        busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
-        self.programs = -(-busy // config.num_kv_heads)
-        self.bytes = dict.fromkeys(("query", *KINDS), 0)
-        self._transfer = self._pulling = None
-
-    def _exchange(self, rows, sends, receives, group):
-        """rows [sum(sends), …] by target → a function: waits for [sum(receives), …] by source."""
-        if self.pinned:  # gloo moves host memory
-            rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
-        out = rows.new_empty(sum(receives), *rows.shape[1:])
-        work = self.cluster.guard(dist.all_to_all_single, out, rows.contiguous(), receives, sends,
-                                  group=group, async_op=True)
-        def finish():
-            self.cluster.guard(work.wait)
-            return out.to(self.device)
-        return finish
-
-    def move(self, layer: int, part: Exchange):
-        """Slab rows travel. Returns a function that waits until those that belong into this slab
-        are there, and returns all arrivals as k, v [n, Hkv, D]. All skip it if none sends any."""
-        k, v = self.k[layer], self.v[layer]
-        if not part.active:
-            return lambda: (k[:0], v[:0])
-        rows = torch.stack((k[part.leave], v[part.leave]), 1)  # [n, 2, Hkv, D]
-        for kind, n in zip(KINDS, part.rows.tolist()):
-            self.bytes[kind] += n * rows[:1].nbytes
-        finish = self._exchange(rows, part.sends, part.receives, self.move_group)
-        def land():
-            arrived = [x.contiguous() for x in finish().unbind(1)]
-            for slab, x in zip((k, v), arrived):
-                slab[part.arrive] = x[part.land]
-            return arrived
-        return land
-
-    def put(self, buffer: KVBuffer):
-        """Writes the layer's new rows into this slab. Those that live elsewhere wait in staging:
-        `query`, which comes next in every layer on every rank, sends them after the queries."""
-        self.k[buffer.layer, buffer.written] = buffer.k[buffer.fresh]
-        self.v[buffer.layer, buffer.written] = buffer.v[buffer.fresh]
-        self._transfer = buffer.moves
-
-    def query(self, buffer: QueryBuffer):
-        """Attention of this rank's rows over the whole pool → [T, H, D]."""
-        layer, q = buffer.layer, buffer.q
-        slab = self.k[layer], self.v[layer]
-        if buffer.active:
-            rows = q[buffer.leave]
-            self.bytes["query"] += rows.nbytes
-            arriving = self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
-        # Old KV is complete in every layer, so its pull has a layer's head start.
-        pull = self._pulling if layer else self.move(0, buffer.pulls)
-        land = self.move(layer, self._transfer)
-        if layer + 1 < len(self.k):
-            self._pulling = self.move(layer + 1, buffer.pulls)
-        here, late, pulled, sibling = buffer.works
-        attend = lambda kv, work: partial_attention(q, *kv, work, self.scale)
-        partials = [attend(slab, here)]
-        fresh = land()
-        partials += [attend(slab, late), attend(pull(), pulled), attend(fresh, sibling)]
-        if buffer.active:
-            o, lse = partial_attention(arriving(), *slab, buffer.arrived, self.scale)
-            result = torch.cat((o, lse[..., None]), -1)  # one buffer: [n, H, D + 1]
-            self.bytes["query"] += result.nbytes
-            back = self._exchange(result, buffer.receives, buffer.sends, self.query_group)()
-            partials.append((back[..., :-1], back[..., -1]))
-        o, lse = (torch.cat(parts) for parts in zip(*partials))
-        return merge(o, lse, buffer.parts)[0].to(q.dtype)

@@ -37,9 +37,10 @@ import pool
 import run_cluster
 import tokenlake
 from balancer import Balancer, PrefixTree, Request
-from kernels import Work, merge, partial_attention, ranges, to_device
-from model import Config, Llama, Sampler, load_config, random_weights
-from tokenlake import LakeConfig, Scheduler, TokenLake
+from kernels import KVSpans, QueryRuns, Work, merge, partial_attention, ranges, to_device
+from model import Llama, LlamaConfig, Sampler, load_config, random_weights
+from pool import LakeConfig
+from tokenlake import Scheduler, TokenLake
 
 HERE = Path(__file__).parent
 BACKENDS = ["torch"] + ["triton"] * (kernels.triton is not None)
@@ -184,7 +185,7 @@ def check_invariants(server):
         old = -(-request.done // C) if len(request.segments) * C <= request.done else (
             len(request.segments))
         held = np.bincount(request.table[:old] // S, minlength=N)
-        assert bal.held[request.line].tolist() == held.tolist()
+        assert bal.held[request.held_row].tolist() == held.tolist()
         assert len(request.segments) * C <= request.done + 1
         assert request.done <= len(request.tokens)
     assert owners == Counter(range(N * S)), "a slot without an owner, or with two"
@@ -199,7 +200,7 @@ def check_invariants(server):
                   [r.table.tolist() for r in running], server.engine.clock))
     digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest(),
                             "little")
-    assert len(set(map(tuple, server.cluster.gather([digest])))) == 1, "ranks disagree"
+    assert len(set(map(tuple, server.cluster.gather_integers([digest])))) == 1, "ranks disagree"
 
 
 MODEL = {}
@@ -208,7 +209,7 @@ MODEL = {}
 def small_model() -> Llama:
     """The built-in model in float64, as `--dtype float64` with seed 0 makes it."""
     if not MODEL:
-        config = Config()
+        config = LlamaConfig()
         MODEL[0] = Llama(config, random_weights(config, 0, torch.float64, "cpu"))
     return MODEL[0]
 
@@ -236,6 +237,11 @@ def oracle(lines, model=None, sampler=Sampler()):
 
 def tokens(count, seed):
     return np.random.default_rng(seed).integers(512, size=count).tolist()
+
+
+def make_work(*columns, **options):
+    """Work from the columns of query runs (3), those of KV spans (4), and what else it takes."""
+    return Work(QueryRuns(*columns[:3]), KVSpans(*columns[3:7]), *columns[7:], **options)
 
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────────
@@ -272,13 +278,13 @@ def test_arrays_reach_the_device_in_one_piece():
 
 def test_what_a_kernel_reads_is_aligned(monkeypatch):
     """By 16 bytes, however many tiles and pieces there are: others would be compiled again."""
-    monkeypatch.setattr(kernels, "PIECE", 1)
+    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
     rng = np.random.default_rng(3)
     for _ in range(30):
         lengths = rng.integers(1, 400, size=3)
-        work = Work([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths, [0, 1, 2], [0, 500, 1000],
+        work = make_work([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths, [0, 1, 2], [0, 500, 1000],
                     lengths, [0, 0, 0], 1, programs=int(rng.integers(1, 30)))
-        for tensor in (work.blocks, work.tiles, work.parts):
+        for tensor in (work.pieces, work.tiles, work.parts):
             assert not tensor.numel() or tensor.storage_offset() * 8 % 16 == 0
 
 
@@ -303,7 +309,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
     blocks cut into pieces, down to a tile each."""
     if backend == "triton" and dtype == "float64":
         pytest.skip("the Triton kernels do not take float64")
-    monkeypatch.setattr(kernels, "PIECE", 1)
+    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
     generator = torch.Generator().manual_seed(H * D)
     q, k, v = (torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
                for shape in ((60, H, D), (500, Hkv, D), (500, Hkv, D)))
@@ -313,7 +319,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
         used[slab:slab + length] = True
     k[~used] = v[~used] = math.nan
     device = DEVICE[backend]
-    work = Work(*zip(*RUNS), *zip(*SPANS), H // Hkv, device, programs)
+    work = make_work(*zip(*RUNS), *zip(*SPANS), H // Hkv, device, programs)
     assert (len(work.parts) == 0) == (programs == 1)
     found = partial_attention(q.to(device), k.to(device), v.to(device), work, D ** -0.5, backend)
     o, lse = (x.cpu() for x in found)
@@ -331,10 +337,10 @@ def test_partial_attention_of_nothing(backend):
     """Zero query rows, and rows over a slab of which they read nothing."""
     q, kv = (x.to(DEVICE[backend]) for x in (torch.randn(5, 8, 16),
                                              torch.full((10, 4, 16), math.nan)))
-    nothing = Work([], [], [], [], [], [], [], 2, q.device)
+    nothing = make_work([], [], [], [], [], [], [], 2, q.device)
     o, lse = partial_attention(q[:0], kv, kv, nothing, 1.0, backend)
     assert o.shape == (0, 8, 16) and lse.shape == (0, 8)
-    unread = Work([0], [5], [0], [], [], [], [], 2, q.device, 1000)
+    unread = make_work([0], [5], [0], [], [], [], [], 2, q.device, 1000)
     o, lse = partial_attention(q, kv, kv, unread, 1.0, backend)
     assert not o.any() and (lse == -math.inf).all()
 
@@ -373,15 +379,15 @@ def test_merge_of_nothing(backend):
 
 
 def test_long_blocks_are_cut_into_pieces():
-    """As many as fill the programs, none shorter than PIECE tiles; every tile of a block is in one
+    """As many as fill the programs, none shorter than MIN_PIECE_TILES; every tile of a block is in one
     piece, and partial rows of a row's pieces are listed with it."""
     spans = [(0, 0, 64 * 40, 0), (1, 5000, 64 * 6 + 1, 0), (2, 9000, 64, 0)]
     runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]
-    whole = Work(*zip(*runs), *zip(*spans), 2)
+    whole = make_work(*zip(*runs), *zip(*spans), 2)
     assert not len(whole.parts) and whole.num_rows == 26
     for programs, most in ((2, 24), (6, 8), (10**6, 4)):
-        work = Work(*zip(*runs), *zip(*spans), 2, programs=programs)
-        first, rows, partial, position, begin, end = work.blocks.T
+        work = make_work(*zip(*runs), *zip(*spans), 2, programs=programs)
+        first, rows, partial, position, begin, end = work.pieces.T
         counts = [-(-n // most) for n in (40, 7, 1)] + [1]
         assert len(first) == sum(counts) and (end - begin).max() == most
         assert torch.cat([torch.arange(a, b) for a, b in zip(begin, end)]).tolist() == [*range(48)]
@@ -400,7 +406,7 @@ def test_a_request_does_not_see_anothers_nan(backend):
     device = DEVICE[backend]
     q, kv = torch.ones(2, 2, 16, device=device), torch.ones(200, 1, 16, device=device)
     kv[0] = math.nan
-    work = Work([0, 1], [1, 1], [99, 99], [0, 1], [0, 100], [100, 80], [0, 0], 2, device)
+    work = make_work([0, 1], [1, 1], [99, 99], [0, 1], [0, 100], [100, 80], [0, 0], 2, device)
     o, lse = partial_attention(q, kv, kv, work, 1.0, backend)
     assert o[0].isnan().all() and (o[1] == 1).all() and lse[1].isfinite().all()
 
@@ -418,7 +424,7 @@ def test_kernels_on_a_gpu_at_real_shapes(H, Hkv, D, dtype):
     lengths = 20_001, 701, 10_012
     spans = [(run, int(slots[run * 50 + i]) * C, min(C, n - i * C), i * C)
              for run, n in enumerate(lengths) for i in range(-(-n // C))]
-    work = Work(*zip(*runs), *zip(*spans), H // Hkv, "cuda", 64)
+    work = make_work(*zip(*runs), *zip(*spans), H // Hkv, "cuda", 64)
     assert len(work.parts)
     o, lse = partial_attention(2 * q, k, v, work, D ** -0.5, "triton")
     exact = partial_attention(2 * q.double(), k.double(), v.double(), work, D ** -0.5)
@@ -456,7 +462,7 @@ def test_exchanges_over_nccl():
     try:
         cluster = pool.Cluster()
         group = dist.new_group([0], backend="nccl")
-        made = pool.Pool(cluster, [group, group], Config(), 4, 8, 0, torch.float32, "cuda")
+        made = pool.Pool(cluster, [group, group], LlamaConfig(), 4, 8, 0, torch.float32, "cuda")
         rows = torch.randn(7, 3, device="cuda")
         assert not made.pinned
         assert torch.equal(made._exchange(rows, [7], [7], group)(), rows)
@@ -472,7 +478,7 @@ def test_error_does_not_grow_with_the_number_of_parts():
     errors = {}
     for parts in (2, 64):
         size = 1024 // parts
-        pieces = [partial_attention(q, k, v, Work(
+        pieces = [partial_attention(q, k, v, make_work(
             [0], [8], [1024], [0], [p * size], [size], [p * size], group=1), 0.2)
             for p in range(parts)]
         o, lse = (torch.cat(x) for x in zip(*pieces))
@@ -516,7 +522,7 @@ shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32
 for arch, (dtype, D, H, Hkv, lanes) in itertools.product((80, 90), shapes):
     config = kernels.attention_config(lanes, H, Hkv, D, 2)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-    names = {n: "*" + dtype for n in "QKV"} | dict(Blocks="*i64", Tiles="*i64", O="*fp32",
+    names = {n: "*" + dtype for n in "QKV"} | dict(Pieces="*i64", Tiles="*i64", O="*fp32",
                                                    LSE="*fp32", scale="fp32")
     built, registers, stack = compile(arch, kernels._partial_attention_kernel, names, config,
                                       **options)
@@ -537,7 +543,7 @@ for arch in (80, 90):
                                   dict(H=32, D=128, HPAD=32, DPAD=128))
     assert stack == 0
     names = {n: "*fp32" for n in ("Q", "K", "V", "O", "LSE")} | dict(
-        Blocks="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
+        Pieces="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
     config = kernels.attention_config(32, 32, 8, 128, 4)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
     compile(arch, kernels._partial_attention_kernel, names, config, **options)
@@ -813,7 +819,7 @@ def test_profile_names_what_the_pool_does(tmp_path, after, expected):
     count = Counter(event["name"].split(": ")[-1] for event in events
                     if event.get("cat") == "python_function")
     iterations = min(8, served.summary["iterations"] - int(*after or "0"))
-    layers = Config().num_layers * iterations
+    layers = LlamaConfig().num_layers * iterations
     assert count["merge"] == layers and 4 * layers <= count["partial_attention"] <= 5 * layers
     assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
     assert count["gen_plans"] == iterations == expected and not count["score_gap"]
@@ -924,7 +930,7 @@ def test_random_oracle(tmp_path, seed):
         longest = max(longest, length + line["output_length"] - 1)
     slots = -(-(-(-longest // C)) // ranks) + draw.choice([0, 0, 1, 4, 100])
     sampler = Sampler(draw.choice([0, 0.8]), seed)
-    model = Llama(Config(), random_weights(Config(), seed, torch.float64, "cpu"))
+    model = Llama(LlamaConfig(), random_weights(LlamaConfig(), seed, torch.float64, "cpu"))
     policies = ["auto", "even", "dp"] + [f"pd:{p}x{ranks - p}" for p in range(1, ranks)]
     slo = draw.choice([[], ["--tbt-slo-ms", 1e-6], ["--tbt-slo-ms", 5]])
     run = serve(tmp_path, lines, "--segment-tokens", C, "--slots", slots, "--placement",
@@ -942,7 +948,7 @@ def test_random_oracle(tmp_path, seed):
 
 def count_replicas_of_split_rows(rank, seen):
     """Rows over the even share leave their home, however few they are."""
-    tokenlake.FEW = 1
+    tokenlake.FEW_ROWS = 1
     return count_replicas(rank, seen)
 
 
@@ -990,7 +996,7 @@ def test_the_largest_gap_is_reported(tmp_path):
     """In 16 bits some tokens differ from the oracle's by rounding; the summary says by how much."""
     lines = [dict(input_ids=tokens(30 + i, i), output_length=40) for i in range(8)]
     run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, ranks=2, dtype="bfloat16")
-    model = Llama(Config(), random_weights(Config(), 0, torch.bfloat16, "cpu"))
+    model = Llama(LlamaConfig(), random_weights(LlamaConfig(), 0, torch.bfloat16, "cpu"))
     gaps = []
     for id, line in enumerate(lines):
         whole = line["input_ids"] + run.tokens[id]
@@ -1100,7 +1106,7 @@ def count_bytes(rank, seen):
     def gen_plans(lake, batches, dops, tree):
         before = dict(tree.extras)
         query_plan, transfer_plan, groups = original(lake, batches, dops, tree)
-        S, C, layers = lake.config.slots, lake.config.segment_tokens, lake.model.num_layers
+        S, C, layers = lake.config.slots, lake.config.segment_tokens, lake.llama_config.num_layers
         query, put, pull, fresh = expected_bytes(lake, batches, groups)
         seen["query"] += query * layers
         seen["put"] += put * layers
@@ -1269,9 +1275,9 @@ def random_batches(rng, lake, replicated):
                 segment.replicas[instance] = 10**6 + instance * S  # a stand-in, never read
                 bal.tree.extras[len(bal.tree.extras)] = segment
         places.append(segment)
-    bal._index()
-    bal._places[bal._places >= 10**6] -= 10**6
-    bal.deepest = 20  # they lie anywhere in the tables
+    bal._index_replicas()
+    bal._replica_slots[bal._replica_slots >= 10**6] -= 10**6
+    bal.deepest_replicated = 20  # they lie anywhere in the tables
     cold = np.setdiff1d(np.arange(N * S), [segment.slot for segment in places])
     batches, dops = [], [2] + [1] * (N - 2)
     for number in range(len(dops)):
@@ -1284,7 +1290,7 @@ def random_batches(rng, lake, replicated):
             request.done = length - 1
             for segment in places[:int(rng.integers(6)) if length > 4 else 0]:
                 request.table[rng.integers(request.done // 4)] = segment.slot  # a full one
-            bal.held[request.line] = np.bincount(request.table[:-(-request.done // C)] // S,
+            bal.held[request.held_row] = np.bincount(request.table[:-(-request.done // C)] // S,
                                                  minlength=N)
             rows = int(rng.integers(1, C - request.done % C + 1)) if prompt else 1
             batch.append(balancer.Run(request, request.done, rows, 0,
@@ -1302,7 +1308,7 @@ def test_matching_is_the_cheapest(replicated):
     for N in (2, 3, 4, 5):
         for trial in range(20 if N < 5 else 8):
             config = LakeConfig(4, 50, replicate_factor=0)
-            lake = TokenLake(list(range(N)), Config(), config)
+            lake = TokenLake(list(range(N)), LlamaConfig(), config)
             lake.query_bytes, lake.kv_bytes = 100, int(rng.integers(1, 400))
             lake.exchange_bytes, bal = 0, lake.balancer
             bal.replicate = dict
@@ -1311,7 +1317,7 @@ def test_matching_is_the_cheapest(replicated):
             def choose(places, cost, load):
                 return (places >= 0).argmax(1) * 50 + places[
                     np.arange(len(places)), (places >= 0).argmax(1)] % 50
-            bal.choose = choose
+            bal.choose_replicas = choose
 
             def bytes_of(run, v):
                 """What is chosen at a holder ships, or is pulled where that is fewer bytes."""
@@ -1319,8 +1325,8 @@ def test_matching_is_the_cheapest(replicated):
                 at = Counter()
                 for index in range(-(-request.done // 4)):
                     slot = int(request.table[index])
-                    line = bal._replicated[slot]
-                    chosen = slot // 50 if line < 0 else int((bal._places[line] >= 0).argmax())
+                    line = bal._replica_row[slot]
+                    chosen = slot // 50 if line < 0 else int((bal._replica_slots[line] >= 0).argmax())
                     at[chosen] += min(request.done - index * 4, 4)
                 return run.rows * kv * (run.slot // 50 != v) + sum(
                     run.rows * q if run.decode else min(tokens * kv, run.rows * q)
@@ -1329,12 +1335,12 @@ def test_matching_is_the_cheapest(replicated):
             plan, transfer, groups = lake.gen_plans(batches, dops, bal.tree)
             runs = [run for batch in batches for run in batch]
             found = sum(bytes_of(run, v) for run, v in zip(runs, sum(groups, [])))
-            parts = tokenlake.cut(batches, dops, np.array([run.rows for run in runs]))
+            parts = np.concatenate(tokenlake.parts_of_runs(batches, dops))
             best = min(sum(bytes_of(run, order[part]) for run, part in zip(runs, parts))
                        for order in permutations(range(N), sum(dops)))
             assert found == best
-            moved = (transfer.moves.moved(N) + plan.pulls.moved(N)).sum() * lake.kv_bytes
-            moved += plan.shipped().sum() * 100
+            moved = (transfer.moves.rows_between(N) + plan.old.pulls.rows_between(N)).sum() * lake.kv_bytes
+            moved += plan.rows_shipped().sum() * 100
             assert moved <= found if replicated else moved == found  # a replica at hand is taken
             saved += found - moved
     assert (saved > 0) == replicated
@@ -1343,17 +1349,17 @@ def test_matching_is_the_cheapest(replicated):
 def test_the_papers_figure_8():
     """Two batches whose prefixes lie crosswise: the least traffic is each where its prefix is; the
     negated weight of §5.2 would choose the most."""
-    lake = TokenLake([0, 1], Config(), LakeConfig(4, 50, replicate_factor=0))
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0))
     lake.exchange_bytes, batches = 0, []
     for number, holder in enumerate((1, 0)):
         request = prepared(lake.balancer, number, tokens(17, number))
         for index in range(4):
             request.table[index] = holder * 50 + 10 * number + index
-        lake.balancer.held[request.line] = [17 // 4 * (holder == 0), 17 // 4 * (holder == 1)]
+        lake.balancer.held[request.held_row] = [17 // 4 * (holder == 0), 17 // 4 * (holder == 1)]
         request.done, slot = 16, 50 * holder + 40
         batches.append([balancer.Run(request, 16, 1, 0, slot, True, True)])
     plan, transfer, groups = lake.gen_plans(batches, [1, 1], lake.get_prefix_tree())
-    assert groups == [[1], [0]] and plan.shipped().sum() == 0 == transfer.moves.moved(2).sum()
+    assert groups == [[1], [0]] and plan.rows_shipped().sum() == 0 == transfer.moves.rows_between(2).sum()
 
 
 def test_stripe_spreads_a_long_prefix():
@@ -1412,7 +1418,7 @@ def test_other_children_go_where_their_hash_says():
 
 def test_open_tails_spread():
     """With nothing else to tell instances apart, every one gets as many open tails."""
-    lake = TokenLake([0, 1, 2], Config(), LakeConfig(segment_tokens=16, slots=20))
+    lake = TokenLake([0, 1, 2], LlamaConfig(), LakeConfig(segment_tokens=16, slots=20))
     scheduler = Scheduler(lake)
     for id in range(9):
         scheduler.add(Request(id, tokens(3, id), 20))
@@ -1423,7 +1429,7 @@ def test_open_tails_spread():
 def test_admission_counts_what_is_promised_and_what_would_be_pinned():
     """Two prompts that fit alone but not together: the second waits. A matched prefix that nobody
     reads is not there to be evicted for the rest of the same request."""
-    lake = TokenLake([0], Config(), LakeConfig(segment_tokens=4, slots=10, chunk_tokens=4))
+    lake = TokenLake([0], LlamaConfig(), LakeConfig(segment_tokens=4, slots=10, chunk_tokens=4))
     scheduler = Scheduler(lake)
     for id in range(2):
         scheduler.add(Request(id, tokens(24, id), 25))
@@ -1441,7 +1447,7 @@ def test_admission_counts_what_is_promised_and_what_would_be_pinned():
 
 def test_prompt_rows_share_a_budget():
     """N·chunk prompt rows per iteration, the most urgent first; decodes are not counted."""
-    lake = TokenLake([0, 1], Config(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=10))
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=10))
     scheduler = Scheduler(lake)
     for id, length in enumerate((1, 13, 30)):
         scheduler.add(Request(id, tokens(length, id), 60))
@@ -1457,7 +1463,7 @@ def test_prompt_rows_share_a_budget():
 def test_queue_is_by_arrival_and_lets_others_pass_who_waits_for_a_prefix():
     """A later turn has a small id but comes last; an unrelated request passes one that waits for
     a prefix in progress; a preempted one goes before all that wait."""
-    lake = TokenLake([0], Config(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=4))
+    lake = TokenLake([0], LlamaConfig(), LakeConfig(segment_tokens=4, slots=99, chunk_tokens=4))
     scheduler = Scheduler(lake)
     same = tokens(16, 0)
     for id, prompt in ((5, same), (4, same), (3, tokens(16, 1)), (1, tokens(16, 2))):
@@ -1481,7 +1487,7 @@ def test_lakes_need_not_span_the_cluster(tmp_path):
         assert seen["tokens"] == expected
     assert [seen["bytes"] > 0 for *_, seen in results] == [True, False, True]
     with pytest.raises(pool.LakeError, match="ascending"):
-        TokenLake([1, 0], Config(), LakeConfig())
+        TokenLake([1, 0], LlamaConfig(), LakeConfig())
 
 
 def two_lakes(rank, seen):
@@ -1489,7 +1495,7 @@ def two_lakes(rank, seen):
         if seen:
             return
         config = LakeConfig(segment_tokens=4, slots=50)
-        lakes = [TokenLake(ranks, Config(), config, server.cluster, torch.float64)
+        lakes = [TokenLake(ranks, LlamaConfig(), config, server.cluster, torch.float64)
                  for ranks in ([0, 2], [1])]
         seen.update(tokens=[], bytes=0)
         for lake, prompt in zip(lakes, (tokens(50, 1), tokens(40, 2))):
@@ -1505,7 +1511,7 @@ def two_lakes(rank, seen):
 
 
 def test_plans_that_cannot_be_are_refused():
-    lake = TokenLake([0, 1], Config(), LakeConfig(segment_tokens=4))
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(segment_tokens=4))
     tree = lake.get_prefix_tree()
     request = prepared(lake.balancer, 0, tokens(8, 0), publish=False)
     run = balancer.Run(request, 0, 4, 0, int(request.table[0]), True, False)
@@ -1515,16 +1521,18 @@ def test_plans_that_cannot_be_are_refused():
     with pytest.raises(pool.LakeError, match="own prefix tree"):
         lake.gen_plans([[run]], [1], PrefixTree())
     _, plan, _ = lake.gen_plans([[run]], [1], tree)
-    index = int(plan.instance[0])
+    index = int(plan.writes.instance[0])
+    writes = plan.writes._replace(slab_row=plan.writes.slab_row * 0 + 100)
+    beyond = replace(plan, writes=writes)
     with pytest.raises(pool.LakeError, match="to write slab row 103, its slab has 103"):
-        pool.KVBuffer(replace(plan, written=plan.written * 0 + 100), index, 103, "cpu")
-    staged = pool.KVBuffer(replace(plan, written=plan.written * 0 + 100), index, 104, "cpu")
-    assert staged.written.tolist() == [100, 101, 102, 103]
+        pool.KVBuffer(beyond, index, 103, "cpu")
+    staged = pool.KVBuffer(beyond, index, 104, "cpu")
+    assert staged.slab_rows.tolist() == [100, 101, 102, 103]
 
 
 def test_get_cache_load():
     """§6.1 with the corrected FLOPs, by hand; more cache is more load, none without requests."""
-    config = Config()
+    config = LlamaConfig()
     lake = TokenLake([0, 1], config, LakeConfig(segment_tokens=16))
     tree = lake.get_prefix_tree()
     request = Request(0, tokens(100, 0), 110)
@@ -1547,7 +1555,7 @@ def test_get_cache_load():
 def read_from(bal, times, rows):
     """`times` iterations of requests [segments as id lists]: admitted, read once each, computed."""
     for _ in range(times):
-        balancer.replay([(0, len(ids) * 512 + 1, [*ids, 10**9]) for ids in rows], bal, 1)
+        replay.replay([(0, len(ids) * 512 + 1, [*ids, 10**9]) for ids in rows], bal, 1)
 
 
 def toolagent(windows, per_window, seed, families=(0, 1, 2), start=0):
@@ -1574,17 +1582,17 @@ def test_shared_prefixes_are_read_evenly(placement, factor, least, most):
     within 4 windows of 17 requests, which are 64 iterations."""
     for seed in range(3):
         bal = Balancer(8, 20_000, 512, placement, factor)
-        balancer.replay(toolagent(20, 17, seed), bal, 1)
+        replay.replay(toolagent(20, 17, seed), bal, 1)
         warm = bal.copies
-        steady = balancer.replay(toolagent(40, 17, seed + 50, start=200_000), bal, 1)
+        steady = replay.replay(toolagent(40, 17, seed + 50, start=200_000), bal, 1)
         assert least < steady["cache_load_cv"] < most
         # 45 segments are shared, and 7 instances lack one; now and then one more is copied.
         assert bal.copies - warm <= 0.1 * warm and bal.copies <= 7 * 45
         assert (warm > 0) == (factor > 0)
         if factor:
-            balancer.replay(toolagent(4, 17, seed + 90, (7, 8, 9), 600_000), bal, 1)
+            replay.replay(toolagent(4, 17, seed + 90, (7, 8, 9), 600_000), bal, 1)
             assert bal.copies > warm
-            again = balancer.replay(toolagent(20, 17, seed + 120, (7, 8, 9), 640_000), bal, 1)
+            again = replay.replay(toolagent(20, 17, seed + 120, (7, 8, 9), 640_000), bal, 1)
             assert again["cache_load_cv"] < most
 
 
@@ -1595,7 +1603,7 @@ def test_variation_is_what_the_cold_segments_make_it():
     rng, found, hot = np.random.default_rng(0), [], 20
     for _ in range(400):
         homes = rng.integers(N, size=len(p))
-        bal = Balancer(N, 1000, 4, factor=0)
+        bal = Balancer(N, 1000, 4, replicate_factor=0)
         segments = [bal.tree.insert(bytes([i // 256, i % 256]), None, home, bal.free[home].pop())
                     for i, home in enumerate(homes.tolist())]
         for segment in segments[:hot]:
@@ -1603,13 +1611,13 @@ def test_variation_is_what_the_cold_segments_make_it():
                 if i not in segment.replicas:
                     slot = segment.replicas[i] = bal.free[i].pop()
                     bal.tree.extras[slot] = segment
-        bal._index()
+        bal._index_replicas()
         reads = np.repeat(np.arange(len(p)), np.round(p * 20_000).astype(int))
         slots = np.array([segment.slot for segment in segments])[rng.permutation(reads)]
-        at, places = bal.places(slots)
+        at, places = bal.replicas_of(slots)
         load = np.bincount(np.delete(slots, at) // 1000, minlength=N)
         # Evenly, as the identity has it, not where it would even out the rest.
-        slots[at] = bal.choose(places, np.ones(len(at), np.int64), np.zeros(N, np.int64))
+        slots[at] = bal.choose_replicas(places, np.ones(len(at), np.int64), np.zeros(N, np.int64))
         load = np.bincount(slots // 1000, minlength=N)
         found.append((load.std() / load.mean()) ** 2)
     expected = (N - 1) * (p[hot:] ** 2).sum()
@@ -1647,16 +1655,16 @@ def test_a_segment_on_every_request_is_everywhere(N):
     bal = Balancer(N, 300, 512)
     original, most = bal.replicate, []
     bal.replicate = lambda: most.append(len(copies := original())) or copies
-    result = balancer.replay(lines, bal, 1)
+    result = replay.replay(lines, bal, 1)
     root, = (s for s in bal.tree.segments.values() if s.parent is bal.tree.root)
     assert sorted(root.replicas) == list(range(N)) and result["replicas_max"] == N
     assert 0 < max(most) <= N and result["replica_bytes"] == 512 * sum(most)
     assert all(slot // 300 == instance for instance, slot in root.replicas.items())
     small = Balancer(N, 12, 512)
-    balancer.replay(lines, small, 1)
+    replay.replay(lines, small, 1)
     assert 0 < len(small.tree.extras) <= 12 * N // 16
-    none = Balancer(N, 300, 512, factor=0)
-    assert balancer.replay(lines, none, 1)["replica_segments"] == 0 == none.copies
+    none = Balancer(N, 300, 512, replicate_factor=0)
+    assert replay.replay(lines, none, 1)["replica_segments"] == 0 == none.copies
 
 
 def test_the_less_loaded_of_two_replicas_is_read():
@@ -1664,11 +1672,11 @@ def test_the_less_loaded_of_two_replicas_is_read():
     bal = Balancer(4, 100, 4)
     places = np.array([[5, 105, -1, 305]] * 300)
     load = np.array([0, 0, 0, 10**6])
-    found = bal.choose(places, np.ones(300, np.int64), load)
+    found = bal.choose_replicas(places, np.ones(300, np.int64), load)
     counts = np.bincount(found // 100, minlength=4)
     assert counts[2:].tolist() == [0, 0] and abs(counts[0] - counts[1]) < 30
     assert load.tolist() == [counts[0], counts[1], 0, 10**6]
-    one = bal.choose(np.array([[-1, 105, -1, -1]] * 3), np.ones(3, np.int64), np.zeros(4, np.int64))
+    one = bal.choose_replicas(np.array([[-1, 105, -1, -1]] * 3), np.ones(3, np.int64), np.zeros(4, np.int64))
     assert one.tolist() == [105] * 3
 
 
@@ -1704,7 +1712,7 @@ def test_the_pool_is_one_lru(slots):
         blocks = [0, 1] + [1000 * (session + 1) + j for j in range(2 + session % 9)]
         lines.append((i, 512 * len(blocks) + 1, [*blocks, 10**7 + i]))
     bal = Balancer(8, slots, 512)
-    found = balancer.replay(lines, bal, 1)
+    found = replay.replay(lines, bal, 1)
     lru, hits, total = OrderedDict(), 0, 0
     for _, length, ids in lines:
         path = [tuple(ids[:k]) for k in range(1, length // 512 + 1)]
@@ -1726,7 +1734,7 @@ def test_replay_by_the_command_line(tmp_path, capsys):
     lines = [dict(timestamp=t, input_length=n, output_length=1, hash_ids=ids) for t, n, ids in (
         (0, 1030, [1, 2, 3]), (0, 600, [1, 9]), (5000, 1030, [1, 2, 4]), (25000, 512, [1]))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    balancer.main(["--trace", str(path), "--instances", "2", "--json"])
+    replay.main(["--trace", str(path), "--instances", "2", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["hit_rate"] == (1024 + 511) / sum(line["input_length"] for line in lines)
     assert result["iterations"] == 3 and result["put_bytes"] == 0
@@ -1741,22 +1749,28 @@ def test_replay_by_the_command_line(tmp_path, capsys):
             (["--capacity-tokens", "512", "--instances", "1"], "need more than 1 segments"),
             (["--trace", str(tmp_path / "none")], "No such file")):
         with pytest.raises(SystemExit, match="2"):
-            balancer.main(["--trace", str(path), *arguments])
+            replay.main(["--trace", str(path), *arguments])
         assert said in (text := capsys.readouterr().err) and text.count("\n") == 1
     good = path.read_text()
-    for line in ('{"timestamp": 1, "input_length": 5, "hash_ids": [1]}', "[]", "{", "",
-                 '{"timestamp": 30000, "input_length": 5, "hash_ids": [-1]}',
-                 '{"timestamp": 30000, "input_length": 0, "hash_ids": []}'):
-        path.write_text(good + line + "\n")
+    for line, said in (
+            (dict(lines[0], timestamp=1), "timestamp 1 is before the previous line's 25000"),
+            ([], "a JSON object is expected"), ("{", "not JSON"),
+            (dict(lines[3], hash_ids=[-1]), "hash_ids is [-1]; a list of integers from 0 up"),
+            (dict(lines[3], input_length=0, hash_ids=[]), "input_length is 0; a positive integer"),
+            (dict(timestamp=25000, output_length=1, input_ids=[1]), "input_ids are not replayed")):
+        path.write_text(good + (line if line == "{" else json.dumps(line)) + "\n")
         with pytest.raises(SystemExit, match="2"):
-            balancer.main(["--trace", str(path)])
-        assert "t.jsonl:5: timestamp (ms, in order)" in capsys.readouterr().err
+            replay.main(["--trace", str(path)])
+        assert f"t.jsonl:5: {said}" in capsys.readouterr().err
+    path.write_text(good + "\n")  # blank lines do not count
+    replay.main(["--trace", str(path), "--instances", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["iterations"] == 3
     path.write_text(json.dumps(lines[0]) + "\n")
-    balancer.main(["--trace", str(path)])
+    replay.main(["--trace", str(path)])
     assert "cache_load_cv  –" in capsys.readouterr().out
     path.write_text("")
     with pytest.raises(SystemExit, match="2"):
-        balancer.main(["--trace", str(path)])
+        replay.main(["--trace", str(path)])
     assert "t.jsonl: is empty" in capsys.readouterr().err
 
 
@@ -1770,7 +1784,7 @@ def test_dynamic_program_equals_exhaustive_search(seed):
     rng = np.random.default_rng(seed)
     R, N = int(rng.integers(1, 7)), int(rng.integers(1, 5))
     table = rng.integers(1, 1000, size=(R + 1, R + 1, N + 1))
-    table[rng.random(table.shape) < 0.2] = tokenlake.NEVER
+    table[rng.random(table.shape) < 0.2] = tokenlake.FORBIDDEN
     slo = int(rng.integers(300, 1200)) if seed % 2 else None
     best = None
     for parts in range(1, min(R, N) + 1):
@@ -1778,7 +1792,7 @@ def test_dynamic_program_equals_exhaustive_search(seed):
             cuts = list(zip((0, *ends), (*ends, R)))
             for dops in product(range(1, N + 1), repeat=parts):
                 times = [int(table[j, i, k]) for (j, i), k in zip(cuts, dops)]
-                if sum(dops) <= N and max(times) <= (slo or tokenlake.NEVER - 1):
+                if sum(dops) <= N and max(times) <= (slo or tokenlake.FORBIDDEN - 1):
                     cost = sum((i - j) * t for (j, i), t in zip(cuts, times))
                     best = cost if best is None else min(best, cost)
     found = tokenlake.dynamic_program(lambda i, dop: table[:i, i, dop], R, N, slo)
@@ -1789,20 +1803,20 @@ def test_dynamic_program_equals_exhaustive_search(seed):
     assert sum(dop for *_, dop in found) <= N
     times = [int(table[cut]) for cut in found]
     assert sum((i - j) * t for (j, i, _), t in zip(found, times)) == best
-    assert max(times) <= (slo or tokenlake.NEVER - 1)
+    assert max(times) <= (slo or tokenlake.FORBIDDEN - 1)
 
 
 def batches_of(policy, prompts, decodes=0, slo=None, ranks=4, coefficients=None):
     """What a scheduler makes of prompts of these lengths and of decodes → (batches, DoPs,
     scheduler)."""
-    lake = TokenLake(list(range(ranks)), Config(), LakeConfig(4, 500, chunk_tokens=16))
+    lake = TokenLake(list(range(ranks)), LlamaConfig(), LakeConfig(4, 500, chunk_tokens=16))
     scheduler = Scheduler(lake, (), policy, slo)
     for id in range(decodes):
         request = prepared(lake.balancer, id, tokens(9, id), output=40)
         request.tokens.append(1)
         scheduler.running.append(request)
     if coefficients:
-        scheduler.model.coefficients = coefficients
+        scheduler.predictor.coefficients = coefficients
     for id, length in enumerate(prompts):
         scheduler.add(Request(100 + id, tokens(length, 100 + id), length + 5))
     return *scheduler.schedule(), scheduler
@@ -1833,7 +1847,7 @@ def test_policies_form_the_batches_they_promise():
 def test_the_even_split_is_even(monkeypatch, few, most):
     """No instance has more than a sixteenth over the even share; the rows over it leave the home of
     their segment. Where the share is small, whole segments stay together."""
-    monkeypatch.setattr(tokenlake, "FEW", few)
+    monkeypatch.setattr(tokenlake, "FEW_ROWS", few)
     for seed in range(5):
         batches, dops, scheduler = batches_of("even", [23 + seed, 38, 51])
         runs = [run for batch in batches for run in batch]
@@ -1859,19 +1873,19 @@ def test_the_shortest_prompt_goes_first_but_none_starves():
         rows[run.request.id] += run.rows
     assert rows == {100: 14, 101: 30, 102: 20}
     scheduler._arrived += 400  # requests, long gone; each counts 1/16 of a chunk of 16
-    order = [r.id for r, _ in scheduler._groups(1)[0][0][0]]
+    order = [r.id for r, _ in scheduler._form_batches(1)[0][0][0]]
     assert order == [102]  # four rows to the one with the fewest left, all are as old
     by_id = {request.id: request for request in scheduler.running}
     by_id[102].order = scheduler._arrived
-    assert [r.id for r, _ in scheduler._groups(1)[0][0][0]] == [101]
+    assert [r.id for r, _ in scheduler._form_batches(1)[0][0][0]] == [101]
     by_id[101].order = scheduler._arrived
-    assert [r.id for r, _ in scheduler._groups(1)[0][0][0]] == [100]  # 386 rows of long ago
+    assert [r.id for r, _ in scheduler._form_batches(1)[0][0][0]] == [100]  # 386 rows of long ago
 
 
 def test_the_queue_is_served_by_urgency():
     """Of those that wait, the one with the fewest uncached rows comes in first; one that was passed
     over comes in once enough have come after it, and nobody passes one that has no room."""
-    lake = TokenLake([0, 1], Config(), LakeConfig(4, 10, chunk_tokens=16, max_batch=3))
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 10, chunk_tokens=16, max_batch=3))
     scheduler = Scheduler(lake)
     first = Request(0, tokens(40, 0), 41)
     scheduler.add(first)
@@ -1903,7 +1917,7 @@ def test_the_queue_is_served_by_urgency():
 def test_nobody_waits_for_ever():
     """A long prompt among ever more short ones comes in after at most one for each of its rows, as
     1/16 of a chunk is a row here, also where the queue never empties."""
-    lake = TokenLake([0, 1], Config(), LakeConfig(4, 80, chunk_tokens=16, max_batch=6))
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 80, chunk_tokens=16, max_batch=6))
     scheduler, count, long = Scheduler(lake), 0, Request(0, tokens(300, 0), 301)
     while not (long.segments or long.num_slots):
         for _ in range(50 - len(scheduler.waiting)):
@@ -1922,13 +1936,13 @@ def test_a_satisfiable_slo_is_kept():
         for slo, decodes, rows in ((6, 4, None), (0.5, 4, "all"), (6, 0, "all")):
             batches, dops, scheduler = batches_of(policy, [60], decodes, slo, 4, per_row)
             prompt = sum(run.rows for batch in batches for run in batch if not run.decode)
-            slowest = scheduler._groups(16)[1]
+            slowest = scheduler._form_batches(16)[1]
             if rows == "all":
                 assert prompt == min(60, {"even": 64, "dp": 64 - 16 * bool(decodes),
                                           "pd:2x2": 32}[policy])
                 continue
             assert 0 < prompt < 48 and slowest > 6e9
-            budgets = [n for n in range(17) if scheduler._groups(n)[1] <= 6e9]
+            budgets = [n for n in range(17) if scheduler._form_batches(n)[1] <= 6e9]
             shares = {"even": 4, "dp": 3, "pd:2x2": 2}[policy]
             assert prompt == max(budgets) * shares
 
@@ -1939,7 +1953,7 @@ def test_prompts_do_not_starve_under_an_slo():
     for policy, shares in (("even", 4), ("dp", 3), ("pd:2x2", 2)):
         per_row = [0, 10**9, 0, 10**6]
         scheduler = batches_of(policy, [60], 4, None, 4, per_row)[2]
-        alone, beside = scheduler._groups(0)[1], scheduler._groups(1)[1]
+        alone, beside = scheduler._form_batches(0)[1], scheduler._form_batches(1)[1]
         slo = (alone + beside) / 2e9 if alone < beside else None
         batches, _, scheduler = batches_of(policy, [60], 4, slo, 4, per_row)
         assert slo is None or shares == sum(
@@ -1951,7 +1965,7 @@ def test_prompts_do_not_starve_under_an_slo():
 def test_an_idle_iteration_copies_nothing():
     """Copies travel with the layers of an iteration; one without rows has none, so a hot segment
     waits for the next that has."""
-    lake = TokenLake([0, 1], Config(), LakeConfig(segment_tokens=4, slots=50))
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(segment_tokens=4, slots=50))
     bal, tree = lake.balancer, lake.get_prefix_tree()
     for id in range(3):
         bal.release(prepared(bal, id, tokens(4, 0) + tokens(4, id)))
@@ -1970,7 +1984,7 @@ def test_segments_of_one_token_are_counted_once():
     bal = Balancer(2, 50, 1)
     for id in range(2):
         request = prepared(bal, id, tokens(5, 0))
-        assert bal.held[request.line].sum() == 5
+        assert bal.held[request.held_row].sum() == 5
 
 
 def test_a_copy_is_made_in_a_full_pool():
@@ -1992,8 +2006,8 @@ def test_a_copy_is_made_in_a_full_pool():
 def test_time_model_fits_what_it_measures():
     """Least squares over the slowest instance's work recover the coefficients; a fit counts only
     from when it is shared."""
-    lake = TokenLake([0, 1], Config(), LakeConfig())
-    model, rng = Scheduler(lake).model, np.random.default_rng(0)
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig())
+    model, rng = Scheduler(lake).predictor, np.random.default_rng(0)
     before, true = list(model.coefficients), (2e-3, 3e-5, 4e-8, 5e-7)
     for _ in range(64):
         features = rng.integers(1, 1000, size=(2, 3)) * (1, 1000, 10)
@@ -2015,7 +2029,7 @@ def test_tokens_do_not_depend_on_the_scheduler(tmp_path, ranks, policy):
 
 def multi_query(rank, seen):
     """The built-in model with one KV head for eight query heads."""
-    run_cluster.Config = lambda: Config(num_kv_heads=1)
+    run_cluster.LlamaConfig = lambda: LlamaConfig(num_kv_heads=1)
     count_bytes(rank, seen)
 
 
@@ -2454,6 +2468,7 @@ def test_ranges():
 sys.path.insert(0, str(HERE / "bench"))
 import baselines  # noqa: E402
 import golden_plans  # noqa: E402
+import replay  # noqa: E402
 import simulate  # noqa: E402
 import workloads  # noqa: E402
 
@@ -2471,7 +2486,7 @@ def test_plans_are_as_recorded(part):
 
 
 @pytest.mark.parametrize("command, said", [
-    (["kernels.py"], "merge  tiny"),
+    (["kernel_speed.py"], "merge  tiny"),
     (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
     (["simulate.py", "--workload", "toolagent", "--policy", "tokenlake:dp", "--num-requests", 8],
      '"requests": 8'),
@@ -2566,10 +2581,9 @@ def asks(lines):
 def simulated(policy, lines, slots=400, block=16, N=4, limit=None, **lake):
     """A simulation with the tiny model and blocks of 16 tokens; all has to be given back."""
     for line in lines:
-        line.total -= line.keys["output_length"]
-        line.total = -(-line.total * block // 512) + line.keys["output_length"]
+        line.input_length = -(-line.input_length * block // 512)
     made = fleet(policy, slots, N, **lake)
-    run = simulate.Simulation(made, lines, simulate.Roofline(Config(), "a100"), block).run(limit)
+    run = simulate.Simulation(made, lines, simulate.Roofline(LlamaConfig(), "a100"), block).run(limit)
     for lake, scheduler in zip(made.lakes, made.schedulers * (limit is None)):
         bal = lake.balancer
         tree = bal.tree
@@ -2621,7 +2635,7 @@ def test_conductor_follows_its_algorithm():
     lake.balancer.release(warm)
     ask = lambda seed=2: Request(0, long + tokens(16, seed), 1700)
     for scheduler in made.schedulers:  # 1 µs a row, nothing else
-        scheduler.model.coefficients = [0, 10**6, 0, 0]
+        scheduler.predictor.coefficients = [0, 10**6, 0, 0]
     made.bandwidth = 1e15
     assert made.choose(ask()) == (1, 1)  # 16 new rows there, 1,616 or a copy here
     made.schedulers[1].add(Request(1, tokens(500, 3), 600))
@@ -2717,7 +2731,7 @@ def test_a_lake_of_one_is_planned_by_hand_as_by_gen_plans():
             by_hand = simulate.Alone.of(lake, batches[0])
             assert (by_hand.features == lake.features(plan, transfer)).all()
             assert by_hand.reads == plan.reads.sum()
-            assert len(by_hand.runs) == len(plan.runs) == (by_hand.instance == by_hand.home).sum()
+            assert len(by_hand.runs) == len(plan.runs) == by_hand.local.sum()
             scheduler.update(by_hand, {run.request.id: 7 for run in plan.runs if run.samples})
     assert scheduler.cached_tokens[3] == 95
 

@@ -14,243 +14,549 @@ instance about the same rows, decode and prefill mixed; rows of one prompt on k 
 are sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP)
 and fixed PD are here to compare: in lock-step the even split wins.
 
-Notation: N instances · C tokens per segment · T rows · H query heads · Hkv KV heads · D head dim.
+Every rank plans for all, so nobody has to be told: given the trace, the clock and the sampled
+tokens, `gen_plans` gives the same on each. A digest of the plan crosses before the first exchange
+of data, and a rank that planned otherwise, or has other tokens, stops all (`plan_digest`).
+
+Notation: N instances · S slots per instance · C tokens per segment · T rows · H query heads ·
+Hkv KV heads · D head dim. A plan counts in these things, and a table has rows of one kind only:
+
+    B runs      rows of a request within one segment; by request, then by instance
+    parts       a batch of DoP k is k parts of about equal rows; an instance computes one at most
+    G shares    what a part has of one request: its rows there attend to the same old KV
+    N instances
 """
 
-import hashlib
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass, fields
-from itertools import chain, islice
+from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment, nnls
 
 from balancer import Balancer, PrefixTree, Request, Run
-from kernels import ranges
-from pool import (HERE, KINDS, LATE, SIBLING, Cluster, KVBuffer, LakeError, Moves, Pool,
-                  QueryBuffer, QueryPlan, TransferPlan, old_segments)
+from kernels import Column, ranges, select
+from pool import (
+    EVEN_SLACK,
+    HERE,
+    LATE,
+    PULL,
+    PUT,
+    REPLICA,
+    SIBLING,
+    Cluster,
+    FreshReads,
+    KVBuffer,
+    LakeConfig,
+    LakeError,
+    Moves,
+    OldKV,
+    Pool,
+    PulledSegments,
+    QueryBuffer,
+    QueryPlan,
+    RunTable,
+    SegmentReads,
+    SlabWrites,
+    TransferPlan,
+    slab_row,
+)
 
-PUT, REPLICA, PULL = range(len(KINDS))
-FLOPS, BANDWIDTH, LINK = 312e12, 2.04e12, 300e9  # of an instance, 1/s and B/s: an A100's in bf16
-NEVER = 1 << 60  # ps
-FEW = 128  # rows: fewer of them take as long, as the weights have to be read anyway
+# Of an instance, before anything is measured: an A100 in bf16, 1/s and B/s.
+FLOPS = 312e12
+BANDWIDTH = 2.04e12
+LINK = 300e9
+EXCHANGE_SECONDS = 10e-6  # of an exchange, however little it carries
+
+# What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
+RUN_FIELDS = (
+    "request.id position rows slot puts decode request.done request.held_row".split()
+)
+
+FORBIDDEN = 1 << 60  # ps, a time that nothing takes
+UNLIMITED = 1 << 60  # rows
+FEW_ROWS = 128  # fewer take as long, as the weights have to be read anyway
+# A request counts 1/16 of a chunk less for each later one: see bench/NOTES.md.
+AGEING = 16
 
 
-@dataclass(frozen=True)
-class LakeConfig:
-    """How a lake is cut."""
-    segment_tokens: int = 16  # C
-    slots: int = 512  # segments per instance
-    placement: str = "stripe"  # or "hash"
-    replicate_factor: float = 3.0  # c of c·N·ln N heavy hitters
-    pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration
-    chunk_tokens: int = 64  # prompt rows per instance and iteration
-    max_batch: int = 32  # running requests in the whole lake
+# ── tables of an iteration ───────────────────────────────────────────────────────────────────────
 
-    def staging(self, num_instances: int) -> int:
-        """Slab rows for KV that lives elsewhere: the most that an instance computes."""
-        rows = self.chunk_tokens + self.max_batch  # an even share, and what may be over it
-        return (rows + max(rows // 16 + 1, self.segment_tokens)) * (num_instances > 1)
+
+class Shares(NamedTuple):
+    """A row is a share: what a part has of one request. By part and request."""
+
+    part: Column
+    request: Column  # its request, by the number of that one's first run
+    rows: Column
+    weight: Column  # rows that attend in the same time: one alone waits for memory
+    old_tokens: Column  # of its request in the pool: all its rows read them
+    is_prompt: Column
+    held_row: Column  # of its request, in Balancer.held
+    first_run: Column
+    instance: Column | None = None  # that computes it: after matching
+
+
+class OldReads(NamedTuple):
+    """Old KV, and where the shares read it."""
+
+    tables: list[Column]  # [G] global slots of the segments of the share's request
+    unique: Column  # [G, N] tokens of segments with one replica
+    replicated: SegmentReads  # segments with more, and the slot chosen for each: [h]
+    candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
+    tokens: Column  # [G, N] of all segments, with the chosen replicas
+
+
+class Pulled(NamedTuple):
+    """A row is a share and a holder whose old KV comes to it: its rows do not go there."""
+
+    share: Column
+    holder: Column
+
+
+class FreshPairs(NamedTuple):
+    """A row is a pair of runs: the reader reads what the writer puts, the same or one before."""
+
+    reader: Column
+    writer: Column
+
+
+class Siblings(NamedTuple):
+    """A row is a run whose fresh KV comes to a share of its request on another instance."""
+
+    share: Column
+    writer: Column
+
+
+class FreshRows(NamedTuple):
+    """A row is a run, as in the plan: where its fresh KV is written."""
+
+    at_home: Column  # first slab row at its home, where it will live
+    written: Column  # first slab row where it is computed: at home, or in staging
+    staged: Column  # rows in staging
 
 
 class TokenLake:
-    """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of shape `model`.
-    Every rank makes all lakes, in order; one that is no instance has but the control plane."""
-    def __init__(self, instances: list[int], model, config: LakeConfig,
-                 cluster: Cluster | None = None, dtype=torch.float32, device="cpu"):
+    """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
+    Every rank makes all lakes, in order; one that is no instance has but the control plane.
+    """
+
+    def __init__(
+        self,
+        instances: list[int],
+        llama_config,
+        config: LakeConfig,
+        cluster: Cluster | None = None,
+        dtype=torch.float32,
+        device="cpu",
+    ):
         if instances != sorted(set(instances)):
-            raise LakeError(f"instances {instances}: distinct, ascending ranks are expected")
-        self.instances, self.model, self.config = instances, model, config
-        N, H, D = len(instances), model.num_heads, model.head_dim
-        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-        # Per row or token, and layer: Q on its way, O and LSE on the way back; K and V.
-        self.query_bytes, self.kv_bytes = H * (D * (size + wide) + wide), (
-            2 * model.num_kv_heads * D * size)
-        self.exchange_bytes = 3_000_000  # what crosses a link in the 10 µs that it takes anyway
-        self.weight_bytes = model.num_linear_parameters * size
-        self.balancer = Balancer(N, config.slots, config.segment_tokens, config.placement,
-                                 config.replicate_factor)
+            raise LakeError(
+                f"instances {instances}: distinct, ascending ranks are expected"
+            )
+        self.instances = instances
+        self.llama_config = llama_config
+        self.config = config
+        N = len(instances)
+        H = llama_config.num_heads
+        D = llama_config.head_dim
+        Hkv = llama_config.num_kv_heads
+        wide = torch.promote_types(dtype, torch.float32).itemsize
+        # Per row and layer: Q on its way, O and LSE on the way back. Per token and layer: K and V.
+        self.query_bytes = H * (D * (dtype.itemsize + wide) + wide)
+        self.kv_bytes = 2 * Hkv * D * dtype.itemsize
+        self.exchange_bytes = round(LINK * EXCHANGE_SECONDS)
+        self.weight_bytes = llama_config.num_linear_parameters * dtype.itemsize
         # From so many rows on, attention to a token costs more than reading it.
-        self.ridge = max(1, round(FLOPS / BANDWIDTH * model.num_kv_heads / H))
+        self.ridge = max(1, round(FLOPS / BANDWIDTH * Hkv / H))
+        sizes = N, config.slots, config.segment_tokens
+        self.balancer = Balancer(*sizes, config.placement, config.replicate_factor)
         self.pool = self.index = None
-        groups = cluster.new_groups(instances, torch.device(device), 2) if cluster and N > 1 else []
+        groups = []
+        if cluster and N > 1:
+            groups = cluster.new_groups(instances, torch.device(device), 2)
         if cluster and cluster.rank in instances:
             self.index = instances.index(cluster.rank)
-            self.pool = Pool(cluster, groups, model, config.slots, config.segment_tokens,
-                             config.staging(N), dtype, device)
+            staging = config.staging(N)
+            self.pool = Pool(
+                cluster, groups, llama_config, config, staging, dtype, device
+            )
+
+    # ── the control plane's calls ──
 
     def get_prefix_tree(self) -> PrefixTree:
         return self.balancer.tree
 
-    def get_cache_load(self, reqs: list[Request], tree: PrefixTree, flops: float = FLOPS,
-                       bandwidth: float = BANDWIDTH) -> float:
+    def get_cache_load(self, reqs, tree, flops=FLOPS, bandwidth=BANDWIDTH) -> float:
         """The share of the cluster that reading the cache costs for these requests (§6.1), 0 to 1:
         the larger of its memory and compute shares. flops [1/s] and bandwidth [B/s] of an instance.
-        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers."""
-        m, tokens, compute, linear = self.model, 0.0, 0.0, 0.0
+        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers.
+        """
+        if not reqs:
+            return 0.0
+        shape = self.llama_config
+        tokens = pairs = rows = 0
         for request in reqs:
             self.balancer.extend_ids(request)
-            prefix = request.done or tree.match(request.ids) * self.config.segment_tokens
-            new = max(1, len(request.tokens) - prefix)
-            tokens, prefix = tokens + len(request.tokens), len(request.tokens) - new
-            compute += m.num_layers * 4.0 * m.num_heads * m.head_dim * prefix * new
-            linear += 2.0 * m.num_linear_parameters * new  # in the ideal time of N instances
-        memory = m.num_layers * self.kv_bytes * tokens
-        return max(memory / (memory + linear / flops * bandwidth),
-                   compute / (compute + linear)) if reqs else 0.0
+            matched = tree.match(request.ids) * self.config.segment_tokens
+            length = len(request.tokens)
+            new = max(1, length - (request.done or matched))
+            tokens += length
+            pairs += (length - new) * new
+            rows += new
+        memory = shape.num_layers * self.kv_bytes * tokens
+        compute = shape.num_layers * 4.0 * shape.num_heads * shape.head_dim * pairs
+        linear = (
+            2.0 * shape.num_linear_parameters * rows
+        )  # the ideal time of N instances, · F
+        memory_share = memory / (memory + linear / flops * bandwidth)
+        return max(memory_share, compute / (compute + linear))
 
-    def gen_plans(self, batches: list[list[Run]], dops: list[int], tree: PrefixTree):
+    def gen_plans(self, batches: list[list[Run]], dops: list[int], tree):
         """Plans of an iteration (§5): batches of runs with their degrees of parallelism → query
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
-        at most one each, so that the fewest bytes travel to the replicas chosen first, by load; one
-        where the part is computed is then taken instead. Old KV travels to a prompt's rows where
-        that is fewer bytes than their queries and results; so does fresh KV between the parts of a
-        prompt, which depends on pairs of parts and is left out of the matching. Raises LakeError
-        if the DoPs ask for more instances than there are, or the tree is another lake's."""
+        at most one each, so that the fewest bytes travel. Raises LakeError if the DoPs ask for more
+        instances than there are, or the tree is another lake's."""
+        self._check(batches, dops, tree)
+        copies = (
+            self.balancer.replicate() if any(batches) else {}
+        )  # idle ranks move nothing
+        given = list(chain.from_iterable(batches))
+        parts = parts_of_runs(batches, dops)
+        # Runs by request and position.
+        order, runs, shares = self._tabulate(given, parts)
+        tables = [given[i].request.table for i in order[shares.first_run].tolist()]
+        # Replicas are chosen first, by load alone: what a part would send depends on them.
+        old = self._find_old(runs, shares, tables)
+        old = self._choose_replicas(shares, old)
+        pulled = self._ship_or_pull(shares, old.tokens)
+        instance_of_part = self._match(runs, shares, old.tokens, pulled, sum(dops))
+        groups = [instance_of_part[part].tolist() for part in parts]
+        # Only now is it known where a share is computed, and so which replica is at hand there.
+        shares = shares._replace(instance=instance_of_part[shares.part])
+        old = self._take_replicas_at_hand(shares, old)
+        ships = old.tokens > 0
+        ships[pulled] = False
+        ships[np.arange(len(ships)), shares.instance] = False
+        # From here on runs are by instance, request and position.
+        by_instance = np.argsort(shares.instance[runs.share], kind="stable")
+        pairs = self._pair(runs, by_instance)
+        runs = select(runs, by_instance)
+        instance = shares.instance[runs.share]
+        runs = runs._replace(instance=instance, first_row=sum_before(runs.rows, instance))
+        fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, ships, copies)
+        load, reads = self._loads(runs, shares, old.tokens, pulled, fresh)
+        self.balancer.observe(load)
+        query_plan = QueryPlan(
+            [given[i] for i in order[by_instance].tolist()],
+            runs,
+            self._plan_old(shares, old, pulled),
+            fresh,
+            self._all_ships(runs, ships, fresh),
+            reads,
+            load,
+            self.balancer.sizes,
+        )
+        return query_plan, transfer_plan, groups
+
+    # ── its steps: runs, shares and the old KV that they read ──
+
+    def _check(self, batches: list[list[Run]], dops: list[int], tree):
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
-        if sum(dops) > len(self.instances) or any(b and k < 1 for b, k in zip(batches, dops)):
-            raise LakeError(f"DoPs {dops}: one at least for each batch, and no more than instances")
-        bal, (N, S, C), kv = self.balancer, self.balancer.sizes, self.kv_bytes
-        copies = bal.replicate() if any(batches) else {}  # an idle iteration moves nothing
-        # Runs by request and position. A share is what a part has of a request.
-        flat = [run for batch in batches for run in batch]
-        B, each = len(flat), np.arange(N)
-        values = map(attrgetter("request.id", "position", "rows", "slot", "puts", "decode",
-                                "request.done", "request.line"), flat)
-        columns = np.fromiter(chain.from_iterable(values), np.int64, 8 * B).reshape(B, 8).T
-        part, order = cut(batches, dops, columns[2]), np.lexsort((columns[1], columns[0]))
-        ids, position, rows, slot, puts, decode, done, line = columns[:, order].copy()
-        part, home, flat = part[order], slot // S, [flat[b] for b in order.tolist()]
-        request = np.cumsum(np.diff(ids, prepend=-1) != 0)
-        _, head, share = np.unique(part * (B + 1) + request, return_index=True, return_inverse=True)
-        G, of_part, requests = len(head), part[head], [flat[b].request for b in head.tolist()]
-        n = np.bincount(share, rows, G).astype(np.int64)
-        ship, weight = n * self.query_bytes, np.maximum(n, self.ridge)
-        # Old KV, replicas chosen (§4.4): tokens [G, N] that a share reads at each holder.
-        old = done[head] + 1 - puts[head]
-        tables, count, held = [r.table for r in requests], -(-old // C), bal.held[line[head]]
-        held *= C
-        begin, g = np.searchsorted(request, request), np.arange(G)
-        held[g, slot[begin[head]] // S] -= count * C - old  # of a segment that is not yet full
-        hot = old_segments(tables, np.minimum(count, bal.deepest))
-        at, places = bal.places(hot[2])
-        hot = of, _, at = np.stack(hot)[:, at]
-        np.subtract.at(held, (of, at // S), C)  # the cold ones
+        too_few = any(batch and dop < 1 for batch, dop in zip(batches, dops))
+        if too_few or sum(dops) > len(self.instances):
+            said = f"DoPs {dops}: one at least for each batch, and no more than instances"
+            raise LakeError(said)
 
-        def read(slots) -> np.ndarray:
-            """[G, N] tokens, if hot segments are read in these slots."""
-            hot[2], tokens = slots, held.copy() if len(of) else held
-            np.add.at(tokens, (of, slots // S), C)
-            return tokens
+    def _tabulate(self, given: list[Run], parts):
+        """Runs by request and position: their numbers as given, and the table; and the shares."""
+        values = chain.from_iterable(map(attrgetter(*RUN_FIELDS), given))
+        columns = np.fromiter(values, np.int64, len(given) * len(RUN_FIELDS))
+        columns = columns.reshape(-1, len(RUN_FIELDS)).T
+        order = np.lexsort((columns[1], columns[0]))
+        *columns, done, held_row = columns[:, order].copy()
+        part = np.concatenate([order[:0], *parts])[order]
+        request_id, _, rows, slot, puts, decode = columns
+        first = np.searchsorted(request_id, request_id)  # the first run of its request
+        key = part * (len(given) + 1) + first
+        _, head, share = np.unique(key, return_index=True, return_inverse=True)
+        runs = RunTable(*columns, slot // self.config.slots, share)
+        share_rows = np.bincount(share, rows, len(head)).astype(np.int64)
+        shares = Shares(
+            part[head],
+            first[head],
+            share_rows,
+            np.maximum(share_rows, self.ridge),
+            # A fully cached prompt computes its last row once more, for its logits alone. That row
+            # puts nothing: its own token is old, too.
+            done[head] + (puts[head] == 0),
+            decode[head] == 0,
+            held_row[head],
+            head,
+        )
+        return order, runs, shares
 
-        tokens = read(bal.choose(places, C * weight[of], bal.load + weight @ held))
-        # Ship or pull: a decode ships; a prompt pulls what it has room for in its part.
-        prompt, pulled = np.flatnonzero(decode[head] == 0), np.zeros((G, N), bool)
-        room = self.config.pull_tokens // np.maximum(1, np.bincount(of_part[prompt], minlength=N))
-        wanted = tokens[prompt]
-        cheap = (wanted > 0) & (wanted * kv < ship[prompt, None])
-        pulled[prompt] = cheap & (np.cumsum(wanted * cheap, 1) <= room[of_part[prompt], None])
-        puller, source = np.nonzero(pulled) if len(prompt) else (prompt, prompt)
-        # Matching (§5): bytes of a part at each holder and home, saved if that computes the part.
-        cells = np.zeros((sum(dops), N), np.int64)
-        by_share = (tokens > 0) * ship[:, None]
-        by_share[puller, source] = tokens[puller, source] * kv
-        present, start = np.unique(of_part, return_index=True)
-        cells[present] = np.add.reduceat(by_share, start) if G else 0
-        np.add.at(cells, (part, home), rows * puts * kv)
-        cost = cells.sum(1, keepdims=True) - cells
-        best = linear_sum_assignment(cost)[1]
-        if len(best) == N and not (puts * (home != part)).any():  # every row where it will live
-            gain = cost[each, each].sum() - cost[each, best].sum()
-            best = each if gain <= self.exchange_bytes else best
-        instance, v = best[part], best[of_part]
-        given = iter(instance[np.argsort(order)].tolist())
-        groups = [list(islice(given, len(batch))) for batch in batches]
-        own = places[np.arange(len(of)), v[of]]  # a replica at hand is taken
-        tokens = read(np.where(own >= 0, own, hot[2])) if len(of) else tokens
-        # By instance, request, position. Fresh KV: a run reads its request's writes up to itself.
-        upto = np.arange(B) - begin + 1
-        reader, writer = np.repeat(np.arange(B), upto), ranges(begin, upto)
-        order2 = np.argsort(instance, kind="stable")
-        place = np.argsort(order2)
-        reader, writer = (place[b[puts[writer] > 0]] for b in (reader, writer))
-        instance, rows, position, slot, puts, home, share = (
-            x[order2] for x in (instance, rows, position, slot, puts, home, share))
-        first, start = np.cumsum(rows) - rows, np.searchsorted(instance, instance)
-        # Rows ship to old KV that is not pulled. They ship to fresh KV elsewhere too, or what run c
-        # writes comes to share g, a sibling, if that is fewer bytes.
-        ships = tokens > 0
-        ships[puller, source] = ships[np.arange(G), v] = False
-        far = instance[reader] != instance[writer]
-        away = np.flatnonzero(far & (instance[reader] != home[writer]))
-        key, index = np.unique(share[reader[away]] * B + writer[away], return_inverse=True)
-        g, c = np.divmod(key, B)
-        cell, at = np.unique(g * N + home[c], return_inverse=True)
-        few = np.bincount(at, rows[c], len(cell))[at] * kv < ship[g]
-        comes = (decode[head][g] == 0) & ~ships[g, home[c]] & few
-        sibling, shipped = away[comes[index]], away[~comes[index]]
-        ships = ships[share]
-        ships[reader[shipped], home[writer[shipped]]] = True
-        # KV on the move: old to who pulls it; new to its home and to siblings; copies.
-        to, _, at = pull = np.stack(old_segments(tables, np.where(pulled.any(1), count, 0), hot))
-        to, segment, at = pull = pull[:, pulled[to, at // S] & (at // S != v[to])]
-        length = np.minimum(old[to] - segment * C, C)
-        pulls = Moves.of((PULL, at // S, at % S * C, v[to], -1, length))
-        pull[2] = pulls.offsets()
-        staged = rows * puts * (home != instance)
-        kept, offset = slot % S * C + position % C, np.cumsum(staged) - staged
-        written = np.where(staged > 0, S * C + offset - offset[start], kept)
-        to, g, c = np.flatnonzero(staged), g[comes], c[comes]
-        filled, copied = np.array([*copies.items()], np.int64).reshape(-1, 2).T
-        moves = Moves.of((PULL, instance[c], written[c], v[g], -1, rows[c]),
-                         (PUT, instance[to], written[to], home[to], kept[to], rows[to]),
-                         (REPLICA, copied // S, copied % S * C, filled // S, filled % S * C, C))
-        # Where fresh KV meets its readers: written there, arrived by then, or of a sibling.
-        meet = np.where(far, home[writer], instance[reader])
-        late = instance[writer] != meet
-        fresh = np.stack((reader, writer, meet, np.where(late, LATE, HERE),
-                          np.where(late, kept[writer], written[writer])))
-        fresh[2:4, sibling] = instance[reader[sibling]], np.full(len(sibling), SIBLING)
-        fresh[4, sibling] = moves.offsets()[(np.cumsum(comes) - 1)[index[comes[index]]]]
-        # Attention where it is done, for the load (§4.3); cache reads by holder, once a request.
-        once = np.bincount(np.unique(request[head], return_index=True)[1], minlength=G)
-        load, reads = np.stack((weight, once)) @ tokens
-        moved = weight[puller] * tokens[puller, source]
-        np.add.at(load, np.concatenate((fresh[2], v[puller], source)),
-                  np.concatenate((rows[reader] * rows[writer], moved, -moved)))
-        bal.observe(load)
+    def _find_old(self, runs, shares, tables) -> OldReads:
+        """Old KV as the tables of the shares' requests have it; no replicas are chosen yet."""
+        _, S, C = self.balancer.sizes
+        counts = -(-shares.old_tokens // C)
+        tokens = self.balancer.held[shares.held_row]
+        tokens *= C
+        # The last old segment may not be full: it is the one that the request writes to next.
+        missing = counts * C - shares.old_tokens
+        tokens[np.arange(len(counts)), runs.home[shares.request]] -= missing
+        deepest = self.balancer.deepest_replicated
+        reads = SegmentReads.of(tables, np.minimum(counts, deepest))
+        replicated, candidates = self.balancer.replicas_of(reads.slot)
+        reads = select(reads, replicated)
+        np.subtract.at(tokens, (reads.share, reads.slot // S), C)
+        return OldReads(tables, tokens, reads, candidates, tokens)
 
-        plan = QueryPlan([flat[b] for b in order2.tolist()], instance, first - first[start], rows,
-                         position, home, share, old, tables, hot, pull, fresh, ships, pulls, reads,
-                         load, bal.sizes)
-        writes = (x[puts > 0] for x in (instance, plan.first, written, rows))
-        return plan, TransferPlan(*writes, moves, N), groups
+    def _reading(self, old, slots) -> OldReads:
+        """Old KV with the replicas in other slots: [h]."""
+        if not len(slots):
+            return old
+        _, S, C = self.balancer.sizes
+        replicated = old.replicated._replace(slot=slots)
+        tokens = old.unique.copy()
+        np.add.at(tokens, (replicated.share, slots // S), C)
+        return old._replace(replicated=replicated, tokens=tokens)
 
-    def features(self, query_plan: QueryPlan, transfer_plan: TransferPlan) -> np.ndarray:
+    def _choose_replicas(self, shares, old) -> OldReads:
+        """A replica of each segment with several, by the load so far (§4.4)."""
+        load = self.balancer.load + shares.weight @ old.unique
+        cost = self.config.segment_tokens * shares.weight[old.replicated.share]
+        return self._reading(
+            old, self.balancer.choose_replicas(old.candidates, cost, load)
+        )
+
+    def _ship_or_pull(self, shares, tokens) -> Pulled:
+        """A decode ships its row. A prompt pulls what a holder has for it, if that is fewer bytes
+        than its queries and results, as far as its part of the receive buffer goes."""
+        prompts = np.flatnonzero(shares.is_prompt)
+        part = shares.part[prompts]
+        room = self.config.pull_tokens // np.maximum(1, np.bincount(part))[part]
+        wanted = tokens[prompts]
+        ship_bytes = shares.rows[prompts] * self.query_bytes
+        cheaper = (wanted > 0) & (wanted * self.kv_bytes < ship_bytes[:, None])
+        in_buffer = np.cumsum(wanted * cheaper, 1)
+        prompt, holder = np.nonzero(cheaper & (in_buffer <= room[:, None]))
+        return Pulled(prompts[prompt], holder)
+
+    def _match(self, runs, shares, tokens, pulled, num_parts: int) -> Column:
+        """[parts] the instance of each (§5): parts and instances matched so that the fewest bytes
+        travel. An instance saves what its part exchanges with itself. Fresh KV between the parts of
+        a prompt depends on pairs of parts, and is left out."""
+        N = len(self.instances)
+        share_bytes = (tokens > 0) * (shares.rows * self.query_bytes)[:, None]
+        share_bytes[pulled] = tokens[pulled] * self.kv_bytes
+        exchanged = np.zeros((num_parts, N), np.int64)
+        present, first_share = np.unique(shares.part, return_index=True)
+        if len(present):
+            exchanged[present] = np.add.reduceat(share_bytes, first_share)
+        part = shares.part[runs.share]
+        np.add.at(exchanged, (part, runs.home), runs.rows * runs.puts * self.kv_bytes)
+        cost = exchanged.sum(1, keepdims=True) - exchanged
+        _, best = linear_sum_assignment(cost)
+        # The even split's parts are made by home: every row is computed where its KV will live.
+        # That is left for a gain only that takes longer to send than an exchange takes anyway.
+        if num_parts == N and not (runs.puts * (runs.home != part)).any():
+            by_home = np.arange(N)
+            gain = cost[by_home, by_home].sum() - cost[by_home, best].sum()
+            if gain <= self.exchange_bytes:
+                return by_home
+        return best
+
+    def _take_replicas_at_hand(self, shares, old) -> OldReads:
+        """A replica where the share is computed is read instead of the chosen one: nothing has to
+        travel. (Matching does not count on it: that saved few bytes and cost much planning.)
+        """
+        reads = old.replicated
+        at_hand = old.candidates[
+            np.arange(len(reads.share)), shares.instance[reads.share]
+        ]
+        return self._reading(old, np.where(at_hand >= 0, at_hand, reads.slot))
+
+    def _plan_old(self, shares, old, pulled) -> OldKV:
+        """What travels of old KV to the shares that pull it, but for what is at hand there."""
+        _, S, C = self.balancer.sizes
+        pulls = np.zeros(old.tokens.shape, bool)
+        pulls[pulled] = True
+        pulls[np.arange(len(pulls)), shares.instance] = False
+        counts = np.where(pulls.any(1), -(-shares.old_tokens // C), 0)
+        reads = SegmentReads.of(old.tables, counts, old.replicated)
+        source = reads.slot // S
+        travels = pulls[reads.share, source]
+        reads = select(reads, travels)
+        rows = np.minimum(shares.old_tokens[reads.share] - reads.segment * C, C)
+        source_row = slab_row(reads.slot, S, C)
+        target = shares.instance[reads.share]
+        moves = Moves.of((PULL, source[travels], source_row, target, -1, rows))
+        segments = PulledSegments(reads.share, reads.segment, moves.receive_rows())
+        return OldKV(shares.old_tokens, old.tables, old.replicated, segments, moves)
+
+    # ── its steps: fresh KV, with runs by instance ──
+
+    def _pair(self, runs, by_instance) -> FreshPairs:
+        """Who reads fresh KV: a run reads what the runs of its request put, from the first one up
+        to itself. Takes runs by request, gives their numbers by instance."""
+        run = np.arange(len(by_instance))
+        first = np.searchsorted(runs.request_id, runs.request_id)  # of its request
+        count = run - first + 1
+        reader = np.repeat(run, count)
+        writer = ranges(first, count)
+        put = runs.puts[writer] > 0
+        number = np.argsort(by_instance)
+        return FreshPairs(number[reader[put]], number[writer[put]])
+
+    def _plan_fresh(self, runs, shares, pairs, ships, copies):
+        """Where fresh KV meets its readers, and the transfer plan, in which copies travel too."""
+        rows = self._write_fresh(runs)
+        siblings, sibling = self._choose_siblings(runs, shares, pairs, ships)
+        moves = self._move(runs, shares, rows, siblings, copies)
+        fresh = self._meet(runs, pairs, rows, sibling, moves)
+        writes = SlabWrites(runs.instance, runs.first_row, rows.written, runs.rows)
+        writes = select(writes, runs.puts > 0)
+        return fresh, TransferPlan(writes, moves, len(self.instances))
+
+    def _write_fresh(self, runs) -> FreshRows:
+        """What lives elsewhere waits in staging, behind the slots."""
+        _, S, C = self.balancer.sizes
+        at_home = slab_row(runs.slot, S, C) + runs.position % C
+        staged = runs.rows * runs.puts * (runs.home != runs.instance)
+        in_staging = S * C + sum_before(staged, runs.instance)
+        return FreshRows(at_home, np.where(staged > 0, in_staging, at_home), staged)
+
+    def _choose_siblings(self, runs, shares, pairs, ships):
+        """Of fresh KV that is neither written nor put where its reader is computed: either readers'
+        rows travel to its home, or it comes to their share, as a sibling's. It comes if that is
+        fewer bytes, but not to a decode, nor where rows go to its home anyway. → Siblings, and of
+        each pair the sibling that brings its KV: −1 where none does."""
+        reader, writer = pairs
+        N = len(self.instances)
+        B = len(runs.rows)
+        far = runs.instance[reader] != runs.instance[writer]
+        away = np.flatnonzero(far & (runs.instance[reader] != runs.home[writer]))
+        key = runs.share[reader[away]] * B + writer[away]
+        key, option = np.unique(key, return_inverse=True)
+        share, written = np.divmod(key, B)
+        # All that a share reads at one home comes or none: rows that go there read it all.
+        home = runs.home[written]
+        trip, of_trip = np.unique(share * N + home, return_inverse=True)
+        tokens = np.bincount(of_trip, runs.rows[written], len(trip))[of_trip]
+        cheaper = tokens * self.kv_bytes < shares.rows[share] * self.query_bytes
+        comes = cheaper & shares.is_prompt[share] & ~ships[share, home]
+        sibling = np.full(len(reader), -1)
+        sibling[away] = np.where(comes, np.cumsum(comes) - 1, -1)[option]
+        return Siblings(share[comes], written[comes]), sibling
+
+    def _move(self, runs, shares, rows, siblings, copies):
+        """New KV to siblings and to its home, and copies. Siblings come first: so the n-th of them
+        is the n-th move, which says where it lies in the receive buffer."""
+        _, S, C = self.balancer.sizes
+        staged = np.flatnonzero(rows.staged)
+        to_sibling = select(runs, siblings.writer)
+        to_home = select(runs, staged)
+        fill, read = np.array([*copies.items()], np.int64).reshape(-1, 2).T
+        target = shares.instance[siblings.share]
+        source_row = rows.written[siblings.writer]
+        return Moves.of(
+            (PULL, to_sibling.instance, source_row, target, -1, to_sibling.rows),
+            (
+                PUT,
+                to_home.instance,
+                rows.written[staged],
+                to_home.home,
+                rows.at_home[staged],
+                to_home.rows,
+            ),
+            (
+                REPLICA,
+                read // S,
+                slab_row(read, S, C),
+                fill // S,
+                slab_row(fill, S, C),
+                C,
+            ),
+        )
+
+    def _meet(self, runs, pairs, rows, sibling, moves):
+        """FreshReads. Computed on one instance, a pair meets there. Else it does at the home of the
+        KV, where this was written or a move has brought it by then; or it came as a sibling's.
+        """
+        reader, writer = pairs
+        far = runs.instance[reader] != runs.instance[writer]
+        instance = np.where(far, runs.home[writer], runs.instance[reader])
+        late = instance != runs.instance[writer]
+        place = np.where(late, LATE, HERE)
+        first_row = np.where(late, rows.at_home[writer], rows.written[writer])
+        came = sibling >= 0
+        instance[came] = runs.instance[reader[came]]
+        place[came] = SIBLING
+        first_row[came] = moves.receive_rows()[sibling[came]]
+        return FreshReads(reader, writer, instance, place, first_row)
+
+    # ── its steps: what comes of it ──
+
+    def _all_ships(self, runs, ships, fresh) -> Column:
+        """[B, N] whether a run's rows travel to an instance: to old KV, where its share reads some,
+        and to fresh KV."""
+        ships = ships[runs.share]
+        away = (fresh.place != SIBLING) & (fresh.instance != runs.instance[fresh.reader])
+        ships[fresh.reader[away], fresh.instance[away]] = True
+        return ships
+
+    def _loads(self, runs, shares, tokens, pulled, fresh):
+        """[N] attention done at each instance, for the balance (§4.3), and [N] tokens of cache read
+        at each holder, once a request, as §7.2 counts."""
+        load = shares.weight @ tokens
+        moved = shares.weight[pulled.share] * tokens[pulled]  # it is read where it comes
+        np.subtract.at(load, pulled.holder, moved)
+        np.add.at(load, shares.instance[pulled.share], moved)
+        fresh_pairs = runs.rows[fresh.reader] * runs.rows[fresh.writer]
+        np.add.at(load, fresh.instance, fresh_pairs)
+        _, first_share = np.unique(shares.request, return_index=True)
+        once = np.zeros(len(shares.request), np.int64)
+        once[first_share] = 1
+        return load, once @ tokens
+
+    def features(self, query_plan, transfer_plan) -> Column:
         """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
         QueryPlan.load), KiB it sends or receives, the larger."""
         N = len(self.instances)
-        rows = np.bincount(query_plan.instance, query_plan.rows, N).astype(np.int64)
-        kv = transfer_plan.moves.moved(N) + query_plan.pulls.moved(N)
-        sent = query_plan.shipped() * self.query_bytes + kv * self.kv_bytes
-        most = self.model.num_layers * np.maximum(sent.sum(0), sent.sum(1))
-        return np.stack((rows, query_plan.load, most // 1024), 1)
+        runs = query_plan.run_table
+        rows = np.bincount(runs.instance, runs.rows, N).astype(np.int64)
+        kv_rows = transfer_plan.moves.rows_between(N)
+        kv_rows += query_plan.old.pulls.rows_between(N)
+        query_rows = query_plan.rows_shipped()
+        layer_bytes = query_rows * self.query_bytes + kv_rows * self.kv_bytes
+        most = np.maximum(layer_bytes.sum(0), layer_bytes.sum(1))
+        kib = self.llama_config.num_layers * most // 1024
+        return np.stack((rows, query_plan.load, kib), 1)
 
-    def init_query(self, batch: list[Run], group: list[int], query_plan: QueryPlan) -> QueryBuffer:
+    # ── the data plane's calls ──
+
+    def init_query(self, batch: list[Run], group, query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
-        in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
+        in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`.
+        """
         q_buf = QueryBuffer(query_plan, self.index, self.pool)
-        if sum(run.rows for run, v in zip(batch, group) if v == self.index) != q_buf.num_rows:
-            raise LakeError(f"instance {self.index} was handed another batch than is planned")
+        num_rows = sum(
+            run.rows for run, instance in zip(batch, group) if instance == self.index
+        )
+        if num_rows != q_buf.num_rows:
+            raise LakeError(
+                f"instance {self.index} was handed another batch than is planned"
+            )
         return q_buf
 
-    def query(self, q_buf: QueryBuffer):
+    def query(self, q_buf):
         """Attention of the buffer's rows over prefix and new KV → [T, H, D]. Every instance of the
         lake calls it for every layer, with or without rows, after `put`."""
         return self.pool.query(q_buf)
@@ -258,91 +564,144 @@ class TokenLake:
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
         """The buffer for new K and V of those rows: `kv_buf.write(layer, k, v)`, [T, Hkv, D] each.
         Rows of `batch` that only want logits of published tokens are not put."""
-        return KVBuffer(transfer_plan, self.index, self.pool.rows, self.pool.device)
+        return KVBuffer(transfer_plan, self.index, self.pool.num_rows, self.pool.device)
 
-    def put(self, kv_buf: KVBuffer):
+    def put(self, kv_buf):
         """Writes the layer's new KV to its homes: here at once, elsewhere in the `query` after."""
         self.pool.put(kv_buf)
 
 
-def cut(batches, dops, rows) -> np.ndarray:
-    """The part of each run: batches one after another, a batch of DoP k cut in k of equal rows."""
-    parts, base, at = [np.zeros(0, np.int64)], 0, 0
+def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
+    """The part of each run, by batch: one of DoP k is cut into k of about equal rows."""
+    parts = []
+    first = 0
     for batch, dop in zip(batches, dops):
-        own = rows[at:at + len(batch)]
-        parts.append(base + (np.cumsum(own) - own) * dop // max(1, own.sum()))
-        base, at = base + dop, at + len(batch)
-    return np.concatenate(parts)
+        rows = np.array([run.rows for run in batch], np.int64)
+        before = np.cumsum(rows) - rows
+        parts.append(first + before * dop // max(1, rows.sum()))
+        first += dop
+    return parts
 
 
-def plan_digest(iteration: int, query_plan: QueryPlan, transfer_plan: TransferPlan) -> bytes:
-    """16 bytes that two ranks share only if they planned the same: every array of the plans."""
-    runs = [run.request.id for run in query_plan.runs]
-    digest = hashlib.blake2b(repr((iteration, runs)).encode(), digest_size=16)
-    plans = query_plan, query_plan.pulls, transfer_plan, transfer_plan.moves
-    values = [getattr(plan, field.name) for plan in plans for field in fields(plan)]
-    for array in (query_plan.segments[2], *values):
-        if isinstance(array, np.ndarray):
-            digest.update(array.tobytes() + b"|")
-    return digest.digest()
+def sum_before(amount, group) -> Column:
+    """The sum of the amounts that come before each one of its group; groups in order."""
+    before = np.cumsum(amount) - amount
+    return before - before[np.searchsorted(group, group)]
 
 
-def dynamic_program(time, R: int, N: int, slo: int | None = None):
+# ── the scheduler ────────────────────────────────────────────────────────────────────────────────
+
+
+class Cut(NamedTuple):
+    """A batch of the dynamic program: the requests first..end−1, and its DoP."""
+
+    first: int
+    end: int
+    dop: int
+
+
+def dynamic_program(time, R: int, N: int, slo: int | None = None) -> list[Cut] | None:
     """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
 
         f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
 
-    time(i, dop) → [i] integer times of the batches j..i, j < i; NEVER forbids one. Returns
-    [(j, i, dop)], or None if nothing is allowed."""
-    best, choice = np.full((R + 1, N + 1), NEVER), np.zeros((R + 1, N + 1, 2), np.int64)
+    time(i, dop) → [i] integer times of the batches j..i, j < i; FORBIDDEN rules one out. None if
+    nothing is allowed."""
+    best = np.full((R + 1, N + 1), FORBIDDEN)
     best[0] = 0
+    best_first = np.zeros((R + 1, N + 1), np.int64)
+    best_dop = np.zeros((R + 1, N + 1), np.int64)
     for i in range(1, R + 1):
         for dop in range(1, N + 1):
-            t = time(i, dop)
-            allowed = (t < NEVER // (R + 1)) & (t <= (slo or NEVER))  # sums stay below NEVER
-            cost = np.where(allowed, t, 0) * np.arange(i, 0, -1)
-            total = np.where(allowed[:, None], best[:i, :N + 1 - dop] + cost[:, None], NEVER)
-            j, value = total.argmin(0), total.min(0)
-            better = np.flatnonzero(value < best[i, dop:])
-            best[i, dop + better] = value[better]
-            choice[i, dop + better, 0], choice[i, dop + better, 1] = j[better], dop
-    out, i, k = [], R, N
-    while i and best[R, N] < NEVER:
-        j, dop = choice[i, k].tolist()
-        out, i, k = [(j, i, dop), *out], j, k - dop
-    return None if i else out
+            times = time(i, dop)
+            # Sums of allowed times stay below FORBIDDEN.
+            allowed = (times < FORBIDDEN // (R + 1)) & (times <= (slo or FORBIDDEN))
+            cost = np.where(allowed, times, 0) * np.arange(i, 0, -1)
+            total = best[:i, : N + 1 - dop] + cost[:, None]  # [j, instances before]
+            total = np.where(allowed[:, None], total, FORBIDDEN)
+            better = np.flatnonzero(total.min(0) < best[i, dop:])
+            k = dop + better
+            best[i, k] = total.min(0)[better]
+            best_first[i, k] = total.argmin(0)[better]
+            best_dop[i, k] = dop
+    if best[R, N] == FORBIDDEN:
+        return None
+    cuts = []
+    i = R
+    k = N
+    while i:
+        cuts.insert(0, Cut(int(best_first[i, k]), i, int(best_dop[i, k])))
+        i = cuts[0].first
+        k -= cuts[0].dop
+    return cuts
 
 
-class TimeModel:
+class TimePredictor:
     """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·KiB sent. Integers,
-    so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
-    def __init__(self, lake: "TokenLake"):
-        m, self.samples, self.count = lake.model, [], 0
-        self.bytes_per_row = m.num_layers * lake.kv_bytes
-        seconds = (lake.weight_bytes / BANDWIDTH, 2 * m.num_linear_parameters / FLOPS,
-                   4 * m.num_layers * m.num_heads * m.head_dim / FLOPS, 1024 / LINK)
-        self.coefficients = self.fitted = [round(x * 1e12) for x in seconds]
+    so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it.
+    """
 
-    def time(self, rows, pairs, sent):
+    def __init__(self, lake):
+        shape = lake.llama_config
+        self.bytes_per_row = shape.num_layers * lake.kv_bytes
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+        seconds = (
+            lake.weight_bytes / BANDWIDTH,
+            2 * shape.num_linear_parameters / FLOPS,
+            attention / FLOPS,
+            1024 / LINK,
+        )
+        self.fitted = [round(x * 1e12) for x in seconds]
+        self.coefficients = self.fitted
+        self.samples: list[tuple] = []
+        self.count = 0
+
+    def time(self, rows, pairs, kib):
         """ps, for integers or arrays of them."""
         a, b, c, e = self.coefficients
-        return a + b * rows + c * pairs + e * sent
+        return a + b * rows + c * pairs + e * kib
 
-    def split(self, rows, pairs, dop):
+    def split_time(self, rows, pairs, dop: int):
         """ps of rows split evenly over `dop` instances: fresh KV goes to half of the siblings."""
-        sent = rows * self.bytes_per_row * (dop - 1) // 2048
-        return self.time(*(-(-x // dop) for x in (rows, pairs, sent)))
+        kib = rows * self.bytes_per_row * (dop - 1) // 2048
+        return self.time(-(-rows // dop), -(-pairs // dop), -(-kib // dop))
 
     def measured(self, features, seconds: float):
         """An iteration with `features` [N, 3]; in lock-step the slowest instance counts. Every 32,
-        a least squares fit of the last 256, but for the first 8, without negative terms."""
+        a least squares fit of the last 256, but for the first 8, without negative terms.
+        """
         slowest = features[np.argmax(self.time(*features.T))].tolist()
         self.count += 1
-        self.samples = [*self.samples, (1, *slowest, seconds)][-256:] if self.count > 8 else []
+        if self.count > 8:
+            self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
         if self.count % 32 == 0:
-            work, seconds = np.split(np.array(self.samples), [4], 1)
+            work, times = np.split(np.array(self.samples), [4], 1)
             scale = np.maximum(1, work.max(0))
-            self.fitted = [round(x * 1e12) for x in nnls(work / scale, seconds[:, 0])[0] / scale]
+            solution, _ = nnls(work / scale, times[:, 0])
+            self.fitted = [round(x * 1e12) for x in solution / scale]
+
+
+class Policy(NamedTuple):
+    """How batches are formed: the even split, the dynamic program, or PD with a fixed partition."""
+
+    kind: str  # even, dp or pd
+    prefills: int = 0  # pd: instances for prompts
+    decodes: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> "Policy":
+        """`auto` (which is `even`), `even`, `dp` or `pd:PxD`."""
+        kind, _, counts = name.partition(":")
+        if kind == "pd":
+            return cls(kind, *map(int, counts.split("x")))
+        return cls("even" if kind == "auto" else kind)
+
+
+class Batch(NamedTuple):
+    """Rows that run together."""
+
+    items: list[tuple[Request, int]]  # how many of each request
+    dop: int
 
 
 class Scheduler:
@@ -351,132 +710,236 @@ class Scheduler:
     instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic program; `pd:PxD`
     keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms between tokens,
     kept by fewer prompt rows where that is possible at all."""
-    def __init__(self, lake: TokenLake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
-        self.lake, self.balancer, self.eos, self.policy = lake, lake.balancer, eos, policy
+
+    def __init__(self, lake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
+        self.lake = lake
+        self.balancer = lake.balancer
+        self.eos = eos
+        self.policy = Policy.parse(policy)
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
-        self.model = TimeModel(lake)
+        self.predictor = TimePredictor(lake)
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # by admission, the last one last
         self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
-        self.counters, self._arrived = Counter(), 0
+        self.counters: Counter = Counter()
+        self._arrived = 0
 
-    def add(self, request: Request):
+    def add(self, request):
         if request.order is None:
-            request.order = self._arrived = self._arrived + 1
-        insort(self.waiting, request, key=lambda r: r.order)
+            self._arrived += 1
+            request.order = self._arrived
+        insort(self.waiting, request, key=attrgetter("order"))
 
-    def urgency(self, request: Request, done: int) -> int:
-        """The lowest goes first: rows to compute, less 1/16 of a chunk per later request."""
+    def urgency(self, request, done: int) -> int:
+        """The lowest goes first: rows to compute, less a part of a chunk per later request."""
         later = self._arrived - (request.order or 0)
-        return len(request.tokens) - done - later * max(1, self.lake.config.chunk_tokens // 16)
+        rows_per_arrival = max(1, self.lake.config.chunk_tokens // AGEING)
+        return len(request.tokens) - done - later * rows_per_arrival
+
+    def schedule(self) -> tuple[list[list[Run]], list[int]]:
+        """Batches for the next iteration and their DoPs, their slots reserved; when all are pinned,
+        the last admitted is preempted."""
+        self._admit()
+        batches = self._batches_within_slo()
+        whole = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
+        reserved = self._reserve(batches, even=whole)
+        if whole:
+            return self._split_by_instance(reserved)
+        runs = [
+            [run for request, _ in batch.items for run in reserved.get(request.id, ())]
+            for batch in batches
+        ]
+        return runs, [batch.dop for batch in batches]
+
+    # ── admission ──
 
     def _admit(self):
         """Admits the most urgent of the first to come, but for who awaits a prefix in progress."""
-        balancer, C, most = self.balancer, self.balancer.segment_tokens, self.lake.config.max_batch
+        balancer = self.balancer
+        most = self.lake.config.max_batch
+        if len(self.running) == most:
+            return
+        promised = sum(map(self._growth, self.running))
+        first = [(balancer.match(request), request) for request in self.waiting[:most]]
 
-        def grows(request):  # slots for the rest of its prompt, and a segment of its answer
-            end = min(len(request.tokens) + C, request.max_tokens - 1)
-            return balancer.num_segments(end) - request.num_slots
+        def urgency(candidate):
+            matched, request = candidate
+            return self.urgency(request, matched * balancer.segment_tokens)
 
-        promised = sum(map(grows, self.running))
-        first = [(balancer.match(r), r) for r in self.waiting[:most * (len(self.running) < most)]]
-        for matched, request in sorted(first, key=lambda at: self.urgency(at[1], at[0] * C)):
+        for matched, request in sorted(first, key=urgency):
             if balancer.awaited(request, matched):
                 continue
             if len(self.running) == most or not balancer.fits(request, matched, promised):
                 break
             balancer.admit(request, matched)
-            promised += grows(request)
+            promised += self._growth(request)
             self.cached_tokens.setdefault(request.id, request.done)
             self.waiting.remove(request)
             self.running.append(request)
 
+    def _growth(self, request) -> int:
+        """Slots that it still takes for the rest of its prompt, and a segment of its answer."""
+        end = min(
+            len(request.tokens) + self.balancer.segment_tokens, request.max_tokens - 1
+        )
+        return self.balancer.num_segments(end) - request.num_slots
+
     def _preempt(self):
         """The last admitted starts over: what it published stays, and it will hit it."""
-        self.balancer.release(self.running[-1])
+        request = self.running.pop()
+        self.balancer.release(request)
         self.counters["preemptions"] += 1
-        self.add(self.running.pop())
+        self.add(request)
 
-    def _groups(self, budget: int):
-        """Requests that run together, with `budget` prompt rows per instance that has any, as
-        ([(request, rows)], DoP) each, and the time of the slowest (ps)."""
-        N, decodes = len(self.lake.instances), [(r, 1) for r in self.running if r.remaining == 1]
-        pd = [int(x) for x in self.policy[3:].split("x")] if self.policy[:3] == "pd:" else None
-        dp = self.policy == "dp" and N > 1
-        prompts, left = [], budget * (pd[0] if pd else N - (dp and bool(decodes)))
-        for request in sorted(self.running, key=lambda r: self.urgency(r, r.done)):
-            if request.remaining > 1 and left > 0:
-                prompts.append((request, min(request.remaining, left)))
-                left -= prompts[-1][1]
+    # ── which rows, in which batches ──
+
+    def _batches_within_slo(self) -> list[Batch]:
+        """The most prompt rows, in 16ths of a chunk, that keep the SLO while decodes wait, and one
+        at least, or prompts would starve. If not even decodes alone keep it, it is dropped.
+        """
+        chunk = self.lake.config.chunk_tokens
+        batches, time = self._form_batches(chunk)
+        decodes_wait = any(request.remaining == 1 for request in self.running)
+        if not (self.slo and time > self.slo and decodes_wait):
+            return batches
+        sizes = [chunk * i // 16 for i in range(17)]
+        too_slow = bisect_left(
+            sizes, 1, key=lambda rows: self._form_batches(rows)[1] > self.slo
+        )
+        if not too_slow:
+            return batches
+        return self._form_batches(max(1, sizes[too_slow - 1]))[0]
+
+    def _form_batches(self, budget: int) -> tuple[list[Batch], int]:
+        """Batches with `budget` prompt rows per instance that has any, and the time of the slowest,
+        in ps."""
+        N = len(self.lake.instances)
+        decodes = [(request, 1) for request in self.running if request.remaining == 1]
+        own_for_decodes = self.policy.kind == "dp" and N > 1 and bool(decodes)
+        for_prompts = self.policy.prefills or N - own_for_decodes
+        prompts = self._choose_prompt_rows(budget * for_prompts)
         items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-        size = [(0, 0), *((n, max(n, self.lake.ridge) * (r.done + n // 2)) for r, n in items)]
-        upto, D = np.cumsum(size, 0), len(decodes)
+        # [items + 1, 2] rows, and rows × tokens, of the first items.
+        ridge = self.lake.ridge
+        work = [(rows, max(rows, ridge) * (r.done + rows // 2)) for r, rows in items]
+        upto = np.cumsum([(0, 0), *work], 0)
+        cuts = self._cut(upto, len(decodes))
+        slowest = 0
+        for first, end, dop in cuts:
+            rows, pairs = (upto[end] - upto[first]).tolist()
+            slowest = max(slowest, self.predictor.split_time(rows, pairs, dop))
+        return [Batch(items[cut.first : cut.end], cut.dop) for cut in cuts], slowest
+
+    def _cut(self, upto, num_decodes: int) -> list[Cut]:
+        """How the policy cuts items into batches; decodes come first. upto: see `_form_batches`."""
+        whole = [Cut(0, len(upto) - 1, len(self.lake.instances))]
+        if self.policy.kind == "pd":
+            decodes = Cut(0, num_decodes, self.policy.decodes)
+            return [decodes, Cut(num_decodes, len(upto) - 1, self.policy.prefills)]
+        if self.policy.kind == "dp" and len(self.lake.instances) > 1:
+            return self._cut_by_dynamic_program(upto, num_decodes) or whole
+        return whole
+
+    def _choose_prompt_rows(self, budget: int) -> list[tuple[Request, int]]:
+        """`budget` prompt rows in all, the most urgent requests first."""
+        prompts = []
+        for request in sorted(self.running, key=lambda r: self.urgency(r, r.done)):
+            if request.remaining > 1 and budget > 0:
+                rows = min(request.remaining, budget)
+                prompts.append((request, rows))
+                budget -= rows
+        return prompts
+
+    def _cut_by_dynamic_program(self, upto, num_decodes: int) -> list[Cut] | None:
+        """upto [items + 1, 2] rows, and rows × tokens, of the first items, decodes first. A batch
+        is of one kind, decodes have DoP 1, and prompts no more than a chunk per instance.
+        """
+        N = len(self.lake.instances)
+        num_items = len(upto) - 1
 
         def time(i, dop):
-            """Of the batches j..i, j < i, of one kind and within a chunk per instance."""
             rows, pairs = (upto[i] - upto[:i]).T
-            wide = dop > 1 if i <= D else rows > dop * self.lake.config.chunk_tokens
-            mixed = (np.arange(i) < D) & (i > D)
-            return np.where(mixed | wide, NEVER, self.model.split(rows, pairs, dop))
+            if i <= num_decodes:
+                forbidden = np.full(i, dop > 1)
+            else:
+                too_wide = rows > dop * self.lake.config.chunk_tokens
+                mixed = np.arange(i) < num_decodes
+                forbidden = too_wide | mixed
+            return np.where(
+                forbidden, FORBIDDEN, self.predictor.split_time(rows, pairs, dop)
+            )
 
-        cuts = [(0, D, pd[1]), (D, len(items), pd[0])] if pd else [(0, len(items), N)]
-        if dp:
-            cuts = (dynamic_program(time, len(items), N, self.slo)
-                    or dynamic_program(time, len(items), N) or cuts)
-        slowest = max(self.model.split(*(upto[i] - upto[j]).tolist(), dop) for j, i, dop in cuts)
-        return [(items[j:i], dop) for j, i, dop in cuts], slowest
+        cuts = dynamic_program(time, num_items, N, self.slo)
+        return cuts or dynamic_program(time, num_items, N)
 
-    def schedule(self) -> tuple[list[list[Run]], list[int]]:
-        """Batches for the next iteration and their DoPs, their slots reserved; when all are pinned,
-        the last admitted is preempted. Even split: a batch per instance, of rows living there."""
-        self._admit()
-        budget, N = self.lake.config.chunk_tokens, len(self.lake.instances)
-        groups, time = self._groups(budget)
-        if self.slo and time > self.slo and any(r.remaining == 1 for r in self.running):
-            # The most prompt rows, in 16ths, that keep the SLO, and one at least, or prompts would
-            # starve. If not even decodes alone keep it, it is dropped (§6.2).
-            sizes = [budget * i // 16 for i in range(17)]
-            late = bisect_left(sizes, 1, key=lambda n: self._groups(n)[1] > self.slo)
-            groups = self._groups(max(1, sizes[late - 1]))[0] if late else groups
-        even = len(groups) == 1 and groups[0][1] == N
-        rows = {request.id: n for items, _ in groups for request, n in items}
-        planned, tails = [0] * N, self.balancer.open_tails(self.running)
-        share, C = -(-sum(rows.values()) // N), self.lake.config.segment_tokens
-        most = max(share * 17 // 16, min(share + C, FEW)) if even else NEVER
-        reserved = {}
+    # ── slots for them ──
+
+    def _reserve(self, batches: list[Batch], even: bool) -> dict[int, list[Run]]:
+        """Runs of the running requests, by request id, in slots of their own. If these run out, the
+        last admitted is preempted: never one whose rows are reserved, those are older.
+        """
+        rows = {request.id: n for batch in batches for request, n in batch.items}
+        most = self._most_rows(sum(rows.values())) if even else UNLIMITED
+        planned = [0] * len(self.lake.instances)
+        tails = self.balancer.open_tails(self.running)
+        reserved: dict[int, list[Run]] = {}
         while len(reserved) < len(self.running):
             request = self.running[len(reserved)]
-            runs = self.balancer.reserve(request, rows.get(request.id, 0), planned, tails, most)
+            own = rows.get(request.id, 0)
+            runs = self.balancer.reserve(request, own, planned, tails, most)
             if runs is None:
-                self._preempt()  # never one whose rows are reserved: those are older
+                self._preempt()
             else:
                 reserved[request.id] = runs
-        if even:
-            batches = [[] for _ in range(N)]
-            for run in chain.from_iterable(reserved.values()):
-                batches[run.instance].append(run)
-            return batches, [1] * N
-        batches = [[run for r, _ in items for run in reserved.get(r.id, ())] for items, _ in groups]
-        return batches, [dop for _, dop in groups]
+        return reserved
 
-    def update(self, query_plan: QueryPlan, tokens: dict[int, int]) -> list[Request]:
+    def _most_rows(self, total: int) -> int:
+        """Of an instance in the even split: an even share and a little. Small shares keep whole
+        segments together, as few rows take as long as a few more."""
+        share = -(-total // len(self.lake.instances))
+        with_a_segment = min(share + self.lake.config.segment_tokens, FEW_ROWS)
+        return max(share + share // EVEN_SLACK, with_a_segment)
+
+    def _split_by_instance(self, reserved: dict[int, list[Run]]):
+        """The even split: a batch for each instance, of the rows whose KV will live there."""
+        N = len(self.lake.instances)
+        batches: list[list[Run]] = [[] for _ in range(N)]
+        for run in chain.from_iterable(reserved.values()):
+            batches[run.instance].append(run)
+        return batches, [1] * N
+
+    # ── afterwards ──
+
+    def update(self, query_plan, tokens: dict[int, int]) -> list[Request]:
         """After the iteration: publishes what is full, appends the sampled tokens (by request id)
         and releases the requests that end. Returns those."""
-        for run, local in zip(query_plan.runs, (query_plan.instance == query_plan.home).tolist()):
-            put = run.rows * run.puts
-            self.counters.update(
-                computed_tokens=run.rows, puts=put, puts_local=put * local,
-                decode_puts=put * run.decode, decode_puts_local=put * run.decode * local,
-                recomputed_tokens=max(0, min(run.request.peak - run.position, run.rows)))
-        for run in sorted(query_plan.runs, key=lambda run: (run.request.id, run.position)):
+        self._count(query_plan)
+        for run in sorted(
+            query_plan.runs, key=lambda run: (run.request.id, run.position)
+        ):
             self.balancer.commit(run.request, run.rows)
         ended = []
         for request in self.running:
-            if request.id in tokens:
-                request.tokens.append(tokens[request.id])
-                self.balancer.extend_ids(request)
-                if len(request.tokens) == request.max_tokens or tokens[request.id] in self.eos:
-                    self.balancer.release(request)
-                    ended.append(request)
+            if request.id not in tokens:
+                continue
+            token = tokens[request.id]
+            request.tokens.append(token)
+            self.balancer.extend_ids(request)
+            if len(request.tokens) == request.max_tokens or token in self.eos:
+                self.balancer.release(request)
+                ended.append(request)
         self.running = [request for request in self.running if request not in ended]
         return ended
+
+    def _count(self, query_plan):
+        for run, local in zip(query_plan.runs, query_plan.local.tolist()):
+            put = run.rows * run.puts
+            again = min(run.request.peak - run.position, run.rows)
+            self.counters.update(
+                computed_tokens=run.rows,
+                puts=put,
+                puts_local=put * local,
+                decode_puts=put * run.decode,
+                decode_puts_local=put * run.decode * local,
+                recomputed_tokens=max(0, again),
+            )

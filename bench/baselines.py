@@ -17,6 +17,7 @@ iteration of a lake, carries out the transfers they return, and says `landed` fo
 import re
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,12 +26,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from balancer import Request  # noqa: E402
-from tokenlake import NEVER, LakeConfig, Scheduler, TokenLake  # noqa: E402
+from pool import LakeConfig  # noqa: E402
+from tokenlake import FORBIDDEN, Scheduler, TokenLake  # noqa: E402
 
 
 @dataclass
 class Transfer:
     """KV of the tokens [start, stop) of a request on its way between two lakes of one."""
+
     source: int
     target: int
     leaving: Request  # holds the KV at the source until it has landed
@@ -38,32 +41,48 @@ class Transfer:
     start: int
     stop: int
     streamed: int  # of these tokens, those that did not travel behind the prefill
-    after: object  # called when it has landed
+    when_landed: Callable[[], None]
 
     def spans(self, C: int) -> np.ndarray:
         """[3, n] first slab row at the source and at the target, and rows: by segments."""
-        at = np.unique([self.start, *range(-(-self.start // C) * C, self.stop, C)])
-        rows = [table[at // C] * C + at % C for table in (self.leaving.table, self.arriving.table)]
-        return np.stack((*rows, np.diff(at, append=self.stop)))
+        next_segment = -(-self.start // C) * C
+        first = np.unique([self.start, *range(next_segment, self.stop, C)])
+        length = np.diff(first, append=self.stop)
+        leave = self.leaving.table[first // C] * C + first % C
+        arrive = self.arriving.table[first // C] * C + first % C
+        return np.stack((leave, arrive, length))
+
+
+def by_arrival(request: Request, done: int) -> int:
+    """In place of Scheduler.urgency: first come, first served."""
+    return request.order or 0
 
 
 class Fleet:
     """Lakes, a scheduler for each, and as long as there is one lake nothing to route."""
-    in_order = False  # of arrival, as conventional engines serve; else by Scheduler.urgency
 
-    def __init__(self, lakes: list[TokenLake], make=Scheduler):
-        self.lakes, self.schedulers = lakes, [make(lake) for lake in lakes]
+    in_order = (
+        False  # of arrival, as conventional engines serve; else by Scheduler.urgency
+    )
+
+    def __init__(self, lakes: list[TokenLake], make_scheduler=Scheduler):
+        self.lakes = lakes
+        self.schedulers = [make_scheduler(lake) for lake in lakes]
+
+    @property
+    def segment_tokens(self) -> int:
+        return self.lakes[0].config.segment_tokens
 
     def serve_in_order(self):
         self.in_order = True
         for scheduler in self.schedulers:
-            scheduler.urgency = lambda request, done: request.order or 0
+            scheduler.urgency = by_arrival
 
     def fits(self, request: Request) -> bool:
         """Whether the smallest lake can hold it at all, when it is empty."""
-        balancer = self.lakes[0].balancer
-        room = len(self.lakes[0].instances) * balancer.slots
-        return balancer.num_segments(request.max_tokens - 1) <= room
+        lake = self.lakes[0]
+        slots = len(lake.instances) * lake.balancer.slots
+        return lake.balancer.num_segments(request.max_tokens - 1) <= slots
 
     def arrive(self, request: Request) -> list[Transfer]:
         """Gives a request to a lake's scheduler, now or when what it returns has landed."""
@@ -76,40 +95,56 @@ class Fleet:
 
     def landed(self, transfer: Transfer):
         """The KV is there: the target publishes it, the source lets go."""
-        here, there = (self.lakes[i].balancer for i in (transfer.source, transfer.target))
-        there.commit(transfer.arriving, transfer.stop - transfer.start)
-        here.release(transfer.leaving)
-        transfer.after()
+        source = self.lakes[transfer.source].balancer
+        target = self.lakes[transfer.target].balancer
+        target.commit(transfer.arriving, transfer.stop - transfer.start)
+        source.release(transfer.leaving)
+        transfer.when_landed()
 
     @property
     def cached_tokens(self) -> dict[int, int]:
         """By request id: hits at its first admission, where its prompt is computed."""
-        out = {}
-        for scheduler in reversed(self.schedulers):  # prefill instances come first, and decide
-            out |= scheduler.cached_tokens
-        return out
+        hits = {}
+        for scheduler in reversed(
+            self.schedulers
+        ):  # prefill instances come first, and decide
+            hits |= scheduler.cached_tokens
+        return hits
 
 
 class Router(Fleet):
     """Cache-aware routing. Its tree of an instance is what it sent there, LRU by tokens; whether
     the instance still holds it, it does not know."""
-    CACHE_THRESHOLD, BALANCE_ABS, BALANCE_REL, MAX_TREE = 0.3, 64, 1.5, 2**26
 
-    def __init__(self, lakes, make=Scheduler):
-        super().__init__(lakes, make)
-        self.trees: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in lakes]
+    CACHE_THRESHOLD = 0.3  # of a prompt: a longer match decides
+    BALANCE_ABS = 64  # in-flight requests: queues that are further apart,
+    BALANCE_REL = 1.5  # and so many times as long, are balanced first
+    MAX_TREE = 2**26  # tokens
+
+    def __init__(self, lakes, make_scheduler=Scheduler):
+        super().__init__(lakes, make_scheduler)
+        self.trees = [OrderedDict() for _ in lakes]  # ids of segments, the oldest first
 
     def choose(self, request: Request) -> int:
-        C, trees = self.lakes[0].config.segment_tokens, self.trees
-        flying = [len(s.waiting) + len(s.running) for s in self.schedulers]
-        if (max(flying) - min(flying) > self.BALANCE_ABS
-                and max(flying) > self.BALANCE_REL * min(flying)):
-            return flying.index(min(flying))
-        matched = [next((i for i, id in enumerate(request.ids) if id not in tree),
-                        len(request.ids)) for tree in trees]
-        if max(matched) * C > self.CACHE_THRESHOLD * len(request.tokens):
+        """The instance that serves a request."""
+        in_flight = [len(s.waiting) + len(s.running) for s in self.schedulers]
+        shortest = min(in_flight)
+        longest = max(in_flight)
+        apart = longest - shortest > self.BALANCE_ABS
+        if apart and longest > self.BALANCE_REL * shortest:
+            return in_flight.index(shortest)
+        matched = [self.matched_tokens(request, tree) for tree in self.trees]
+        if max(matched) > self.CACHE_THRESHOLD * len(request.tokens):
             return matched.index(max(matched))
-        return min(range(len(trees)), key=lambda i: len(trees[i]))
+        sizes = [len(tree) for tree in self.trees]
+        return sizes.index(min(sizes))
+
+    def matched_tokens(self, request: Request, tree: OrderedDict) -> int:
+        """How much of a prompt was sent to the instance before."""
+        for index, id in enumerate(request.ids):
+            if id not in tree:
+                return index * self.segment_tokens
+        return len(request.ids) * self.segment_tokens
 
     def arrive(self, request):
         self.lakes[0].balancer.extend_ids(request)
@@ -118,7 +153,7 @@ class Router(Fleet):
         for id in reversed(request.ids):  # a prefix is younger than what follows it
             tree[id] = None
             tree.move_to_end(id)
-        while len(tree) * self.lakes[0].config.segment_tokens > self.MAX_TREE:
+        while len(tree) * self.segment_tokens > self.MAX_TREE:
             tree.popitem(last=False)
         self.schedulers[chosen].add(request)
         return []
@@ -126,6 +161,7 @@ class Router(Fleet):
 
 class Prefill(Scheduler):
     """Parks a request at its first token, its KV pinned until a decode instance has it."""
+
     def __init__(self, lake):
         super().__init__(lake)
         self.parked: list[Request] = []
@@ -140,6 +176,7 @@ class Prefill(Scheduler):
 class Disaggregated(Fleet):
     """The first `prefills` lakes compute prompts, the others decode. In its favour, links are never
     shared, and what streams behind a prefill takes no time but for the last layer's."""
+
     BALANCING = 1.25  # a prefix elsewhere that is so many times as long is copied
     bandwidth = 300e9  # B/s of a link, as the conductor reckons
 
@@ -149,129 +186,245 @@ class Disaggregated(Fleet):
         self.prefills = prefills
         self.flying: list[list[Request]] = [[] for _ in lakes]  # on their way to each
 
+    # Prompts.
+
     def estimate(self, lake: int, new: int, prefix: int) -> float:
-        """Seconds of a prefill, by the time model of that instance's scheduler."""
-        a, b, c, _ = self.schedulers[lake].model.coefficients
+        """Seconds of a prefill of `new` rows behind a prefix, by the time model of that instance's
+        scheduler."""
+        per_chunk, per_row, per_pair, _ = self.schedulers[lake].predictor.coefficients
         chunks = -(-new // self.lakes[lake].config.chunk_tokens)
-        return (a * chunks + new * (b + c * (prefix + new / 2))) / 1e12
+        context = prefix + new / 2  # of a row, on average
+        return (per_chunk * chunks + new * (per_row + per_pair * context)) / 1e12
 
     def queue(self, lake: int, new: int) -> float:
         """Seconds until a prefill instance turns to a prompt with `new` rows."""
         scheduler = self.schedulers[lake]
-        new = NEVER if self.in_order else new  # without order, the shortest goes first
-        todo = [(len(r.tokens), r.done) for r in scheduler.running]
-        todo += [(len(r.tokens), scheduler.balancer.match(r) * scheduler.balancer.segment_tokens)
-                 for r in scheduler.waiting]
-        return sum(self.estimate(lake, n - done, done) for n, done in todo if n - done <= new)
+        passes = (
+            FORBIDDEN if self.in_order else new
+        )  # without order, the shortest goes first
+        ahead = [(r, r.done) for r in scheduler.running]
+        ahead += [(r, self._held(lake, r)) for r in scheduler.waiting]
+        seconds = 0
+        for request, prefix in ahead:
+            rows = len(request.tokens) - prefix
+            if rows <= passes:
+                seconds += self.estimate(lake, rows, prefix)
+        return seconds
+
+    def _held(self, lake: int, request: Request) -> int:
+        """Tokens of a prompt that an instance has."""
+        return self.lakes[lake].balancer.match(request) * self.segment_tokens
 
     def choose(self, request: Request) -> tuple[int, int]:
         """The prefill instance with the least estimated TTFT, and the one that its prefix is
         copied from: itself, where what it has is about as long as any."""
-        C, n = self.lakes[0].config.segment_tokens, len(request.tokens)
-        row_bytes = self.lakes[0].model.num_layers * self.lakes[0].kv_bytes
-        prefix = [min(C * lake.balancer.match(request), n - 1)
-                  for lake in self.lakes[:self.prefills]]
-        best, times = max(range(self.prefills), key=lambda i: prefix[i]), []
-        for lake, here in enumerate(prefix):
-            source = lake if prefix[best] <= self.BALANCING * here else best
-            moved = (prefix[source] - here) * row_bytes / self.bandwidth
-            new = n - prefix[source]
-            times.append((self.queue(lake, new) + moved + self.estimate(lake, new, n - new),
-                          lake, source))
-        return min(times)[1:]
+        row_bytes = self.lakes[0].llama_config.num_layers * self.lakes[0].kv_bytes
+        most = len(request.tokens) - 1  # the last row is always computed
+        prefixes = [min(self._held(lake, request), most) for lake in range(self.prefills)]
+        longest = prefixes.index(max(prefixes))
+        ttfts = []
+        for lake, prefix in enumerate(prefixes):
+            source = lake if prefixes[longest] <= self.BALANCING * prefix else longest
+            new = len(request.tokens) - prefixes[source]
+            copying = (prefixes[source] - prefix) * row_bytes / self.bandwidth
+            computing = self.estimate(lake, new, prefixes[source])
+            ttft = self.queue(lake, new) + copying + computing
+            ttfts.append((ttft, lake, source))
+        _, chosen, source = min(ttfts)
+        return chosen, source
 
     def arrive(self, request):
         chosen, source = self.choose(request)
-        add = lambda: self.schedulers[chosen].add(request)
         if chosen != source:
-            C, holder = self.lakes[source].config.segment_tokens, self.lakes[source].balancer
-            matched = holder.match(request)
-            leaving, arriving = (Request(-1, request.tokens[:matched * C], matched * C)
-                                 for _ in range(2))
-            for part in (leaving, arriving):
-                part.salt, part.ids = request.salt, request.ids[:matched]
-            after = lambda: (self.lakes[chosen].balancer.release(arriving), add())
-            if transfer := self._transfer(source, chosen, leaving, arriving, matched * C, after):
-                holder.admit(leaving, matched)
-                return [transfer]
-        add()
+            copy = self._copy_prefix(request, source, chosen)
+            if copy is not None:
+                return [copy]
+        self.schedulers[chosen].add(request)
         return []
 
-    def _transfer(self, source, target, leaving, arriving, stop, after):
+    def _copy_prefix(self, request: Request, source: int, target: int) -> Transfer | None:
+        """Of the source's part of a prompt, which the target's scheduler gets when that has
+        landed; None if the target is full."""
+        holder = self.lakes[source].balancer
+        matched = holder.match(request)
+        stop = matched * self.segment_tokens
+
+        def prefix():
+            part = Request(-1, request.tokens[:stop], stop, request.salt)
+            part.ids = request.ids[:matched]
+            return part
+
+        leaving = prefix()
+        arriving = prefix()
+
+        def add():
+            self.lakes[target].balancer.release(arriving)
+            self.schedulers[target].add(request)
+
+        transfer = self._transfer(source, target, leaving, arriving, stop, add)
+        if transfer:
+            holder.admit(leaving, matched)
+        return transfer
+
+    # KV on its way.
+
+    def _transfer(
+        self, source, target, leaving, arriving, stop, when_landed
+    ) -> Transfer | None:
         """Slots at the target for what it lacks of the first `stop` tokens; None if it is full."""
-        scheduler = self.schedulers[target]
-        balancer, matched = scheduler.balancer, scheduler.balancer.match(arriving)
-        promised = sum(balancer.num_segments(r.max_tokens - 1) - r.num_slots
-                       for r in scheduler.running + self.flying[target])
-        promised += balancer.num_segments(arriving.max_tokens - 1) - balancer.num_segments(
-            len(arriving.tokens))
-        if not balancer.fits(arriving, matched, promised):
+        balancer = self.lakes[target].balancer
+        matched = balancer.match(arriving)
+        if not balancer.fits(arriving, matched, self._promised(target, arriving)):
             return None
         balancer.admit(arriving, matched)
         start = arriving.done
-        if balancer.reserve(arriving, stop - start, [0], [0], stop) is None:
+        runs = balancer.reserve(arriving, stop - start, [0], [0], stop)
+        if runs is None:
             balancer.release(arriving)
             return None
-        return Transfer(source, target, leaving, arriving, start, stop, stop - start, after)
+        streamed = stop - start
+        return Transfer(
+            source, target, leaving, arriving, start, stop, streamed, when_landed
+        )
+
+    def _promised(self, target: int, arriving: Request) -> int:
+        """Slots that the answers of all who decode there, and of who arrives, will still take."""
+        num_segments = self.lakes[target].balancer.num_segments
+        slots = num_segments(arriving.max_tokens - 1) - num_segments(len(arriving.tokens))
+        for request in self._decoding(target):
+            slots += num_segments(request.max_tokens - 1) - request.num_slots
+        return slots
+
+    # Decodes.
+
+    def _decoding(self, lake: int) -> list[Request]:
+        """Who decodes at an instance, or is on the way there."""
+        return self.schedulers[lake].running + self.flying[lake]
+
+    def _least_loaded(self) -> int:
+        """The decode instance with the fewest tokens."""
+
+        def num_tokens(lake):
+            return sum(len(request.tokens) for request in self._decoding(lake))
+
+        return min(range(self.prefills, len(self.lakes)), key=num_tokens)
 
     def advance(self, lake):
         """Parked requests go on, the oldest first, as long as a decode instance has room."""
-        out = []
-        waiting = [(r, i) for i in range(self.prefills) for r in self.schedulers[i].parked]
-        for request, source in sorted(waiting, key=lambda at: at[0].id):
-            there = {i: self.schedulers[i].running + self.flying[i]
-                     for i in range(self.prefills, len(self.lakes))}
-            target = min(there, key=lambda i: sum(len(r.tokens) for r in there[i]))
-            n, scheduler, arriving = request.num_prompt, self.schedulers[target], replace(request)
-            arriving.num_prompt, arriving.ids = n, list(request.ids)
-            arriving.segments, arriving.num_slots, arriving.done = [], 0, 0
-            arriving.order = None  # that is the other scheduler's
-
-            def decode(scheduler=scheduler, request=arriving, target=target):
-                self.flying[target].remove(request)
-                scheduler.running.append(request)
-            if len(there[target]) >= scheduler.lake.config.max_batch:
+        parked = []
+        for source in range(self.prefills):
+            parked += [(request, source) for request in self.schedulers[source].parked]
+        parked.sort(key=lambda pair: pair[0].id)
+        transfers = []
+        for request, source in parked:
+            target = self._least_loaded()
+            if len(self._decoding(target)) >= self.lakes[target].config.max_batch:
                 break
-            transfer = self._transfer(source, target, request, arriving, n, decode)
+            transfer = self._hand_over(request, source, target)
             if transfer is None:
                 break
-            if source == lake:  # it streamed, layer by layer, behind its prefill
-                chunk = min(self.lakes[source].config.chunk_tokens, n - transfer.start)
-                transfer.streamed = -(-chunk // self.lakes[source].model.num_layers)
+            if source == lake:
+                self._stream(transfer)
             self.schedulers[source].parked.remove(request)
-            self.flying[target].append(arriving)
-            out.append(transfer)
-        return out
+            self.flying[target].append(transfer.arriving)
+            transfers.append(transfer)
+        return transfers
+
+    def _hand_over(self, request: Request, source: int, target: int) -> Transfer | None:
+        """Of a prompt's KV to where it decodes; None if there is no room."""
+        arriving = replace(
+            request,
+            ids=list(request.ids),
+            segments=[],
+            num_slots=0,
+            done=0,
+            order=None,  # that is the other scheduler's
+        )
+        arriving.num_prompt = request.num_prompt
+
+        def decode():
+            self.flying[target].remove(arriving)
+            self.schedulers[target].running.append(arriving)
+
+        return self._transfer(
+            source, target, request, arriving, request.num_prompt, decode
+        )
+
+    def _stream(self, transfer: Transfer):
+        """It went layer by layer behind its prefill: only the last chunk's last layer is left."""
+        lake = self.lakes[transfer.source]
+        chunk = min(lake.config.chunk_tokens, transfer.stop - transfer.start)
+        transfer.streamed = -(-chunk // lake.llama_config.num_layers)
 
 
 # Variants of TokenLake, for ablations: what differs from its defaults.
-VARIANTS = {"tokenlake": {}, "hash": dict(placement="hash"), "unreplicated":
-            dict(replicate_factor=0.0), "ship": dict(pull_tokens=0)}
+VARIANTS = {
+    "tokenlake": {},
+    "hash": dict(placement="hash"),
+    "unreplicated": dict(replicate_factor=0.0),
+    "ship": dict(pull_tokens=0),
+}
+POLICIES = (
+    *VARIANTS,
+    "tokenlake:auto",
+    "tokenlake:even",
+    "tokenlake:dp",
+    "router",
+)  # and pd:PxD
 
 
-def make_fleet(policy: str, N: int, model, config: LakeConfig, slo=None, cluster=None,
-               **options) -> Fleet:
+def pd_counts(policy: str, N: int) -> tuple[int, int] | None:
+    """P and D of `pd:PxD` and `tokenlake:pd:PxD`; None for others. Raises ValueError if they do
+    not make N instances."""
+    match = re.fullmatch(r"pd:(\d+)x(\d+)", policy.removeprefix("tokenlake:"))
+    if match is None:
+        return None
+    prefills = int(match[1])
+    decodes = int(match[2])
+    if 0 in (prefills, decodes) or prefills + decodes != N:
+        raise ValueError(
+            f"{policy}: P + D = {N} instances, one at least of each, are expected"
+        )
+    return prefills, decodes
+
+
+def make_fleet(
+    policy: str,
+    N: int,
+    model,
+    config: LakeConfig,
+    slo: float | None = None,
+    cluster=None,
+    **options,
+) -> Fleet:
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
     `tokenlake:pd:1x3`), `router`, or `pd:PxD`; all serve by urgency, with `:fcfs` behind the name
-    in order of arrival. config is that of one instance."""
+    in order of arrival. config is that of one instance; slo: ms between tokens, which schedulers
+    keep (not those of `pd:PxD`). Raises ValueError for another policy."""
     if policy.endswith(":fcfs"):
-        fleet = make_fleet(policy[:-5], N, model, config, slo, cluster, **options)
+        by_urgency = policy.removesuffix(":fcfs")
+        fleet = make_fleet(by_urgency, N, model, config, slo, cluster, **options)
         fleet.serve_in_order()
         return fleet
-    kind, _, own = policy.partition("tokenlake:")
-    counts = re.fullmatch(r"pd:(\d+)x(\d+)", own or kind)
-    counts = [int(n) for n in counts.groups()] if counts else []
-    if counts and (0 in counts or sum(counts) != N):
-        raise ValueError(f"{policy}: P + D = {N} instances, one at least of each, are expected")
-    if not counts and policy not in ("router", *VARIANTS) and own not in ("auto", "even", "dp"):
-        raise ValueError(f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
-                         "router and pd:PxD are there, and each with :fcfs behind it")
-    scheduler = lambda lake: Scheduler(lake, (), own or "auto", slo)
-    if policy in VARIANTS or policy.startswith("tokenlake:"):
-        config = replace(config, max_batch=N * config.max_batch, **VARIANTS.get(policy, {}))
+    counts = pd_counts(policy, N)
+    if counts is None and policy not in POLICIES:
+        raise ValueError(
+            f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
+            "router and pd:PxD are there, and each with :fcfs behind it"
+        )
+
+    has_scheduler = policy.startswith("tokenlake:")
+
+    def make_scheduler(lake):
+        own = policy.removeprefix("tokenlake:") if has_scheduler else "auto"
+        return Scheduler(lake, policy=own, tbt_slo=slo)
+
+    if policy in VARIANTS or has_scheduler:
+        variant = VARIANTS.get(policy, {})
+        config = replace(config, max_batch=N * config.max_batch, **variant)
         lake = TokenLake(list(range(N)), model, config, cluster, **options)
-        return Fleet([lake], scheduler)
+        return Fleet([lake], make_scheduler)
     lakes = [TokenLake([i], model, config, cluster, **options) for i in range(N)]
     if policy == "router":
-        return Router(lakes, scheduler)
-    return Disaggregated(lakes, counts[0])
+        return Router(lakes, make_scheduler)
+    return Disaggregated(lakes, prefills=counts[0])

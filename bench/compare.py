@@ -19,6 +19,7 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,290 +29,556 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import simulate as sim  # noqa: E402
-from balancer import variation  # noqa: E402
+from balancer import TRACE_BLOCK, read_trace, variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
-from model import Config, Llama, Sampler, random_weights  # noqa: E402
-from pool import KINDS, Cluster, Exchange, LakeError, Moves  # noqa: E402
-from run_cluster import CV_WINDOW, TOLERANCE, Engine, read_trace  # noqa: E402
-from tokenlake import PUT, LakeConfig  # noqa: E402
+from model import Llama, LlamaConfig, Sampler, random_weights  # noqa: E402
+from pool import (  # noqa: E402
+    MOVE_KINDS,
+    PUT,
+    Cluster,
+    InstanceMoves,
+    LakeConfig,
+    LakeError,
+    Moves,
+)
+from run_cluster import CV_WINDOW, TOLERANCE, Engine  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
-PRECISION, LOWEST, HIGHEST = 0.04, 1 / 256, 4096.0  # of a goodput; requests/s that are tried
+PRECISION = 0.04  # of a goodput
+LOWEST = 1 / 256  # requests/s that are tried
+HIGHEST = 4096.0
+# Rates of the curves, times the best goodput.
+RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
+POINT_KEYS = (
+    "slo_attainment refused normalised_ttft tbt_ms hit_rate cache_load_cv".split()
+)
+SEGMENT = 8  # tokens, on real ranks; so are the blocks of their traces
+
+
+# Simulated.
 
 
 def attained(options, policy: str, seed: int, rate: float, capacity: int) -> bool:
     """Whether nine of ten requests keep their SLO."""
-    run = sim.simulate(options, policy, rate=rate, seed=seed, capacity=capacity,
-                       limit=options.num_requests // 10)
+    limit = options.num_requests // 10
+    run = sim.simulate(
+        options, policy, rate=rate, seed=seed, limit=limit, capacity=capacity
+    )
     return run.kept >= 0.9 * len(run.lines)
 
 
 def goodput(options, policy: str, seed: int, capacity: int) -> float:
     """P90 goodput in requests/s: the rate is doubled or halved, then bisected. 0: none is kept."""
-    low, high, rate = 0.0, np.inf, options.rate
+    low = 0.0
+    high = np.inf
+    rate = options.rate
     while high - low > PRECISION * high or high == np.inf:
         if attained(options, policy, seed, rate, capacity):
             low = rate
         else:
             high = rate
-        rate = (low + high) / 2 if low and high < np.inf else 2 * low or high / 2
+        if high == np.inf:
+            rate = 2 * low
+        elif low == 0:
+            rate = high / 2
+        else:
+            rate = (low + high) / 2
         if rate < LOWEST or rate > HIGHEST:
             break
     return low
 
 
-def point(options, policy: str, seed: int, rate: float, capacity: int, windows=False):
-    """A whole run at a rate: its summary, and cache reads per window."""
+def point(options, policy: str, seed: int, rate: float, capacity: int) -> dict:
+    """A whole run at a rate: parts of its summary, and cache reads per window and instance."""
     run = sim.simulate(options, policy, rate=rate, seed=seed, capacity=capacity)
-    keep = ("slo_attainment", "refused", "normalised_ttft", "tbt_ms", "hit_rate", "cache_load_cv")
     summary = run.summary()
-    out = dict(rate=rate, **{key: summary[key] for key in keep})
-    if windows:
-        out["reads"] = [np.asarray(run.windows.get(i, np.zeros(options.instances))).tolist()
-                        for i in range(max(run.windows, default=-1) + 1)]
-    return out
+    idle = np.zeros(options.instances)
+    reads = []
+    for window in range(max(run.window_reads, default=-1) + 1):
+        instance_reads = run.window_reads.get(window, idle)
+        reads.append(instance_reads.tolist())
+    means = {key: summary[key] for key in POINT_KEYS}
+    return dict(rate=rate, **means, reads=reads)
 
 
 def mean(points: list[dict]) -> dict:
-    """Over seeds."""
-    keys = [key for key in points[0] if key != "reads"]
-    values = {key: [p[key] for p in points if p[key] is not None] for key in keys}
-    return {key: float(np.mean(found)) if found else None for key, found in values.items()}
+    """Of each value but `reads`; None where no point has it."""
+    means = {}
+    for key in points[0]:
+        if key != "reads":
+            values = [p[key] for p in points if p[key] is not None]
+            means[key] = sim.mean(values)
+    return means
+
+
+class Comparison:
+    """Goodputs, then points at common rates, of every policy and seed."""
+
+    def __init__(self, options):
+        self.options = options
+        self.policies = options.policies
+        self.seeds = range(options.seed, options.seed + options.seeds)
+        self.capacity = options.capacity_tokens
+        self.capacities = sorted({self.capacity, *options.capacities})
+
+    def run(self):
+        with ProcessPoolExecutor(os.cpu_count()) as executor:
+            self.goodputs = self._measure(
+                executor,
+                goodput,
+                product(self.policies, self.seeds, self.capacities),
+            )
+            self.rates = self.options.rates or self._rates()
+            self.middle = self.rates[len(self.rates) // 2]
+            curves = product(self.policies, self.seeds, self.rates, [self.capacity])
+            sizes = product(self.policies, self.seeds, [self.middle], self.capacities)
+            cases = dict.fromkeys([*curves, *sizes])  # some are in both
+            self.points = self._measure(executor, point, cases)
+
+    def _measure(self, executor, measure, cases) -> dict:
+        """measure(options, *case) of each case, side by side: by case."""
+        futures = {case: executor.submit(measure, self.options, *case) for case in cases}
+        return {case: future.result() for case, future in futures.items()}
+
+    def _rates(self) -> list[float]:
+        """Around the best goodput."""
+        goodputs = [self._goodput(policy, self.capacity) for policy in self.policies]
+        best = max(goodputs) or self.options.rate
+        return [round(best * factor, 4) for factor in RATE_FACTORS]
+
+    def _goodput(self, policy: str, capacity: int) -> float:
+        by_seed = [self.goodputs[policy, seed, capacity] for seed in self.seeds]
+        return float(np.mean(by_seed))
+
+    def _mean_point(self, policy: str, rate: float, capacity: int) -> dict:
+        by_seed = [self.points[policy, seed, rate, capacity] for seed in self.seeds]
+        return mean(by_seed)
+
+    def result(self, policy: str) -> dict:
+        """A policy's entry in compare.json."""
+        goodputs = [self.goodputs[policy, seed, self.capacity] for seed in self.seeds]
+        curve = [self._mean_point(policy, rate, self.capacity) for rate in self.rates]
+        overall = mean(curve)
+        first_run = self.points[policy, self.seeds[0], self.middle, self.capacity]
+        result = dict(
+            p90_goodput=dict(
+                mean=float(np.mean(goodputs)),
+                spread=max(goodputs) - min(goodputs),
+                seeds=goodputs,
+            ),
+            curve=curve,
+            **{key: overall[key] for key in ("refused", "hit_rate", "cache_load_cv")},
+            reads=first_run["reads"],
+        )
+        if len(self.capacities) > 1:
+            result["capacities"] = [
+                self._at(policy, capacity) for capacity in self.capacities
+            ]
+        return result
+
+    def _at(self, policy: str, capacity: int) -> dict:
+        """Goodput, and hits at the middle rate, with another capacity."""
+        at_middle = self._mean_point(policy, self.middle, capacity)
+        return dict(
+            capacity_tokens=capacity,
+            p90_goodput=self._goodput(policy, capacity),
+            hit_rate=at_middle["hit_rate"],
+        )
 
 
 def compare(options) -> dict:
-    """Goodput, then curves at common rates, by policy."""
-    policies, capacity = options.policies, options.capacity_tokens
-    seeds = range(options.seed, options.seed + options.seeds)
-    capacities = sorted({capacity, *options.capacities})
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        submit = lambda *job: pool.submit(*job[:1], options, *job[1:])
-        found = {(p, c, s): submit(goodput, p, s, c)
-                 for p in policies for c in capacities for s in seeds}
-        found = {key: future.result() for key, future in found.items()}
-        best = max(np.mean([found[p, capacity, s] for s in seeds]) for p in policies)
-        rates = options.rates or [round(float(best or options.rate) * f, 4)
-                                  for f in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)]
-        middle = rates[len(rates) // 2]
-        curves = {(p, r, s): submit(point, p, s, r, capacity, r == middle and s == seeds[0])
-                  for p in policies for r in rates for s in seeds}
-        hits = {(p, c, s): submit(point, p, s, middle, c)
-                for p in policies for c in capacities[:len(capacities) * (len(capacities) > 1)]
-                for s in seeds}
-        curves, hits = ({key: future.result() for key, future in jobs.items()}
-                        for jobs in (curves, hits))
-    out = {}
-    for p in policies:
-        good = [found[p, capacity, s] for s in seeds]
-        curve = [mean([curves[p, r, s] for s in seeds]) for r in rates]
-        out[p] = dict(
-            p90_goodput=dict(mean=float(np.mean(good)), spread=max(good) - min(good), seeds=good),
-            curve=curve, **{k: mean(curve)[k] for k in ("refused", "hit_rate", "cache_load_cv")},
-            reads=curves[p, middle, seeds[0]]["reads"])
-        if hits:
-            out[p]["capacities"] = [
-                dict(capacity_tokens=c, p90_goodput=float(np.mean([found[p, c, s] for s in seeds])),
-                     hit_rate=mean([hits[p, c, s] for s in seeds])["hit_rate"])
-                for c in capacities]
-    return dict(config={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-                policies=out)
+    """compare.json: options, and results by policy."""
+    comparison = Comparison(options)
+    comparison.run()
+    config = {}
+    for name, value in vars(options).items():
+        config[name] = str(value) if isinstance(value, Path) else value
+    policies = {policy: comparison.result(policy) for policy in options.policies}
+    return dict(config=config, policies=policies)
 
 
 def show(result: dict) -> str:
     """A table of what was found, at the lowest and the middle rate of the curve."""
-    rows = list(result["policies"].items())
-    curve = rows[0][1]["curve"]
-    low, middle = 0, len(curve) // 2
-    text = [f"{'':>18} {'goodput':>8} {'spread':>7}   at {curve[low]['rate']:.3g} requests/s: TTFT "
-            f"ms/token   at {curve[middle]['rate']:.3g}: TTFT   TBT ms   hits    CV refused"]
-    number = lambda x, form: "–" if x is None else format(x, form)
-    most = lambda x: f"{'>' * (x > HIGHEST / 4)}{x:.3g}"  # all at once keep the SLO: no limit found
-    for name, r in rows:
-        a, b, good = r["curve"][low], r["curve"][middle], r["p90_goodput"]
-        text.append(
-            f"{name:>18} {most(good['mean']):>8} {good['spread']:>7.2g} "
-            f"{number(a['normalised_ttft'], '.4f'):>36} {number(b['normalised_ttft'], '.4f'):>20} "
-            f"{number(b['tbt_ms'], '.1f'):>8} {number(b['hit_rate'], '.1%'):>6} "
-            f"{number(b['cache_load_cv'], '.3f'):>5} {b['refused']:>7.1%}")
-    return "\n".join(text)
+    policies = result["policies"]
+    curve = next(iter(policies.values()))["curve"]
+    middle = len(curve) // 2
+    table = [
+        f"{'':>18} {'goodput':>8} {'spread':>7}   at {curve[0]['rate']:.3g} requests/s: TTFT "
+        f"ms/token   at {curve[middle]['rate']:.3g}: TTFT   TBT ms   hits    CV refused"
+    ]
+    for policy, entry in policies.items():
+        goodputs = entry["p90_goodput"]
+        at_lowest = entry["curve"][0]
+        at_middle = entry["curve"][middle]
+        # Where all may come at once and keep the SLO, no limit was found.
+        sign = ">" if goodputs["mean"] > HIGHEST / 4 else ""
+        table.append(
+            f"{policy:>18} {sign + cell(goodputs['mean'], '.3g'):>8} {goodputs['spread']:>7.2g} "
+            f"{cell(at_lowest['normalised_ttft'], '.4f'):>36} "
+            f"{cell(at_middle['normalised_ttft'], '.4f'):>20} "
+            f"{cell(at_middle['tbt_ms'], '.1f'):>8} {cell(at_middle['hit_rate'], '.1%'):>6} "
+            f"{cell(at_middle['cache_load_cv'], '.3f'):>5} {at_middle['refused']:>7.1%}"
+        )
+    return "\n".join(table)
+
+
+def cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+# Figures.
+
+
+def pyplot():
+    """Matplotlib, which is not required, to draw into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "figure.constrained_layout.use": True,
+        }
+    )
+    return plt
 
 
 def draw(result: dict, folder: Path):
     """The figures, after Figures 9 to 12 of the paper."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.3, "figure.constrained_layout.use": True})
-    policies, config = result["policies"], result["config"]
-    kinds = list(dict.fromkeys(name.removesuffix(":fcfs") for name in policies))
-    style = {name: dict(color=f"C{kinds.index(name.removesuffix(':fcfs'))}", marker="o",
-                        markersize=4, linestyle=":" if name.endswith(":fcfs") else "-", label=name)
-             for name in policies}
-    title = (f"{Path(config['workload']).stem}, {config['instances']} instances of {config['tp']} "
-             f"{config['hardware'].upper()}, {config['model']}, "
-             f"{config['capacity_tokens']:,} tokens of cache")
+    plt = pyplot()
+    config = result["config"]
+    policies = result["policies"]
+    setting = (
+        f"{Path(config['workload']).stem}, {config['instances']} instances of "
+        f"{config['tp']} {config['hardware'].upper()}, {config['model']}"
+    )
+    title = f"{setting}, {config['capacity_tokens']:,} tokens of cache"
+    save(draw_latency(plt, policies), title, folder / "latency.png")
+    save(draw_balance(plt, policies), title, folder / "balance.png")
+    if any("capacities" in entry for entry in policies.values()):
+        save(draw_capacity(plt, policies), setting, folder / "capacity.png")
 
+
+def save(figure, title: str, path: Path):
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def draw_latency(plt, policies: dict):
+    """Attainment and latency over rate."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for axis, key, label in zip(axes, ("slo_attainment", "normalised_ttft", "tbt_ms"), (
-            "requests that keep the SLO", "TTFT, ms per input token", "time between tokens, ms")):
-        for name, r in policies.items():
-            points = [(x["rate"], x[key]) for x in r["curve"] if x[key] is not None]
-            axis.plot(*zip(*points), **style[name])
-        axis.set(xlabel="requests/s", ylabel=label)
-    axes[0].axhline(0.9, color="grey", linestyle=":")
-    axes[0].set_ylim(0, 1.03)
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False, fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(folder / "latency.png", dpi=110)
+    attainment, ttft, tbt = axes
+    for axis, key in zip(axes, ("slo_attainment", "normalised_ttft", "tbt_ms")):
+        plot_curves(axis, policies, "curve", "rate", key)
+        axis.set_xlabel("requests/s")
+    attainment.set_ylabel("requests that keep the SLO")
+    attainment.axhline(0.9, color="grey", linestyle=":")
+    attainment.set_ylim(0, 1.03)
+    attainment.legend(frameon=False, fontsize="small")
+    ttft.set_ylabel("TTFT, ms per input token")
+    ttft.set_yscale("log")
+    tbt.set_ylabel("time between tokens, ms")
+    return figure
 
-    lines = -(-len(policies) // 4)
-    figure, axes = plt.subplots(lines, min(4, len(policies)), squeeze=False, sharey=True,
-                                figsize=(3.2 * min(4, len(policies)), 0.4 + 2.8 * lines))
-    for axis in axes.ravel()[len(policies):]:
+
+def draw_balance(plt, policies: dict):
+    """Cache reads per instance over time."""
+    columns = min(4, len(policies))
+    rows = -(-len(policies) // 4)
+    figsize = (3.2 * columns, 0.4 + 2.8 * rows)
+    figure, axes = plt.subplots(
+        rows, columns, squeeze=False, sharey=True, figsize=figsize
+    )
+    for axis in axes.ravel()[len(policies) :]:
         axis.remove()
-    for axis, (name, r) in zip(axes.ravel(), policies.items()):
-        reads = np.array(r["reads"]) / 1e6
-        axis.plot(np.arange(len(reads)) * 10, reads, linewidth=1.2)
-        axis.set(title=f"{name}: CV {variation(list(reads)) or 0:.2f}", xlabel="seconds")
+    for axis, (policy, entry) in zip(axes.ravel(), policies.items()):
+        reads = np.array(entry["reads"]) / 1e6
+        seconds = np.arange(len(reads)) * 10
+        axis.plot(seconds, reads, linewidth=1.2)
+        axis.set_title(f"{policy}: CV {variation(list(reads)) or 0:.2f}")
+        axis.set_xlabel("seconds")
     axes[0][0].set_ylabel("million tokens of cache read\nper instance and 10 s")
-    figure.suptitle(title)
-    figure.savefig(folder / "balance.png", dpi=110)
+    return figure
 
-    if any("capacities" in r for r in policies.values()):
-        figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6))
-        for axis, key, label in zip(axes, ("hit_rate", "p90_goodput"), (
-                "hit rate", "P90 goodput, requests/s")):
-            for name, r in policies.items():
-                at = [(x["capacity_tokens"] / 1e3, x[key]) for x in r["capacities"]]
-                axis.plot(*zip(*at), **style[name])
-            axis.set(xlabel="cache, thousand tokens", ylabel=label, ylim=(0, None))
-        axes[0].legend(frameon=False)
-        figure.suptitle(title.rpartition(",")[0].rpartition(",")[0])
-        figure.savefig(folder / "capacity.png", dpi=110)
+
+def draw_capacity(plt, policies: dict):
+    """Hits and goodput over capacity."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6))
+    hits, goodputs = axes
+    for axis, key in zip(axes, ("hit_rate", "p90_goodput")):
+        plot_curves(axis, policies, "capacities", "capacity_tokens", key, x_unit=1e3)
+        axis.set(xlabel="cache, thousand tokens", ylim=(0, None))
+    hits.set_ylabel("hit rate")
+    hits.legend(frameon=False)
+    goodputs.set_ylabel("P90 goodput, requests/s")
+    return figure
+
+
+def plot_curves(axis, policies: dict, curve: str, x: str, y: str, x_unit: float = 1):
+    """A line per policy; dotted in its colour what serves in order of arrival."""
+    families = []
+    for policy, entry in policies.items():
+        family = policy.removesuffix(":fcfs")
+        if family not in families:
+            families.append(family)
+        points = [p for p in entry[curve] if p[y] is not None]
+        axis.plot(
+            [p[x] / x_unit for p in points],
+            [p[y] for p in points],
+            color=f"C{families.index(family)}",
+            marker="o",
+            markersize=4,
+            linestyle="-" if policy == family else ":",
+            label=policy,
+        )
+
+
+# On real ranks.
 
 
 class RealRun:
     """A fleet on real ranks: every lake steps in turn, on every rank, and transfers are moves."""
-    def __init__(self, policy: str, cluster: Cluster, group, model: Llama, config: LakeConfig):
-        self.cluster, self.name = cluster, policy
-        self.fleet = make_fleet(policy, cluster.size, model.config, config, cluster=cluster,
-                                dtype=model.dtype)
-        self.engines = [Engine(cluster, lake, scheduler, model, Sampler())
-                        for lake, scheduler in zip(self.fleet.lakes, self.fleet.schedulers)]
+
+    def __init__(
+        self, policy: str, cluster: Cluster, group, model: Llama, config: LakeConfig
+    ):
+        self.cluster = cluster
+        self.policy = policy
+        self.model = model
+        self.fleet = make_fleet(
+            policy,
+            cluster.size,
+            model.config,
+            config,
+            cluster=cluster,
+            dtype=model.dtype,
+        )
+        self.engines = [
+            Engine(cluster, lake, scheduler, model, Sampler())
+            for lake, scheduler in zip(self.fleet.lakes, self.fleet.schedulers)
+        ]
         self.pool = next(lake.pool for lake in self.fleet.lakes if lake.pool)
         if len(self.fleet.lakes) > 1:  # lakes of one have no group of their own
             self.pool.move_group = group[0]
+        self.reads = []  # per iteration: [ranks] tokens of cache
 
     def carry(self, transfers):
         """Moves the KV, layer by layer, and tells the fleet."""
-        cluster, pool, C = self.cluster, self.pool, self.fleet.lakes[0].config.segment_tokens
         while transfers:
             transfer = transfers.pop(0)
-            leave, arrive, length = transfer.spans(C)
-            moves = Moves.of((PUT, transfer.source, leave, transfer.target, arrive, length))
-            part = Exchange(moves, cluster.size, cluster.rank, pool.device)
-            for layer in range(len(pool.k)):
-                pool.move(layer, part)()
+            leave, arrive, length = transfer.spans(SEGMENT)
+            moves = Moves.of(
+                (PUT, transfer.source, leave, transfer.target, arrive, length)
+            )
+            own_moves = InstanceMoves(
+                moves, self.cluster.size, self.cluster.rank, self.pool.device
+            )
+            for layer in range(len(self.pool.k)):
+                wait = self.pool.move(layer, own_moves)
+                wait()
             self.fleet.landed(transfer)
             for i in range(len(self.engines)):
                 transfers += self.fleet.advance(i)
 
+    def check_room(self, lines):
+        """Raises ValueError for a request that no lake has room for."""
+        lake = self.fleet.lakes[0]
+        room = len(lake.instances) * lake.balancer.slots * SEGMENT
+        longest = max(line.total for line in lines)
+        if longest > room:
+            raise ValueError(
+                f"--slots: a request has {longest} tokens, {room} fit into a lake"
+            )
+
     def serve(self, lines, at_once: int) -> dict:
         """All lines, `at_once` of them in flight. Collective; the report is the same everywhere."""
-        fleet, left, flying, reads, requests = self.fleet, list(lines), 0, [], []
-        rows = len(fleet.lakes[0].instances) * fleet.lakes[0].balancer.slots * 8
-        if (most := max(line.total for line in lines)) > rows:
-            raise ValueError(f"--slots: a request has {most} tokens, {rows} fit into a lake")
-        while left or flying:
-            while left and flying < at_once:
-                request = left.pop(0).arrive(0, self.engines[0].model.config.vocab_size, 8, 0)
+        self.check_room(lines)
+        waiting = list(lines)
+        requests = []
+        in_flight = 0
+        while waiting or in_flight:
+            while waiting and in_flight < at_once:
+                line = waiting.pop(0)
+                request = line.arrive(self.model.config.vocab_size, SEGMENT, 0)
                 requests.append(request)
-                flying += 1
-                self.carry(fleet.arrive(request))
-            now = np.zeros(self.cluster.size)
-            for i, (engine, scheduler) in enumerate(zip(self.engines, fleet.schedulers)):
-                if scheduler.waiting or scheduler.running:
-                    before = len(engine.reads)
-                    flying -= len(engine.step()[1])
-                    now[fleet.lakes[i].instances] += sum(engine.reads[before:])
-                    self.carry(fleet.advance(i))
-            reads.append(now)
+                in_flight += 1
+                self.carry(self.fleet.arrive(request))
+            in_flight -= self.step()
+        return self.report(requests)
+
+    def step(self) -> int:
+        """An iteration of every lake that has requests; returns how many of these ended."""
+        num_ended = 0
+        reads = np.zeros(self.cluster.size)
+        for i, engine in enumerate(self.engines):
+            if engine.scheduler.waiting or engine.scheduler.running:
+                before = len(engine.reads)
+                _, ended = engine.step()
+                num_ended += len(ended)
+                reads[engine.lake.instances] += sum(engine.reads[before:])
+                self.carry(self.fleet.advance(i))
+        self.reads.append(reads)
+        return num_ended
+
+    def report(self, requests) -> dict:
+        """What real.json says. Collective."""
         gaps = self.engines[0].verify(requests, lambda n: None)
-        tolerance = TOLERANCE[self.engines[0].model.dtype]
-        bytes = sum((Counter(x) for x in self.cluster.share(self.pool.bytes)), Counter())
-        windows = [sum(reads[i:i + CV_WINDOW]) for i in range(0, len(reads), CV_WINDOW)]
-        sums = {key: sum(s.counters[key] for s in fleet.schedulers)
-                for key in ("computed_tokens", "preemptions")}
+        tolerance = TOLERANCE[self.model.dtype]
+        moved = Counter()
+        for moved_by_rank in self.cluster.gather_objects(self.pool.bytes):
+            moved.update(moved_by_rank)
+        windows = [
+            sum(self.reads[start : start + CV_WINDOW])
+            for start in range(0, len(self.reads), CV_WINDOW)
+        ]
+        schedulers = self.fleet.schedulers
+        prompts = sum(request.num_prompt for request in requests)
         return dict(
-            policy=self.name, requests=len(lines), iterations=len(reads), **sums,
+            policy=self.policy,
+            requests=len(requests),
+            iterations=len(self.reads),
+            computed_tokens=sum(s.counters["computed_tokens"] for s in schedulers),
+            preemptions=sum(s.counters["preemptions"] for s in schedulers),
             verified=sum(gap <= tolerance for gap in gaps.values()),
-            hit_rate=sum(fleet.cached_tokens.values()) / sum(r.num_prompt for r in requests),
-            cache_load_cv=variation(windows), moved_bytes={k: bytes[k] for k in ("query", *KINDS)},
-            evictions=sum(lake.balancer.evictions for lake in fleet.lakes))
+            hit_rate=sum(self.fleet.cached_tokens.values()) / prompts,
+            cache_load_cv=variation(windows),
+            moved_bytes={kind: moved[kind] for kind in ("query", *MOVE_KINDS)},
+            evictions=sum(lake.balancer.evictions for lake in self.fleet.lakes),
+        )
 
 
 def real(options) -> int:
     """Every policy on these ranks. Returns 0 if all tokens are right."""
     cluster = Cluster()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.local_size))
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // cluster.local_size))
     try:
-        config = Config()
-        model = Llama(config, random_weights(config, options.seed, torch.float32, "cpu"))
-        group = cluster.new_groups(list(range(cluster.size)), torch.device("cpu"), 1)
-        lake = LakeConfig(8, options.slots, chunk_tokens=64, max_batch=8)
-        trace = [json.dumps(x) for x in generate(options.workload, options.num_requests, 1.0,
-                                                 options.seed)]
-        wrong, results = 0, []
+        config = LlamaConfig()
+        weights = random_weights(config, options.seed, torch.float32, "cpu")
+        model = Llama(config, weights)
+        ranks = list(range(cluster.size))
+        group = cluster.new_groups(ranks, torch.device("cpu"), 1)
+        lake_config = LakeConfig(SEGMENT, options.slots, chunk_tokens=64, max_batch=8)
+        trace = generate(options.workload, options.num_requests, 1.0, options.seed)
+        trace = [json.dumps(line) for line in trace]
         if cluster.rank == 0:
-            print(f"{'':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
-                  f"{'iterations':>10}   moved MB: queries, new KV, replicas, pulled", flush=True)
+            print(
+                f"{'':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
+                f"{'iterations':>10}   moved MB: queries, new KV, replicas, pulled",
+                flush=True,
+            )
+        results = []
         for policy in options.policies:
-            run = RealRun(policy, cluster, group, model, lake)
-            r = run.serve(read_trace(iter(trace), options.workload, 64), 4 * cluster.size)
-            results.append(r)
-            wrong += r["requests"] - r["verified"]
+            run = RealRun(policy, cluster, group, model, lake_config)
+            lines = read_trace(iter(trace), options.workload, TRACE_BLOCK // SEGMENT)
+            results.append(run.serve(lines, 4 * cluster.size))
             if cluster.rank == 0:
-                moved = "  ".join(f"{n / 1e6:,.1f}" for n in r["moved_bytes"].values())
-                print(f"{policy:>10} {r['verified']:>5}/{r['requests']:<3} {r['hit_rate']:>6.1%} "
-                      f"{r['cache_load_cv']:>5.2f} {r['computed_tokens']:>9,} {r['evictions']:>8,} "
-                      f"{r['iterations']:>10,}   {moved}", flush=True)
+                print(show_real(results[-1]), flush=True)
         if cluster.rank == 0 and options.output:
-            (options.output / "real.json").write_text(json.dumps(results, indent=1) + "\n")
+            write_json(options.output / "real.json", results)
     finally:
         cluster.close()
-    return int(wrong > 0)
+    wrong = [result for result in results if result["verified"] < result["requests"]]
+    return 1 if wrong else 0
+
+
+def show_real(result: dict) -> str:
+    """A row of the table."""
+    moved = "  ".join(f"{n / 1e6:,.1f}" for n in result["moved_bytes"].values())
+    return (
+        f"{result['policy']:>10} {result['verified']:>5}/{result['requests']:<3} "
+        f"{result['hit_rate']:>6.1%} {result['cache_load_cv']:>5.2f} "
+        f"{result['computed_tokens']:>9,} {result['evictions']:>8,} "
+        f"{result['iterations']:>10,}   {moved}"
+    )
+
+
+# The command line.
+
+
+def write_json(path: Path, result):
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def by_commas(convert):
+    """The type of an option with several values."""
+
+    def numbers(text: str) -> list:
+        return [convert(part) for part in text.split(",") if part]
+
+    return numbers
+
+
+def parser():
+    command_line = sim.parser(
+        "Compare TokenLake with cache-aware routing and PD disaggregation."
+    )
+    command_line.set_defaults(num_requests=None)
+    add = command_line.add_argument
+    add(
+        "--policies",
+        type=by_commas(str),
+        default=["tokenlake", "router", "pd:1x3", "pd:3x1"],
+        help="separated by commas; see simulate.py --policy",
+    )
+    add("--seeds", type=int, default=3, help="runs of each (default 3)")
+    add(
+        "--rate",
+        type=float,
+        default=1.0,
+        help="where the search begins (default 1 per second)",
+    )
+    add(
+        "--rates",
+        type=by_commas(float),
+        default=[],
+        help="of the curves; default: around the best goodput",
+    )
+    add(
+        "--capacities",
+        type=by_commas(int),
+        default=[],
+        help="tokens; goodput and hits at each",
+    )
+    add("--output", type=Path, help="folder for compare.json and figures")
+    add("--real", action="store_true", help="on these ranks, with the small model")
+    add(
+        "--slots",
+        type=int,
+        default=160,
+        help="with --real: segments of 8 tokens per instance",
+    )
+    return command_line
+
+
+def check(options):
+    """Raises ValueError naming the option. Fills in what depends on others."""
+    options.num_requests = options.num_requests or (80 if options.real else 300)
+    sim.check(options)
+    N = int(os.environ.get("WORLD_SIZE", 1)) if options.real else options.instances
+    if options.real and (N < 2 or options.workload not in WORKLOADS):
+        raise ValueError("--real: a generated load, and ranks by torchrun, are expected")
+    for number in (*options.rates, *options.capacities):
+        if not 0 < number < 2**40:
+            raise ValueError("--rates and --capacities: positive numbers are expected")
+    if options.workload == "demo":
+        raise ValueError(
+            "--workload demo has no rate; a generated load or a file is expected"
+        )
+    for policy in options.policies:
+        make_fleet(policy, N, sim.MODELS["tiny"], LakeConfig())
 
 
 def main(arguments: list[str]) -> int:
-    parser = sim.parser("Compare TokenLake with cache-aware routing and PD disaggregation.")
-    parser.set_defaults(num_requests=None)
-    numbers = lambda kind: lambda text: [kind(x) for x in text.split(",") if x]
-    add = parser.add_argument
-    add("--policies", type=numbers(str), default=["tokenlake", "router", "pd:1x3", "pd:3x1"],
-        help="separated by commas; see simulate.py --policy")
-    add("--seeds", type=int, default=3, help="runs of each (default 3)")
-    add("--rate", type=float, default=1.0, help="where the search begins (default 1 per second)")
-    add("--rates", type=numbers(float), default=[],
-        help="of the curves; default: around the best goodput")
-    add("--capacities", type=numbers(int), default=[], help="tokens; goodput and hits at each")
-    add("--output", type=Path, help="folder for compare.json and figures")
-    add("--real", action="store_true", help="on these ranks, with the small model")
-    add("--slots", type=int, default=160, help="with --real: segments of 8 tokens per instance")
-    options = parser.parse_args(arguments)
-    N = int(os.environ.get("WORLD_SIZE", 1)) if options.real else options.instances
+    command_line = parser()
+    options = command_line.parse_args(arguments)
     try:
-        options.num_requests = options.num_requests or (80 if options.real else 300)
-        sim.check(options)
-        if options.real and (N < 2 or options.workload not in WORKLOADS):
-            raise ValueError("--real: a generated load, and ranks by torchrun, are expected")
-        if not all(0 < x < 2**40 for x in (*options.rates, *options.capacities)):
-            raise ValueError("--rates and --capacities: positive numbers are expected")
-        if options.workload == "demo":
-            raise ValueError("--workload demo has no rate; a generated load or a file is expected")
-        for policy in options.policies:
-            make_fleet(policy, N, sim.MODELS["tiny"], LakeConfig())
+        check(options)
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
         if options.real:
@@ -319,13 +586,15 @@ def main(arguments: list[str]) -> int:
         result = compare(options)
         print(show(result))
         if options.output:
-            text = json.dumps(result, indent=1)
-            (options.output / "compare.json").write_text(text + "\n")
+            write_json(options.output / "compare.json", result)
             draw(result, options.output)
     except ModuleNotFoundError:
-        print("compare.py: no figures without Matplotlib (pip install matplotlib)", file=sys.stderr)
+        print(
+            "compare.py: no figures without Matplotlib (pip install matplotlib)",
+            file=sys.stderr,
+        )
     except (OSError, ValueError, LakeError) as error:
-        parser.error(str(error))
+        command_line.error(str(error))
     return 0
 
 

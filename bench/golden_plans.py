@@ -27,9 +27,10 @@ sys.path.insert(0, str(FILE.parent.parent))
 
 import tokenlake  # noqa: E402
 from balancer import Request  # noqa: E402
-from model import Config  # noqa: E402
+from model import LlamaConfig  # noqa: E402
 from pool import HERE, LATE, PULLED, SIBLING  # noqa: E402
-from tokenlake import LakeConfig, Scheduler, TokenLake  # noqa: E402
+from pool import LakeConfig  # noqa: E402
+from tokenlake import Scheduler, TokenLake  # noqa: E402
 
 NUM_SCENES = 320
 ITERATIONS = 60  # of a scene, at most
@@ -72,8 +73,9 @@ def draw_scheduler(rng, longest: int) -> Scheduler:
         replicate_factor=float(rng.choice([0, 3, 50])),
         pull_tokens=int(rng.choice([0, 20, 10_000])),
         chunk_tokens=int(rng.choice([2, 7, 16, 40])),
-        max_batch=int(rng.choice([2, 8, 32])))
-    shape = Config(num_kv_heads=int(rng.choice([1, 4, 8])))
+        max_batch=int(rng.choice([2, 8, 32])),
+    )
+    shape = LlamaConfig(num_kv_heads=int(rng.choice([1, 4, 8])))
     lake = TokenLake(list(range(N)), shape, config)
     lake.exchange_bytes = int(rng.choice([0, 3_000_000]))
     slo_ms = rng.choice([None, 1e-6, 1e-2])
@@ -92,32 +94,39 @@ def identities(request: Request) -> np.ndarray:
 
 def reads(plan, instance: int) -> list[tuple]:
     """(run, place, row, length, position) of all that is read at an instance."""
-    return list(zip(*plan.references(instance).tolist()))
+    return list(zip(*(column.tolist() for column in plan.spans_read_at(instance))))
 
 
 def moves_of(moves) -> list[tuple]:
     """(source, first row there, target, first row there or −1, rows) of each move, in order."""
-    columns = moves.kind, moves.source, moves.leave, moves.target, moves.arrive, moves.length
-    return list(zip(*(column.tolist() for column in columns)))
+    return list(zip(*(column.tolist() for column in moves)))
 
 
 def tables(plan, transfer) -> dict:
     """What is hashed of the plans, whatever they are made of."""
+    runs = plan.run_table
+    columns = (
+        runs.request_id,
+        runs.position,
+        runs.rows,
+        runs.instance,
+        runs.home,
+        runs.first_row,
+    )
     return dict(
-        runs=[(run.request.id, run.position, run.rows, instance, home, first)
-              for run, instance, home, first in zip(
-                  plan.runs, plan.instance.tolist(), plan.home.tolist(), plan.first.tolist())],
+        runs=list(zip(*(column.tolist() for column in columns))),
         ships=plan.ships.astype(int).tolist(),
         moves=moves_of(transfer.moves),
-        pulls=moves_of(plan.pulls),
-        writes=list(zip(transfer.instance.tolist(), transfer.first.tolist(),
-                        transfer.written.tolist(), transfer.length.tolist())),
+        pulls=moves_of(plan.old.pulls),
+        writes=list(zip(*(column.tolist() for column in transfer.writes))),
         reads=plan.reads.tolist(),
-        load=plan.load.tolist())
+        load=plan.load.tolist(),
+    )
 
 
 class Slabs:
     """What lies in the rows of all slabs, and the receive buffers of an iteration."""
+
     def __init__(self, lake: TokenLake):
         config = lake.config
         N = len(lake.instances)
@@ -128,30 +137,42 @@ class Slabs:
     def receive(self, moves) -> list[np.ndarray]:
         """What each instance receives: by source, a source's in the order of the moves."""
         parts = [[] for _ in range(self.num_instances)]
-        for _, source, leave, target, _, length in sorted(moves_of(moves), key=lambda m: m[1]):
-            parts[target].append(self.rows[source, leave:leave + length])
+        for _, source, leave, target, _, length in sorted(
+            moves_of(moves), key=lambda m: m[1]
+        ):
+            parts[target].append(self.rows[source, leave : leave + length])
         return [np.concatenate([np.zeros(0, np.int64), *part]) for part in parts]
 
     def write(self, plan, transfer, tokens: dict):
         """New KV, where it is computed: `put`."""
         computed = [[] for _ in range(self.num_instances)]
-        for run, instance in zip(plan.runs, plan.instance.tolist()):
-            computed[instance].append(tokens[run.request.id][run.position:run.position + run.rows])
+        for run, instance in zip(plan.runs, plan.run_table.instance.tolist()):
+            computed[instance].append(
+                tokens[run.request.id][run.position : run.position + run.rows]
+            )
         computed = [np.concatenate([np.zeros(0, np.int64), *part]) for part in computed]
         for instance, first, row, length in tables(plan, transfer)["writes"]:
-            self.rows[instance, row:row + length] = computed[instance][first:first + length]
+            self.rows[instance, row : row + length] = computed[instance][
+                first : first + length
+            ]
 
     def land(self, moves):
         """What moves brought lies in the slabs."""
-        landed = [(target, arrive, self.rows[source, leave:leave + length].copy())
-                  for _, source, leave, target, arrive, length in moves_of(moves) if arrive >= 0]
+        landed = [
+            (target, arrive, self.rows[source, leave : leave + length].copy())
+            for _, source, leave, target, arrive, length in moves_of(moves)
+            if arrive >= 0
+        ]
         for target, row, values in landed:
-            self.rows[target, row:row + len(values)] = values
+            self.rows[target, row : row + len(values)] = values
 
     def iterate(self, plan, transfer, tokens: dict):
         """An iteration: writes, moves, and the check of every read."""
         self.write(plan, transfer, tokens)
-        buffers = {PULLED: self.receive(plan.pulls), SIBLING: self.receive(transfer.moves)}
+        buffers = {
+            PULLED: self.receive(plan.old.pulls),
+            SIBLING: self.receive(transfer.moves),
+        }
         found = [Counter() for _ in plan.runs]
         for late in (False, True):
             if late:
@@ -161,15 +182,19 @@ class Slabs:
                     if (place == HERE) == late:
                         continue
                     held = self.rows if place in (HERE, LATE) else buffers[place]
-                    values = held[instance][row:row + length].tolist()
+                    values = held[instance][row : row + length].tolist()
                     assert len(values) == length, "a read beyond the end"
                     found[run].update(enumerate(values, position))
-                    own = plan.instance[run] == instance
-                    assert own or plan.ships[run, instance], "a row is wanted that does not come"
+                    own = plan.run_table.instance[run] == instance
+                    assert (
+                        own or plan.ships[run, instance]
+                    ), "a row is wanted that does not come"
         for run, seen in zip(plan.runs, found):
             last = run.position + run.rows
             expected = enumerate(tokens[run.request.id][:last].tolist())
-            assert {at: n for at, n in seen.items() if at[0] < last} == dict.fromkeys(expected, 1)
+            assert {at: n for at, n in seen.items() if at[0] < last} == dict.fromkeys(
+                expected, 1
+            )
 
 
 def scene(seed: int) -> tuple[str, Counter]:
@@ -177,7 +202,7 @@ def scene(seed: int) -> tuple[str, Counter]:
     rng = np.random.default_rng((seed, 19))
     requests = draw_requests(rng)
     scheduler = draw_scheduler(rng, max(request.max_tokens for request in requests))
-    tokenlake.FEW = int(rng.choice([1, 128]))
+    tokenlake.FEW_ROWS = int(rng.choice([1, 128]))
     lake = scheduler.lake
     slabs, counts, digest = Slabs(lake), Counter(), hashlib.blake2b(digest_size=8)
     waiting = list(requests)
@@ -195,22 +220,32 @@ def scene(seed: int) -> tuple[str, Counter]:
         digest.update(repr((groups, dops, found, listed, state)).encode())
         digest.update(slabs.rows.tobytes())
         kinds = Counter(kind for kind, *_ in found["moves"])
-        counts.update(plans=bool(plan.runs), siblings=kinds[tokenlake.PULL],
-                      puts=kinds[tokenlake.PUT], replicas=kinds[tokenlake.REPLICA],
-                      pulls=len(found["pulls"]), ships=int(plan.ships.sum()),
-                      cached_prompts=sum(not run.puts for run in plan.runs))
-        sampled = {run.request.id: (7 * run.request.id + len(run.request.tokens)) % 40
-                   for run in plan.runs if run.samples}
+        counts.update(
+            plans=bool(plan.runs),
+            siblings=kinds[tokenlake.PULL],
+            puts=kinds[tokenlake.PUT],
+            replicas=kinds[tokenlake.REPLICA],
+            pulls=len(found["pulls"]),
+            ships=int(plan.ships.sum()),
+            cached_prompts=sum(not run.puts for run in plan.runs),
+        )
+        sampled = {
+            run.request.id: (7 * run.request.id + len(run.request.tokens)) % 40
+            for run in plan.runs
+            if run.samples
+        }
         scheduler.update(plan, sampled)
         if not (waiting or scheduler.waiting or scheduler.running):
             break
-    counts.update(preemptions=scheduler.counters["preemptions"], evictions=balancer.evictions)
+    counts.update(
+        preemptions=scheduler.counters["preemptions"], evictions=balancer.evictions
+    )
     return digest.hexdigest(), counts
 
 
 def scenes(seeds) -> tuple[list[str], Counter]:
     """Digests of scenes, and what came up in all of them."""
-    few = tokenlake.FEW
+    few = tokenlake.FEW_ROWS
     digests, total = [], Counter()
     try:
         for seed in seeds:
@@ -218,7 +253,7 @@ def scenes(seeds) -> tuple[list[str], Counter]:
             digests.append(digest)
             total += counts
     finally:
-        tokenlake.FEW = few
+        tokenlake.FEW_ROWS = few
     return digests, total
 
 
@@ -233,8 +268,10 @@ def main(arguments: list[str]) -> int:
         return 0
     recorded = json.loads(FILE.read_text())
     changed = [seed for seed, digest in enumerate(digests) if digest != recorded[seed]]
-    print(f"{len(changed)} of {NUM_SCENES} scenes are planned otherwise"
-          + (f", the first is {changed[0]}" if changed else ""))
+    print(
+        f"{len(changed)} of {NUM_SCENES} scenes are planned otherwise"
+        + (f", the first is {changed[0]}" if changed else "")
+    )
     return int(bool(changed))
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,89 +21,167 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from balancer import Request, Run  # noqa: E402
-from model import Config  # noqa: E402
-from tokenlake import LakeConfig, TokenLake, plan_digest  # noqa: E402
+from model import LlamaConfig  # noqa: E402
+from pool import LakeConfig, plan_digest  # noqa: E402
+from tokenlake import TokenLake  # noqa: E402
 
 C = 16
+# Instances, requests per instance, segments per request.
+TABLE = [
+    (8, 64, 200),
+    (64, 8, 200),
+    (64, 64, 20),
+    (64, 64, 200),
+    (64, 64, 800),
+    (64, 256, 200),
+    (256, 16, 200),
+    (512, 8, 200),
+    (512, 64, 20),
+]
 
 
-def scene(instances: int, requests: int, segments: int, shared: bool):
+def full_lake(instances: int, requests: int, segments: int, shared: bool):
     """A lake whose instances are full of running requests, and the requests by instance."""
-    N, slots = instances, requests * (segments + 2) + 8
-    lake = TokenLake(list(range(N)), Config(), LakeConfig(C, slots, max_batch=N * requests))
-    balancer, running, first = lake.balancer, [[] for _ in range(N)], None
-    balancer.held = np.zeros((N * requests, N), np.int64)
-    for number in range(N * requests):
-        home, table = number % N, np.zeros(segments + 2, np.int32)
-        where = (home + 1 + np.arange(segments)) % N  # striped, the last one at home
-        for index, instance in enumerate(where.tolist()):
-            table[index] = balancer.free[instance].pop()
-        request = Request(number, [0], (segments + 1) * C)
-        request.tokens = range(segments * C)  # only its length is asked for
-        request.done, request.table, request.num_slots = segments * C - 1, table, segments
-        if first is None:
-            first = balancer.tree.insert(b"shared", None, int(where[0]), int(table[0]))
-        elif shared:
-            balancer.free[int(table[0]) // slots].append(int(table[0]))
-            table[0] = first.slot
-        request.line = number
-        balancer.held[number] = np.bincount(table[:segments] // slots, minlength=N)
+    slots = requests * (segments + 2) + 8
+    config = LakeConfig(C, slots, max_batch=instances * requests)
+    lake = TokenLake(list(range(instances)), LlamaConfig(), config)
+    running = [[] for _ in range(instances)]
+    for number in range(instances * requests):
+        home = number % instances
+        request = decoding_request(lake.balancer, number, home, segments)
         running[home].append(request)
-    for instance in range(N) if shared else ():
-        if instance not in first.replicas:
-            slot = first.replicas[instance] = balancer.free[instance].pop()
-            balancer.tree.extras[slot] = first
-    balancer._index()
+    if shared:
+        share_first_segment(lake.balancer, running)
+    held = np.zeros((instances * requests, instances), np.int64)
+    for request in chain(*running):
+        held[request.held_row] = np.bincount(
+            request.table[:segments] // slots, minlength=instances
+        )
+    lake.balancer.held = held
+    lake.balancer._index_replicas()
     return lake, running
 
 
-def milliseconds(instances, requests, segments, shared=False, repeat=20) -> np.ndarray:
+def decoding_request(balancer, number: int, home: int, segments: int) -> Request:
+    """A request with full segments that are striped, the last one at home."""
+    request = Request(number, [0], (segments + 1) * C)
+    request.tokens = range(segments * C)  # only its length is asked for
+    request.done = segments * C - 1
+    request.held_row = number
+    request.num_slots = segments
+    request.table = np.zeros(segments + 2, np.int32)
+    for index in range(segments):
+        instance = (home + 1 + index) % balancer.num_instances
+        request.table[index] = balancer.free[instance].pop()
+    return request
+
+
+def share_first_segment(balancer, running: list[list[Request]]):
+    """Makes the first segments of all requests one, with replicas everywhere."""
+    first, *others = chain(*running)
+    slot = int(first.table[0])
+    segment = balancer.tree.insert(b"shared", None, slot // balancer.slots, slot)
+    for request in others:
+        own_slot = int(request.table[0])
+        balancer.free[own_slot // balancer.slots].append(own_slot)
+        request.table[0] = slot
+    for instance in range(balancer.num_instances):
+        if instance not in segment.replicas:
+            replica = balancer.free[instance].pop()
+            segment.replicas[instance] = replica
+            balancer.tree.extras[replica] = segment
+
+
+def decode_runs(running: list[list[Request]]) -> list[list[Run]]:
+    """A batch for every instance: a row of each of its requests."""
+    batches = []
+    for home, group in enumerate(running):
+        batch = []
+        for request in group:
+            slot = int(request.table[request.done // C])
+            batch.append(
+                Run(request, request.done, 1, home, slot, puts=True, decode=True)
+            )
+        batches.append(batch)
+    return batches
+
+
+def plan_ms(lake: TokenLake, running: list[list[Request]], digest: bool) -> float:
+    """Of one plan, with its digest or without."""
+    batches = decode_runs(running)
+    dops = [1] * len(running)
+    started = time.perf_counter()
+    plan, transfer_plan, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+    if digest:
+        plan_digest(0, plan, transfer_plan)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def milliseconds(instances, requests, segments, shared, repeat) -> np.ndarray:
     """[2, repeat] of plans, one after another, and of plans with their digests, for which all
     segments are listed; after two that are not counted."""
-    lake, running = scene(instances, requests, segments, shared)
-    times = np.zeros((2, repeat + 2))
-    for whole, at in np.ndindex(times.shape):
-        batches = [[Run(r, r.done, 1, home, int(r.table[r.done // C]), True, True) for r in group]
-                   for home, group in enumerate(running)]
-        started = time.perf_counter()
-        plan, transfer, _ = lake.gen_plans(batches, [1] * instances, lake.get_prefix_tree())
-        if whole:
-            plan_digest(0, plan, transfer)
-        times[whole, at] = 1e3 * (time.perf_counter() - started)
-    return times[:, 2:]
+    lake, running = full_lake(instances, requests, segments, shared)
+    alone = [plan_ms(lake, running, digest=False) for _ in range(repeat + 2)]
+    whole = [plan_ms(lake, running, digest=True) for _ in range(repeat + 2)]
+    return np.array([alone, whole])[:, 2:]
+
+
+def parse_options(arguments: list[str]):
+    parser = argparse.ArgumentParser(description="Time gen_plans.")
+    add = parser.add_argument
+    defaults = {
+        "--instances": 64,
+        "--requests": 64,
+        "--segments": 200,
+        "--repeat": 20,
+    }
+    for name, default in defaults.items():
+        add(name, type=int, default=default, help=f"default {default}")
+    add(
+        "--shared",
+        action="store_true",
+        help="one segment on every request, and " "replicas of it everywhere",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    add("--table", action="store_true", help="how it grows, up to 512 instances")
+    options = parser.parse_args(arguments)
+    if min(options.instances, options.requests, options.segments, options.repeat) < 1:
+        parser.error("positive integers are expected")
+    return options
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Time gen_plans.")
-    for name, default in (("instances", 64), ("requests", 64), ("segments", 200), ("repeat", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--shared", action="store_true", help="one segment on every request, and "
-                        "replicas of it everywhere")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--table", action="store_true", help="how it grows, up to 512 instances")
-    options = parser.parse_args(arguments)
-    sizes = options.instances, options.requests, options.segments
-    if min(*sizes, options.repeat) < 1:
-        parser.error("positive integers are expected")
-    rows = [sizes]
+    options = parse_options(arguments)
+    sizes = [(options.instances, options.requests, options.segments)]
+    shared = options.shared
     if options.table:
-        rows = [(8, 64, 200), (64, 8, 200), (64, 64, 20), (64, 64, 200), (64, 64, 800),
-                (64, 256, 200), (256, 16, 200), (512, 8, 200), (512, 64, 20)]
-        print(f"{'instances':>9} {'requests':>9} {'segments':>9} {'references':>10} "
-              f"{'median ms':>10} {'p99 ms':>8} {'+ digest':>8}")
-    for row in rows:
-        times, whole = milliseconds(*row, options.shared or options.table, options.repeat)
-        result = dict(zip(("instances", "requests", "segments"), row),
-                      plan_ms_median=float(np.median(times)),
-                      plan_ms_p99=float(np.percentile(times, 99)),
-                      with_digest_ms_median=float(np.median(whole)))
-        if options.json:
-            print(json.dumps(result))
-        else:
-            print(f"{row[0]:>9} {row[1]:>9} {row[2]:>9} {np.prod(row):>10,} "
-                  f"{result['plan_ms_median']:>10.2f} {result['plan_ms_p99']:>8.2f} "
-                  f"{result['with_digest_ms_median']:>8.2f}", flush=True)
+        sizes = TABLE
+        shared = True
+        print(
+            f"{'instances':>9} {'requests':>9} {'segments':>9} {'references':>10} "
+            f"{'median ms':>10} {'p99 ms':>8} {'+ digest':>8}"
+        )
+    for instances, requests, segments in sizes:
+        alone, whole = milliseconds(instances, requests, segments, shared, options.repeat)
+        result = dict(
+            instances=instances,
+            requests=requests,
+            segments=segments,
+            plan_ms_median=float(np.median(alone)),
+            plan_ms_p99=float(np.percentile(alone, 99)),
+            with_digest_ms_median=float(np.median(whole)),
+        )
+        print(json.dumps(result) if options.json else format_row(result), flush=True)
     return 0
+
+
+def format_row(result: dict) -> str:
+    instances, requests, segments, median, p99, with_digest = result.values()
+    references = instances * requests * segments
+    return (
+        f"{instances:>9} {requests:>9} {segments:>9} {references:>10,} "
+        f"{median:>10.2f} {p99:>8.2f} {with_digest:>8.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ import os
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,267 +38,442 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import run_cluster  # noqa: E402
-from balancer import BLOCK, WINDOW, Request, variation  # noqa: E402
+from balancer import TRACE_BLOCK, Request, read_trace, variation  # noqa: E402
 from baselines import VARIANTS, make_fleet  # noqa: E402
-from model import Config  # noqa: E402
-from run_cluster import demo_trace, read_trace  # noqa: E402
-from tokenlake import LakeConfig  # noqa: E402
+from model import LlamaConfig  # noqa: E402
+from replay import WINDOW_MS  # noqa: E402
+from run_cluster import demo_trace  # noqa: E402
+from pool import LakeConfig  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 MODELS = {
-    "tiny": Config(),
-    "lwm-7b": Config(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_layers=32,
-                     num_heads=32, num_kv_heads=32, head_dim=128),
-    "llama-3.1-8b": Config(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336,
-                           num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128),
+    "tiny": LlamaConfig(),
+    "lwm-7b": LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+    ),
+    "llama-3.1-8b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+    ),
 }
-# FLOP/s in bf16, memory B/s, NVLink B/s each way, bytes of memory.
-HARDWARE = {"a100": (312e12, 2.04e12, 300e9, 80e9), "h100": (989e12, 3.35e12, 450e9, 80e9),
-            "h200": (989e12, 4.8e12, 450e9, 141e9)}
-MFU, OF_BANDWIDTH, ALPHA = 0.6, 0.8, 10e-6
-REUSE = 16  # iterations at most
+
+
+class GPU(NamedTuple):
+    flops: float  # 1/s in bf16
+    bandwidth: float  # B/s of memory
+    link: float  # B/s of NVLink, each way
+    memory: float  # B
+
+
+HARDWARE = {
+    "a100": GPU(312e12, 2.04e12, 300e9, 80e9),
+    "h100": GPU(989e12, 3.35e12, 450e9, 80e9),
+    "h200": GPU(989e12, 4.8e12, 450e9, 141e9),
+}
+FLOPS_SHARE = 0.6  # of the peak that is reached
+BANDWIDTH_SHARE = 0.8
+ALPHA = 10e-6  # seconds of an exchange of nothing
+REUSE = 16  # iterations at most that a plan is used again
 SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
 class Roofline:
     """Seconds that things take on instances of `tp` GPUs."""
-    def __init__(self, model: Config, hardware: str, tp: int = 1, itemsize: int = 2):
-        flops, bandwidth, link, memory = HARDWARE[hardware]
+
+    def __init__(self, model: LlamaConfig, hardware: str, tp: int = 1, itemsize: int = 2):
+        gpu = HARDWARE[hardware]
         self.model = model
-        self.flops, self.bandwidth = flops * tp * MFU, bandwidth * tp * OF_BANDWIDTH
-        self.link, self.linear, self.attention = link * tp, model.num_linear_parameters, self.flops
-        self.weights = self.linear * itemsize / self.bandwidth
+        self.flops = gpu.flops * tp * FLOPS_SHARE
+        self.attention_flops = self.flops
+        self.bandwidth = gpu.bandwidth * tp * BANDWIDTH_SHARE
+        self.link = gpu.link * tp
+        self.parameters = model.num_linear_parameters
+        self.weights = self.parameters * itemsize / self.bandwidth  # seconds to read them
         # A row that attends alone weighs as many as can attend while its KV is read.
-        self.ridge = max(1, round(self.flops / self.bandwidth * model.num_kv_heads
-                                  / model.num_heads * itemsize / 2))
-        self.reduce = 4 * model.hidden_size * itemsize * (tp - 1) / tp / link  # of a row, a layer
-        self.hop = 2 * ALPHA * (tp > 1)
-        self.kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize  # a token
-        self.capacity = int((0.9 * memory * tp - itemsize * self.linear) / self.kv)  # tokens
+        self.ridge = max(
+            1,
+            round(
+                self.flops
+                / self.bandwidth
+                * model.num_kv_heads
+                / model.num_heads
+                * itemsize
+                / 2
+            ),
+        )
+        # The two all-reduces of a layer: of a row, and of any number of rows.
+        self.reduce_row = 4 * model.hidden_size * itemsize * (tp - 1) / tp / gpu.link
+        self.reduce_latency = 2 * ALPHA if tp > 1 else 0.0
+        self.token_bytes = (
+            2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
+        )
+        free_memory = 0.9 * gpu.memory * tp - itemsize * self.parameters
+        self.capacity = int(free_memory / self.token_bytes)  # tokens
 
     def compute(self, rows, load):
         """Of rows with attention `load` (rows × tokens): an instance alone."""
-        m = self.model
-        linear = np.maximum(2 * self.linear * rows / self.flops, self.weights)
-        attention = 4 * m.num_layers * m.num_heads * m.head_dim * load / self.attention
-        return linear + attention + m.num_layers * (self.hop + self.reduce * rows)
+        model = self.model
+        linear = np.maximum(2 * self.parameters * rows / self.flops, self.weights)
+        load_flops = 4 * model.num_layers * model.num_heads * model.head_dim * load
+        attention = load_flops / self.attention_flops
+        reduce = model.num_layers * (self.reduce_latency + self.reduce_row * rows)
+        return linear + attention + reduce
 
     def iteration(self, features, query_plan, transfer_plan) -> np.ndarray:
         """[N] of an iteration at each instance, from TokenLake.features."""
-        rows, load, sent = features.T
-        exchanges = 2 * query_plan.ships.any() + bool(len(transfer_plan.moves.kind)) + bool(
-            len(query_plan.pulls.kind))
-        return (np.maximum(self.compute(rows, load), 1024 * sent / self.link)
-                + exchanges * self.model.num_layers * ALPHA)
+        rows, load, sent_kib = features.T
+        moves = len(transfer_plan.moves.kind) > 0
+        pulls = len(query_plan.old.pulls.kind) > 0
+        exchanges = (
+            2 * query_plan.ships.any() + moves + pulls
+        )  # queries, and results back
+        sending = 1024 * sent_kib / self.link
+        latency = exchanges * self.model.num_layers * ALPHA
+        return np.maximum(self.compute(rows, load), sending) + latency
 
     def transfer(self, tokens: int) -> float:
         """Of KV between two instances."""
-        return ALPHA + self.kv * tokens / self.link
+        return ALPHA + self.token_bytes * tokens / self.link
 
     def alone(self, line, chunk: int = 1024) -> tuple[float, float]:
         """TTFT and TBT of a request on an idle instance, without cache."""
-        output = line.keys["output_length"]
-        prompt = line.total - output
+        prompt = line.input_length
         start = np.arange(0, prompt, chunk)
         rows = np.minimum(prompt - start, chunk)
-        ttft = self.compute(rows, np.maximum(rows, self.ridge) * (start + rows / 2)).sum()
-        return float(ttft), float(self.compute(1, self.ridge * (prompt + output / 2)))
+        load = np.maximum(rows, self.ridge) * (start + rows / 2)
+        ttft = self.compute(rows, load).sum()
+        tbt = self.compute(1, self.ridge * (prompt + line.output_length / 2))
+        return float(ttft), float(tbt)
 
 
 @dataclass
 class Alone:
     """What gen_plans says of a lake of one, where nothing travels, in a fraction of its time."""
+
     runs: list
     features: np.ndarray  # [1, 3], see TokenLake.features
     reads: int  # tokens of old KV
 
     @property
-    def instance(self):
-        return np.zeros(len(self.runs), np.int64)
-
-    home = instance
+    def local(self):
+        return np.ones(len(self.runs), bool)
 
     @classmethod
     def of(cls, lake, batch):
-        load = reads = rows = 0
-        for request, own in groupby(batch, attrgetter("request")):
-            own = list(own)
-            written, old = 0, request.done + 1 - own[0].puts
-            for run in own:
+        total_rows = 0
+        load = 0
+        reads = 0
+        for request, group in groupby(batch, attrgetter("request")):
+            runs = list(group)
+            old = request.done + 1 - runs[0].puts
+            rows = 0
+            written = 0
+            for run in runs:
+                rows += run.rows
                 written += run.rows * run.puts
                 load += run.rows * written  # new KV, up to itself
-            n = sum(run.rows for run in own)
-            load, reads, rows = load + max(n, lake.ridge) * old, reads + old, rows + n
-        return cls(batch, np.array([[rows, load, 0]]), reads)
+            load += max(rows, lake.ridge) * old
+            total_rows += rows
+            reads += old
+        features = np.array([[total_rows, load, 0]])
+        return cls(batch, features, reads)
+
+
+class Iteration(NamedTuple):
+    """An iteration of a lake, planned."""
+
+    plan: object  # QueryPlan or Alone
+    seconds: np.ndarray  # [N] at each of its instances
+
+
+class PlanRecord(NamedTuple):
+    """Of an iteration that a lake of several planned."""
+
+    milliseconds: float  # that planning took
+    sent_mib: float  # or received, per instance
+    fan_out: int  # instances that a row's query goes to, at most
 
 
 class Simulation:
     """Serves the checked lines of a trace on a fleet without tensors."""
-    def __init__(self, fleet, lines, roofline: Roofline, block: int = BLOCK, speed: float = 1.0):
-        self.fleet, self.lines, self.roofline, self.block = fleet, lines, roofline, block
-        self.now, self.events, self.number = 0.0, [], count()
-        self.running = [False] * len(fleet.lakes)  # whether a lake is in an iteration
-        self.plan, self.left = [None] * len(fleet.lakes), [0] * len(fleet.lakes)  # see `steady`
-        self.following = {line.previous.index: line for line in lines if line.previous}
-        self.ms = lambda value: value / 1e3 / speed
-        self.arrived, self.allowed, self.times, self.prompts = {}, {}, {}, 0
-        self.kept, self.refused, self.missed, self.due = 0, 0, set(), []  # requests, by their SLO
-        self.busy, self.windows, self.log = np.zeros(2), {}, []
+
+    def __init__(
+        self,
+        fleet,
+        lines,
+        roofline: Roofline,
+        block: int = TRACE_BLOCK,
+        speed: float = 1.0,
+    ):
+        self.fleet = fleet
+        self.lines = lines
+        self.roofline = roofline
+        self.block = block  # tokens of a hash id
+        self.speed = speed  # of the trace's clock
+        self.num_instances = sum(len(lake.instances) for lake in fleet.lakes)
+        self.now = 0.0  # seconds, as all times here
+        self.events = []  # heap of (time, number, action, arguments)
+        self.event_number = count()
+        # By lake.
+        self.computing = [False] * len(fleet.lakes)
+        self.last_iteration = [None] * len(fleet.lakes)
+        self.reuses_left = [0] * len(fleet.lakes)  # see `steady`
+        # By request id.
+        self.arrived = {}
+        self.allowed = {}  # [2] TTFT and TBT that keep the SLO
+        self.times = {}  # a list: of its tokens
+        self.missed = set()  # who has missed the SLO
+        self.deadlines = []  # heap of (time, request id): when a first token is due
+        self.kept = 0  # requests that kept the SLO
+        self.refused = 0  # requests that are too long
+        self.prompts = 0  # tokens of all prompts
+        self.work_seconds = np.zeros(
+            2
+        )  # of iterations: a mean instance's, the slowest one's
+        self.window_reads = {}  # by window of the CV: [instances] tokens of cache
+        self.plan_records = []
         fleet.bandwidth = roofline.link
         for lake in fleet.lakes:
             lake.ridge = roofline.ridge
+        self.next_turn = {line.previous.index: line for line in lines if line.previous}
         for line in lines:
             if not line.previous:
-                self.at(self.ms(line.keys["timestamp"]), self.arrive, line)
+                self.call_at(self.seconds(line.timestamp), self.arrive, line)
 
-    def at(self, time: float, what, *arguments):
-        heapq.heappush(self.events, (time, next(self.number), what, arguments))
+    def seconds(self, trace_ms: float) -> float:
+        return trace_ms / 1e3 / self.speed
+
+    def call_at(self, time: float, action: Callable, *arguments):
+        heapq.heappush(self.events, (time, next(self.event_number), action, arguments))
 
     def run(self, limit: int | None = None):
         """Until all is served, or more than `limit` requests have missed their SLO."""
         while self.events and (limit is None or len(self.missed) <= limit):
             self.now = self.events[0][0]
-            while self.due and self.due[0][0] < self.now:  # so overload shows before it is served
-                index = heapq.heappop(self.due)[1]
-                if index not in self.times:
-                    self.missed.add(index)
+            self.check_deadlines()
             while self.events and self.events[0][0] == self.now:
-                _, _, what, arguments = heapq.heappop(self.events)
-                what(*arguments)
-            for i, running in enumerate(self.running):
-                if not running:
+                _, _, action, arguments = heapq.heappop(self.events)
+                action(*arguments)
+            for i, computing in enumerate(self.computing):
+                if not computing:
                     self.start(i)
         return self
 
-    def arrive(self, line):
-        keys, n = line.keys, line.total - line.keys["output_length"]
-        if "hash_ids" in keys:  # a block's tokens only have to be its own
-            ids = np.asarray(keys["hash_ids"], np.int64)[:, None] * self.block
-            tokens = array("q", (ids + np.arange(self.block)).ravel()[:n].tobytes())
-            line.request = Request(line.index, tokens, line.total, keys["salt"])
-        else:
-            line.arrive(0, self.roofline.model.vocab_size, self.block, 0)
-        self.arrived[line.index] = self.now
-        self.prompts += line.request.num_prompt
-        self.allowed[line.index] = SLO * np.array(self.roofline.alone(line))  # TTFT and TBT
-        heapq.heappush(self.due, (self.now + self.allowed[line.index][0], line.index))
-        if self.fleet.fits(line.request):
-            self.begin(self.fleet.arrive(line.request))
-        else:
-            self.ended(line, refused=True)
+    def check_deadlines(self):
+        """Who has no token in time has missed, so overload shows before it is served."""
+        while self.deadlines and self.deadlines[0][0] < self.now:
+            _, index = heapq.heappop(self.deadlines)
+            if index not in self.times:
+                self.missed.add(index)
 
-    def begin(self, transfers):
+    # Requests.
+
+    def arrive(self, line):
+        request = self.make_request(line)
+        self.arrived[line.index] = self.now
+        self.prompts += request.num_prompt
+        self.allowed[line.index] = SLO * np.array(self.roofline.alone(line))
+        allowed_ttft = self.allowed[line.index][0]
+        heapq.heappush(self.deadlines, (self.now + allowed_ttft, line.index))
+        if self.fleet.fits(request):
+            self.send(self.fleet.arrive(request))
+        else:
+            self.refused += 1
+            self.missed.add(line.index)
+            self.leave(line)
+
+    def make_request(self, line) -> Request:
+        """The line's request. A block's tokens only have to be its own."""
+        if line.hash_ids is None:
+            return line.arrive(self.roofline.model.vocab_size, self.block, 0)
+        first = np.asarray(line.hash_ids, np.int64)[:, None] * self.block
+        ids = (first + np.arange(self.block)).ravel()
+        tokens = array("q", ids[: line.input_length].tobytes())
+        line.request = Request(line.index, tokens, line.total, line.salt)
+        return line.request
+
+    def served(self, line):
+        if self.good(line):
+            self.kept += 1
+        else:
+            self.missed.add(line.index)
+        self.leave(line)
+
+    def leave(self, line):
+        """Lets the session's next turn come."""
+        turn = self.next_turn.get(line.index)
+        if turn:
+            thought = self.now + self.seconds(turn.think_ms)
+            due = max(self.seconds(turn.timestamp), thought)
+            self.call_at(due, self.arrive, turn)
+        if not (turn and turn.input_ids is not None):
+            line.request = line.request.num_prompt  # its tokens are not needed any more
+
+    # Transfers.
+
+    def send(self, transfers):
         for transfer in transfers:
-            self.at(self.now + self.roofline.transfer(transfer.streamed), self.landed, transfer)
+            arrival = self.now + self.roofline.transfer(transfer.streamed)
+            self.call_at(arrival, self.landed, transfer)
 
     def landed(self, transfer):
         self.fleet.landed(transfer)
         for i in range(len(self.fleet.lakes)):  # room there, room here
-            self.begin(self.fleet.advance(i))
+            self.send(self.fleet.advance(i))
+
+    # Iterations.
 
     def start(self, i: int):
-        lake, scheduler = self.fleet.lakes[i], self.fleet.schedulers[i]
+        """The next iteration of a lake that has requests."""
+        lake = self.fleet.lakes[i]
+        scheduler = self.fleet.schedulers[i]
         if not (scheduler.waiting or scheduler.running):
             return
         if not self.steady(i):
-            self.plan[i], batches = None, scheduler.schedule()
-            if not any(batches[0]):
+            self.last_iteration[i] = None
+            batches, dops = scheduler.schedule()
+            if not any(batches):
                 return
-            plan, took = self.planned(lake, scheduler.model, *batches)
-            self.plan[i], self.left[i] = (plan, took), REUSE
-        plan, took = self.plan[i]
-        self.busy += took.mean(), took.max()
-        size = sum(len(x.instances) for x in self.fleet.lakes)
-        self.windows.setdefault(int(self.now * 1e3 // WINDOW), np.zeros(size))[
-            lake.instances] += plan.reads
-        self.running[i] = True
-        self.at(self.now + took.max(), self.finish, i)
+            self.last_iteration[i] = self.plan_iteration(
+                lake, scheduler.predictor, batches, dops
+            )
+            self.reuses_left[i] = REUSE
+        plan, seconds = self.last_iteration[i]
+        slowest = seconds.max()
+        self.work_seconds += seconds.mean(), slowest
+        window = int(self.now * 1e3 // WINDOW_MS)
+        if window not in self.window_reads:
+            self.window_reads[window] = np.zeros(self.num_instances)
+        self.window_reads[window][lake.instances] += plan.reads
+        self.computing[i] = True
+        self.call_at(self.now + slowest, self.finish, i)
 
-    def planned(self, lake, model, batches, dops):
-        """The plan of a lake's next iteration, and seconds [N] at each instance."""
+    def plan_iteration(self, lake, predictor, batches, dops) -> Iteration:
+        """A lake's next iteration; its scheduler's time model learns how long it takes."""
         if len(lake.instances) == 1:
             plan = Alone.of(lake, batches[0])
             features = plan.features
-            took = self.roofline.compute(*features.T[:2])
+            rows, load, _ = features.T
+            seconds = self.roofline.compute(rows, load)
         else:
             started = time.perf_counter()
-            plan, transfer, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
-            seconds = time.perf_counter() - started
-            features = lake.features(plan, transfer)
-            took = self.roofline.iteration(features, plan, transfer)
-            self.log.append((1e3 * seconds, features[:, 2].mean() / 1024, plan.ships.sum(1).max()))
-        model.measured(features, took.max())
-        model.coefficients = model.fitted
-        return plan, took
+            plan, transfer_plan, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+            planning = time.perf_counter() - started
+            features = lake.features(plan, transfer_plan)
+            seconds = self.roofline.iteration(features, plan, transfer_plan)
+            self.plan_records.append(
+                PlanRecord(
+                    milliseconds=1e3 * planning,
+                    sent_mib=features[:, 2].mean() / 1024,
+                    fan_out=plan.ships.sum(1).max(),
+                )
+            )
+        predictor.measured(features, seconds.max())
+        predictor.coefficients = predictor.fitted
+        return Iteration(plan, seconds)
 
     def steady(self, i: int) -> bool:
         """Whether a lake's last plan still holds: the same decodes, in the same segments. It is
-        used again a few times, as if no request had grown, which saves most of the planning."""
-        scheduler, self.left[i] = self.fleet.schedulers[i], self.left[i] - 1
-        if self.left[i] < 0 or scheduler.waiting or not self.plan[i]:
+        used again a few times, as if no request had grown, which saves most of the planning.
+        """
+        scheduler = self.fleet.schedulers[i]
+        self.reuses_left[i] -= 1
+        if self.reuses_left[i] < 0 or scheduler.waiting or not self.last_iteration[i]:
             return False
-        runs, C = self.plan[i][0].runs, scheduler.balancer.segment_tokens
+        runs = self.last_iteration[i].plan.runs
+        C = scheduler.balancer.segment_tokens
         return len(runs) == len(scheduler.running) and all(
-            run.decode and run.request.num_slots and run.position // C == run.request.done // C
-            for run in runs)
+            run.decode
+            and run.request.num_slots
+            and run.position // C == run.request.done // C
+            for run in runs
+        )
 
     def finish(self, i: int):
-        plan, self.running[i] = self.plan[i][0], False
-        ids = [run.request.id for run in plan.runs if run.decode or run.samples]
-        sampled = {id: -1 - id for id in ids}
-        for id in ids:
-            self.times.setdefault(id, []).append(self.now)
+        """The end of a lake's iteration: tokens are there."""
+        self.computing[i] = False
+        plan = self.last_iteration[i].plan
+        sampled = {}
+        for run in plan.runs:
+            if run.decode or run.samples:
+                id = run.request.id
+                sampled[id] = -1 - id  # like no other request's
+                self.times.setdefault(id, []).append(self.now)
         for request in self.fleet.schedulers[i].update(plan, sampled):
-            self.ended(self.lines[request.id])
-        self.begin(self.fleet.advance(i))
+            self.served(self.lines[request.id])
+        self.send(self.fleet.advance(i))
 
-    def ended(self, line, refused=False):
-        if not refused and self.good(line):
-            self.kept += 1
-        else:
-            self.missed.add(line.index)
-        self.refused += refused
-        if turn := self.following.get(line.index):
-            due = max(self.ms(turn.keys["timestamp"]), self.now + self.ms(turn.keys["think_ms"]))
-            self.at(due, self.arrive, turn)
-        if not (turn and "input_ids" in turn.keys):
-            line.request = line.request.num_prompt  # its tokens are not needed any more
+    # Results.
 
     def latency(self, index: int) -> tuple[float, float]:
         """TTFT and mean TBT, in seconds."""
         times = self.times[index]
+        first = times[0]
         gaps = max(1, len(times) - 1)
-        return times[0] - self.arrived[index], (times[-1] - times[0]) / gaps
+        return first - self.arrived[index], (times[-1] - first) / gaps
 
     def good(self, line) -> bool:
         """Whether it kept the SLO."""
-        return bool((self.latency(line.index) <= self.allowed[line.index]).all())
+        kept = self.latency(line.index) <= self.allowed[line.index]
+        return bool(kept.all())
 
     def summary(self) -> dict:
         """Of what was served; requests that were not have missed the SLO."""
-        done = [x for x in self.lines if x.index in self.times]
-        latency = np.array([self.latency(x.index) for x in done]).reshape(-1, 2)
-        lengths = np.array([x.total - x.keys["output_length"] for x in done])
-        gaps = [g for x in done for g in np.diff(self.times[x.index])] or [0.0]
-        mean = lambda values: float(np.mean(values)) if len(done) else None
+        served = [line for line in self.lines if line.index in self.times]
+        latencies = np.array([self.latency(line.index) for line in served]).reshape(-1, 2)
+        ttft, tbt = 1e3 * latencies.T  # ms
+        prompts = np.array([line.input_length for line in served])
+        gaps = []
+        for line in served:
+            gaps.extend(np.diff(self.times[line.index]))
         return dict(
-            requests=len(done), duration_s=self.now, ttft_ms=mean(1e3 * latency[:, 0]),
-            p90_ttft_ms=float(np.percentile(1e3 * latency[:, 0], 90)) if done else None,
-            normalised_ttft=mean(1e3 * latency[:, 0] / lengths), tbt_ms=mean(1e3 * latency[:, 1]),
-            p99_tbt_ms=1e3 * float(np.percentile(gaps, 99)),
-            slo_attainment=self.kept / len(self.lines), refused=self.refused / len(self.lines),
+            requests=len(served),
+            duration_s=self.now,
+            ttft_ms=mean(ttft),
+            p90_ttft_ms=float(np.percentile(ttft, 90)) if served else None,
+            normalised_ttft=mean(ttft / prompts),
+            tbt_ms=mean(tbt),
+            p99_tbt_ms=1e3 * float(np.percentile(gaps or [0.0], 99)),
+            slo_attainment=self.kept / len(self.lines),
+            refused=self.refused / len(self.lines),
             hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
-            cache_load_cv=variation(self.windows.values()),
-            idle_fraction=float(1 - self.busy[0] / self.busy[1])
-            if len(self.fleet.lakes) == 1 and self.busy[1] else None, **self.traffic())
+            cache_load_cv=variation(self.window_reads.values()),
+            idle_fraction=self.idle_fraction(),
+            **self.planning(),
+        )
 
-    def traffic(self) -> dict:
+    def idle_fraction(self) -> float | None:
+        """How long a mean instance of one lake waits for the slowest."""
+        computing, elapsed = self.work_seconds
+        if len(self.fleet.lakes) > 1 or elapsed == 0:
+            return None
+        return float(1 - computing / elapsed)
+
+    def planning(self) -> dict:
         """Of iterations that a lake of several planned."""
-        if not self.log:
-            return dict.fromkeys(("plan_ms_median", "sent_mib", "fan_out"))
-        took, sent, fan_out = np.array(self.log, float).T
-        return dict(plan_ms_median=float(np.median(took)), sent_mib=float(sent.mean()),
-                    fan_out=float(fan_out.mean()))
+        if not self.plan_records:
+            return dict(plan_ms_median=None, sent_mib=None, fan_out=None)
+        milliseconds, sent_mib, fan_out = np.array(self.plan_records, float).T
+        return dict(
+            plan_ms_median=float(np.median(milliseconds)),
+            sent_mib=float(sent_mib.mean()),
+            fan_out=float(fan_out.mean()),
+        )
+
+
+def mean(values) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512):
@@ -304,46 +481,91 @@ def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512)
     if name == "demo":
         return read_trace(demo_trace(num_requests, vocab, seed), "demo")
     if name in WORKLOADS:
-        return read_trace(map(json.dumps, generate(name, num_requests, rate, seed)), name)
+        generated = generate(name, num_requests, rate, seed)
+        return read_trace(map(json.dumps, generated), name)
     with open(name, "rb") as file:
-        return read_trace(file, name, 1, num_requests)
+        return read_trace(file, name, limit=num_requests)
 
 
-def simulate(options, policy=None, workload=None, rate=None, seed=None, limit=None, model=None,
-             capacity=None) -> Simulation:
-    """A run by the command line's options, but for what is given."""
-    name, rate = workload or options.workload, rate or options.rate
-    model = model or options.model
-    C, N, model = 16 if model == "tiny" else 512, options.instances, MODELS[model]
-    slots = (capacity or options.capacity_tokens) // (C * N)
-    config = LakeConfig(C, slots, chunk_tokens=options.chunk_tokens,
-                        max_batch=options.max_batch // N)
+def segment_tokens(model_name: str) -> int:
+    return 16 if model_name == "tiny" else 512
+
+
+def allowed_tbt(lines, roofline: Roofline) -> float:
+    """ms between tokens with which 99 of 100 requests keep their SLO."""
+    allowed = [SLO * 1e3 * roofline.alone(line)[1] for line in lines]
+    return np.percentile(allowed, 1)
+
+
+def simulate(
+    options,
+    policy=None,
+    rate=None,
+    seed=None,
+    limit=None,
+    capacity=None,
+) -> Simulation:
+    """A run by the command line's options, but for what is given: rate in requests/s; capacity in
+    tokens of cache, all instances together; limit: see Simulation.run."""
+    rate = rate or options.rate
     seed = options.seed if seed is None else seed
-    lines = load(name, options.num_requests, rate or 1.0, seed)
-    roofline, speed = Roofline(model, options.hardware, options.tp), 1.0
-    allowed = np.percentile([SLO * 1e3 * roofline.alone(line)[1] for line in lines], 1)
-    fleet = make_fleet(policy or options.policy, N, model, config, options.tbt_slo_ms or allowed,
-                       dtype=torch.bfloat16)
-    if rate and name not in ("demo", *WORKLOADS):  # a trace's file: arrivals as fast as that
-        speed = rate * max(1.0, lines[-1].keys["timestamp"]) / (1e3 * len(lines))
+    capacity = capacity or options.capacity_tokens
+    N = options.instances
+    C = segment_tokens(options.model)
+    model = MODELS[options.model]
+    config = LakeConfig(
+        C,
+        slots=capacity // (C * N),
+        chunk_tokens=options.chunk_tokens,
+        max_batch=options.max_batch // N,
+    )
+    lines = load(options.workload, options.num_requests, rate or 1.0, seed)
+    roofline = Roofline(model, options.hardware, options.tp)
+    slo = options.tbt_slo_ms or allowed_tbt(lines, roofline)
+    fleet = make_fleet(
+        policy or options.policy, N, model, config, slo, dtype=torch.bfloat16
+    )
+    speed = 1.0
+    if rate and options.workload not in (
+        "demo",
+        *WORKLOADS,
+    ):  # a file's requests, as often as that
+        duration_ms = max(1.0, lines[-1].timestamp)
+        speed = rate * duration_ms / (1e3 * len(lines))
     return Simulation(fleet, lines, roofline, speed=speed).run(limit)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options of a simulation."""
-    out = argparse.ArgumentParser(description=description)
-    out.add_argument("--model", choices=MODELS, default="lwm-7b", help="default lwm-7b")
-    out.add_argument("--hardware", choices=HARDWARE, default="a100", help="default a100")
-    for name, default in (("instances", 4), ("tp", 2), ("num-requests", 300), ("seed", 0),
-                          ("chunk-tokens", 512), ("max-batch", 512)):
-        out.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    out.add_argument("--capacity-tokens", type=int, metavar="T", help="of cache in all instances; "
-                     "default: what 90 %% of the GPUs' memory has room for beside the weights")
-    out.add_argument("--tbt-slo-ms", type=float, help="default: what 99 of 100 requests allow")
-    out.add_argument("--workload", default="loogle",
-                     help=f"demo, {', '.join(WORKLOADS)}, or a trace's file")
-    out.print_usage = lambda *_: None  # an error is one line
-    return out
+    command_line = argparse.ArgumentParser(description=description)
+    add = command_line.add_argument
+    add("--model", choices=MODELS, default="lwm-7b", help="default lwm-7b")
+    add("--hardware", choices=HARDWARE, default="a100", help="default a100")
+    defaults = {
+        "--instances": 4,
+        "--tp": 2,
+        "--num-requests": 300,
+        "--seed": 0,
+        "--chunk-tokens": 512,
+        "--max-batch": 512,
+    }
+    for name, default in defaults.items():
+        add(name, type=int, default=default, help=f"default {default}")
+    add(
+        "--capacity-tokens",
+        type=int,
+        metavar="T",
+        help="of cache in all instances; "
+        "default: what 90 %% of the GPUs' memory has room for beside the weights",
+    )
+    add("--tbt-slo-ms", type=float, help="default: what 99 of 100 requests allow")
+    add(
+        "--workload",
+        default="loogle",
+        help=f"demo, {', '.join(WORKLOADS)}, or a trace's file",
+    )
+    command_line.print_usage = lambda *_: None  # an error is one line
+    return command_line
 
 
 def check(options):
@@ -351,36 +573,96 @@ def check(options):
     if options.capacity_tokens is None:
         roofline = Roofline(MODELS[options.model], options.hardware, options.tp)
         options.capacity_tokens = options.instances * roofline.capacity
-    for name in ("instances", "tp", "num-requests", "capacity-tokens", "chunk-tokens", "max-batch",
-                 "rate", "seeds", "tbt-slo-ms"):
+    for name in (
+        "instances",
+        "tp",
+        "num-requests",
+        "capacity-tokens",
+        "chunk-tokens",
+        "max-batch",
+        "rate",
+        "seeds",
+        "tbt-slo-ms",
+    ):
         value = getattr(options, name.replace("-", "_"), None)
         if value is not None and not 0 < value < 2**40:
             raise ValueError(f"--{name} {value}: a positive number is expected")
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}: an integer from 0 is expected")
-    least = options.instances * (16 if options.model == "tiny" else 512)
+    least = options.instances * segment_tokens(options.model)
     if options.capacity_tokens < least:
-        raise ValueError(f"--capacity-tokens {options.capacity_tokens}: {least} at least, a "
-                         "segment per instance, are expected")
+        raise ValueError(
+            f"--capacity-tokens {options.capacity_tokens}: {least} at least, a "
+            "segment per instance, are expected"
+        )
     if options.max_batch < options.instances:
-        raise ValueError(f"--max-batch {options.max_batch}: at least --instances is expected")
+        raise ValueError(
+            f"--max-batch {options.max_batch}: at least --instances is expected"
+        )
 
 
 def table(options):
     """Even split, DP and fixed PD on the pool, side by side."""
     N = options.instances
     rate = options.rate or 1.0
-    loads = [("demo", None, "tiny"), ("loogle", rate, None), ("sharegpt", 6 * rate, None)]
-    loads += [(options.trace, None, None)] if options.trace else []
-    print(f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
-          f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}")
-    for name, options.rate, model in loads:
-        for policy in ("even", "dp", *(f"pd:{p}x{N - p}" for p in sorted({1, N // 2, N - 1}))):
-            r = simulate(options, f"tokenlake:{policy}", name, model=model).summary()
-            print(f"{Path(name).stem[:12]:>12} {policy:>10} {r['duration_s']:>10.3f} "
-                  f"{r['ttft_ms']:>10,.2f} {r['p90_ttft_ms']:>10,.2f} {r['tbt_ms']:>8.3f} "
-                  f"{r['p99_tbt_ms']:>8.2f} {r['idle_fraction']:>6.1%} {r['hit_rate']:>6.1%}",
-                  flush=True)
+    loads = [
+        dict(workload="demo", rate=None, model="tiny"),
+        dict(workload="loogle", rate=rate),
+        dict(workload="sharegpt", rate=6 * rate),
+    ]
+    if options.trace:
+        loads.append(dict(workload=options.trace, rate=None))
+    schedulers = ["even", "dp"]
+    for prefills in sorted({1, N // 2, N - 1}):
+        schedulers.append(f"pd:{prefills}x{N - prefills}")
+    print(
+        f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
+        f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}"
+    )
+    for load_options in loads:
+        run_options = argparse.Namespace(**(vars(options) | load_options))
+        name = Path(run_options.workload).stem[:12]
+        for scheduler in schedulers:
+            row = simulate(run_options, f"tokenlake:{scheduler}").summary()
+            print(
+                f"{name:>12} {scheduler:>10} {row['duration_s']:>10.3f} "
+                f"{row['ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} {row['tbt_ms']:>8.3f} "
+                f"{row['p99_tbt_ms']:>8.2f} {row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}",
+                flush=True,
+            )
+
+
+# What `validate` fits: attributes of a Roofline, and where the search begins.
+FITTED = {
+    "flops": 1e10,
+    "attention_flops": 1e9,
+    "weights": 1e-3,
+    "link": 1e9,
+    "reduce_latency": 1e-3,
+}
+
+
+def predict(machine: Roofline, logs, work) -> np.ndarray:
+    """Seconds [iterations] of work [3, iterations] (TokenLake.features) on a machine whose
+    constants have the logarithms `logs`."""
+    rows, load, sent_kib = work
+    vars(machine).update(zip(FITTED, np.exp(logs)))
+    return np.maximum(machine.compute(rows, load), 1024 * sent_kib / machine.link)
+
+
+def fit(machine: Roofline, work, seconds) -> np.ndarray:
+    """Logarithms of the constants with the least mean error, from three starts."""
+
+    def error(logs):
+        return np.abs(np.log(predict(machine, logs, work) / seconds)).mean()
+
+    fits = []
+    for shift in (0, 1, -1):
+        start = np.log([*FITTED.values()]) + shift
+        fits.append(
+            minimize(error, start, method="Nelder-Mead", options=dict(maxiter=5000))
+        )
+    return min(fits, key=attrgetter("fun")).x
 
 
 def validate(arguments: list[str]):
@@ -389,53 +671,63 @@ def validate(arguments: list[str]):
     samples = []
 
     def watch(server, finished):
-        model = server.scheduler.model
-        if model.samples and len(samples) < model.count:
-            samples.append(model.samples[-1])
+        predictor = server.scheduler.predictor
+        if predictor.samples and len(samples) < predictor.count:
+            samples.append(predictor.samples[-1])
+
     status = run_cluster.run(["--no-verify", *arguments], watch)
-    if status or int(os.environ.get("RANK", 0)):
+    rank = int(os.environ.get("RANK", 0))
+    if status or rank > 0:
         return status
-    _, rows, load, sent, seconds = np.array(samples).T
-    machine = Roofline(Config(), "a100", 1, 4)
-    fitted = "flops", "attention", "weights", "link", "hop"
-
-    def predict(logs):
-        vars(machine).update(zip(fitted, np.exp(logs)))
-        return np.maximum(machine.compute(rows, load), 1024 * sent / machine.link)
-
-    loss = lambda logs: np.abs(np.log(predict(logs) / seconds))[::2].mean()
-    start = np.log([1e10, 1e9, 1e-3, 1e9, 1e-3])
-    best = min((minimize(loss, start + d, method="Nelder-Mead", options=dict(maxiter=5000))
-                for d in (0, 1, -1)), key=lambda found: found.fun)
-    guess, seen = predict(best.x)[1::2], seconds[1::2]
-    print(json.dumps(dict(
-        iterations=len(seen), correlation=float(np.corrcoef(guess, seen)[0, 1]),
-        median_error=float(np.median(np.abs(guess / seen - 1))),
-        seconds=[float(np.percentile(seen, p)) for p in (5, 50, 95)]), indent=1))
+    _, rows, load, sent_kib, seconds = np.array(samples).T
+    work = np.stack((rows, load, sent_kib))
+    machine = Roofline(LlamaConfig(), "a100", tp=1, itemsize=4)
+    logs = fit(machine, work[:, ::2], seconds[::2])
+    predicted = predict(machine, logs, work[:, 1::2])
+    measured = seconds[1::2]
+    result = dict(
+        iterations=len(measured),
+        correlation=float(np.corrcoef(predicted, measured)[0, 1]),
+        median_error=float(np.median(np.abs(predicted / measured - 1))),
+        seconds=[float(np.percentile(measured, p)) for p in (5, 50, 95)],
+    )
+    print(json.dumps(result, indent=1))
     return 0
 
 
 def main(arguments: list[str]) -> int:
     if "--validate" in arguments:
         return validate([x for x in arguments if x != "--validate"])
-    options = parser("Simulate a fleet.")
-    add = options.add_argument
-    add("--policy", default="tokenlake",
-        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD, each also with :fcfs")
+    command_line = parser("Simulate a fleet.")
+    add = command_line.add_argument
+    add(
+        "--policy",
+        default="tokenlake",
+        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD, each also with :fcfs",
+    )
     add("--rate", type=float, help="requests per second; default: 1, a trace's own")
     add("--trace", help="with --table: a trace to be in it, at its own times")
-    add("--table", action="store_true", help="every scheduler on the demo and generated loads")
-    add("--validate", action="store_true", help="fit it to this machine and compare; all other "
-        "options are then those of run_cluster.py")
-    parsed = options.parse_args(arguments)
+    add(
+        "--table",
+        action="store_true",
+        help="every scheduler on the demo and generated loads",
+    )
+    add(
+        "--validate",
+        action="store_true",
+        help="fit it to this machine and compare; all other "
+        "options are then those of run_cluster.py",
+    )
+    options = command_line.parse_args(arguments)
     try:
-        check(parsed)
-        if parsed.table:
-            table(parsed)
+        check(options)
+        if options.table:
+            table(options)
         else:
-            print(json.dumps(simulate(parsed).summary(), indent=1))
+            summary = simulate(options).summary()
+            print(json.dumps(summary, indent=1))
     except (OSError, ValueError) as error:
-        options.error(str(error))
+        command_line.error(str(error))
     return 0
 
 

@@ -23,97 +23,163 @@ import json
 import math
 import sys
 from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 512
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from balancer import TRACE_BLOCK  # noqa: E402
+
+
+class Turn(NamedTuple):
+    """A request of a session."""
+
+    blocks: list[int]  # hash ids of the prompt
+    prompt_tokens: int
+    answer_tokens: int
 
 
 def lognormal(rng, mean: float, sigma: float) -> int:
     return int(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma))
 
 
-def turn(fresh, shared: list, own: int, answer: int) -> tuple:
-    """A request of shared blocks and `own` tokens: its blocks, length and answer's length."""
-    return shared + fresh(-(-own // BLOCK)), len(shared) * BLOCK + own, answer
+def make_turn(new_blocks, shared: list[int], own_tokens: int, answer_tokens: int) -> Turn:
+    """A request whose prompt is shared blocks and `own_tokens` after them."""
+    own_blocks = new_blocks(-(-own_tokens // TRACE_BLOCK))
+    prompt_tokens = len(shared) * TRACE_BLOCK + own_tokens
+    return Turn(shared + own_blocks, prompt_tokens, answer_tokens)
 
 
-# Each yields sessions, lists of turns.
+# Each yields sessions, lists of turns, without end. new_blocks(n): n hash ids that are new.
 
-def loogle(rng, fresh):
-    documents = []
+
+def loogle(rng, new_blocks):
+    documents = []  # blocks, and questions that are still to come
     while True:
         while len(documents) < 24:
             tokens = max(4000, lognormal(rng, 24_000, 0.5))
-            documents.append([fresh(-(-tokens // BLOCK)), int(rng.integers(4, 13))])
-        chosen = documents[rng.integers(24)]
-        chosen[1] -= 1
-        if not chosen[1]:
-            documents.remove(chosen)
-        yield [turn(fresh, chosen[0], int(rng.integers(50, 301)), int(rng.integers(10, 201)))]
+            blocks = new_blocks(-(-tokens // TRACE_BLOCK))
+            questions = int(rng.integers(4, 13))
+            documents.append([blocks, questions])
+        document = documents[rng.integers(24)]
+        document[1] -= 1
+        if document[1] == 0:
+            documents.remove(document)
+        question_tokens = int(rng.integers(50, 301))
+        answer_tokens = int(rng.integers(10, 201))
+        yield [make_turn(new_blocks, document[0], question_tokens, answer_tokens)]
 
 
-def scbench(rng, fresh):
+def scbench(rng, new_blocks):
     while True:
-        length, blocks, turns = max(20_000, lognormal(rng, 227_000, 0.5)), [], []
+        length = max(20_000, lognormal(rng, 227_000, 0.5))  # of the session so far
+        whole_blocks = []  # of the turn before
+        turns = []
         for _ in range(5):
             length += int(rng.integers(30, 201))
-            turns.append(turn(fresh, blocks, length - len(blocks) * BLOCK,
-                              int(rng.integers(20, 151))))
-            blocks = turns[-1][0][:length // BLOCK]
-            length += turns[-1][2]
+            own_tokens = length - len(whole_blocks) * TRACE_BLOCK
+            answer_tokens = int(rng.integers(20, 151))
+            turn = make_turn(new_blocks, whole_blocks, own_tokens, answer_tokens)
+            turns.append(turn)
+            whole_blocks = turn.blocks[: length // TRACE_BLOCK]
+            length += answer_tokens
         yield turns
 
 
-def sharegpt(rng, fresh):
-    system = fresh(3)
+def sharegpt(rng, new_blocks):
+    system_prompt = new_blocks(3)
     while True:
-        yield [turn(fresh, system, min(2400, 1 + int(rng.lognormal(5.3, 1))),
-                    min(1000, 1 + int(rng.lognormal(5.1, 0.8))))]
+        message_tokens = 1 + int(rng.lognormal(5.3, 1))
+        answer_tokens = 1 + int(rng.lognormal(5.1, 0.8))
+        yield [
+            make_turn(
+                new_blocks,
+                system_prompt,
+                min(2400, message_tokens),
+                min(1000, answer_tokens),
+            )
+        ]
 
 
-def toolagent(rng, fresh):
-    families = [fresh(blocks) for blocks in (12, 15, 18)]
+def toolagent(rng, new_blocks):
+    prefixes = [new_blocks(blocks) for blocks in (12, 15, 18)]
     while True:
-        family = families[rng.choice(3, p=(0.48, 0.38, 0.14))]
-        yield [turn(fresh, family, 1 + lognormal(rng, 2000, 0.8), int(rng.integers(50, 401)))]
+        prefix = prefixes[rng.choice(3, p=(0.48, 0.38, 0.14))]
+        own_tokens = 1 + lognormal(rng, 2000, 0.8)
+        answer_tokens = int(rng.integers(50, 401))
+        yield [make_turn(new_blocks, prefix, own_tokens, answer_tokens)]
 
 
-def mixed(rng, fresh):
-    kinds = [kind(rng, fresh) for kind in (loogle, scbench, sharegpt)]
+def mixed(rng, new_blocks):
+    parts = [
+        loogle(rng, new_blocks),
+        scbench(rng, new_blocks),
+        sharegpt(rng, new_blocks),
+    ]
     while True:  # a session of scbench is five requests
-        yield next(kinds[rng.choice(3, p=(5 / 11, 1 / 11, 5 / 11))])
+        part = rng.choice(3, p=(5 / 11, 1 / 11, 5 / 11))
+        yield next(parts[part])
 
 
-WORKLOADS = {kind.__name__: kind for kind in (loogle, scbench, sharegpt, toolagent, mixed)}
+WORKLOADS = {
+    "loogle": loogle,
+    "scbench": scbench,
+    "sharegpt": sharegpt,
+    "toolagent": toolagent,
+    "mixed": mixed,
+}
 
 
 def generate(name: str, num_requests: int, rate: float, seed: int):
-    """Lines of the trace, as dictionaries."""
-    rng, ids = np.random.default_rng((seed, 7)), count()
-    fresh = lambda blocks: list(islice(ids, blocks))
-    sessions, at, left = WORKLOADS[name](rng, fresh), 0.0, num_requests
-    for number in count():
-        gap, turns = rng.exponential(1000 / rate), next(sessions)[:left]
-        at += gap * len(turns)
-        for blocks, length, answer in turns:
-            line = dict(timestamp=round(at, 1), input_length=length, output_length=answer,
-                        hash_ids=blocks)
-            yield line | (dict(session_id=number, think_ms=5000) if len(turns) > 1 else {})
-        left -= len(turns)
-        if not left:
+    """Lines of the trace, as dictionaries. rate: requests per second."""
+    rng = np.random.default_rng((seed, 7))
+    hash_ids = count()
+
+    def new_blocks(number):
+        return list(islice(hash_ids, number))
+
+    sessions = WORKLOADS[name](rng, new_blocks)
+    arrival_ms = 0.0
+    remaining = num_requests
+    for session_id in count():
+        gap_ms = rng.exponential(1000 / rate)
+        turns = next(sessions)[:remaining]
+        arrival_ms += gap_ms * len(turns)
+        for turn in turns:
+            line = dict(
+                timestamp=round(arrival_ms, 1),
+                input_length=turn.prompt_tokens,
+                output_length=turn.answer_tokens,
+                hash_ids=turn.blocks,
+            )
+            if len(turns) > 1:
+                line |= dict(session_id=session_id, think_ms=5000)
+            yield line
+        remaining -= len(turns)
+        if remaining == 0:
             return
 
 
-def main(arguments: list[str]) -> int:
+def parse_options(arguments: list[str]):
     parser = argparse.ArgumentParser(description="Write a generated load as a trace.")
     parser.add_argument("name", choices=WORKLOADS)
-    parser.add_argument("--rate", type=float, default=1.0, help="requests per second (default 1)")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="requests per second (default 1)"
+    )
     parser.add_argument("--num-requests", type=int, default=300, help="default 300")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if not 0 < options.rate < 1e6 or options.num_requests < 1 or options.seed < 0:
-        parser.error("--rate and --num-requests: positive numbers are expected; --seed: from 0")
+        parser.error(
+            "--rate and --num-requests: positive numbers are expected; --seed: from 0"
+        )
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(arguments)
     for line in generate(options.name, options.num_requests, options.rate, options.seed):
         print(json.dumps(line))
     return 0
