@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -1362,6 +1362,109 @@ def test_the_papers_figure_8():
     assert groups == [[1], [0]] and plan.rows_shipped().sum() == 0 == transfer.moves.rows_between(2).sum()
 
 
+def plan_by_example():
+    """The scene of tokenlake.py's docstring: a plan for two instances and three requests."""
+    config = LakeConfig(segment_tokens=4, slots=10, replicate_factor=0)
+    lake = TokenLake([0, 1], LlamaConfig(), config)
+    scheduler = Scheduler(lake)
+    prompt = list(range(10, 20))
+    scheduler.add(Request(0, prompt[:], 14))
+    plan, _, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
+    scheduler.update(plan, {0: 7})
+    scheduler.add(Request(1, prompt[:4] + [1, 2, 3, 4, 5], 12))
+    scheduler.add(Request(2, prompt[:8], 10))
+    return lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
+
+
+def test_the_plan_of_the_docstring():
+    """Its table line by line, made from the plan; and what travels there."""
+    plan, transfer, groups = plan_by_example()
+    between = lambda first, n: f"{first}" if n == 1 else f"{first}–{first + n - 1}"
+    reads = [[[], []] for _ in plan.runs]
+    for instance in (0, 1):
+        spans = plan.spans_read_at(instance)
+        for run, length, position in zip(spans.run, spans.length, spans.position):
+            reads[run][instance].append((int(position), between(position, length)))
+    table = plan.run_table
+    for run, where in enumerate(reads):
+        home = f"slot {table.slot[run]}" if table.puts[run] else "–"
+        found = [", ".join(text for _, text in sorted(spans)) or "–" for spans in where]
+        rows = between(table.position[run], table.rows[run])
+        line = (f"{run:>10}  {table.request_id[run]:>7}  {rows:<4}  {table.instance[run]:>8}  "
+                f"{home:<7}  {found[0]:<12}  {found[1]}")
+        assert line in tokenlake.__doc__, line
+    assert plan.ships.tolist() == [[False, True], [False, False], [True, False], [True, False]]
+    assert groups == [[0, 0], [1, 1]] and not len(transfer.moves.kind)
+    assert plan.reads.tolist() == [14, 8]
+    assert plan.token_ids.tolist() == [7, 1, 2, 3, 4, 5, 17]
+
+
+def altered(value, path=""):
+    """Copies of a plan, or of a part of it, each with one leaf changed, and where: (path, copy).
+    What is not in the digest by itself is left as it is."""
+    if isinstance(value, np.ndarray):
+        for i in range(value.size):
+            other = value.copy()
+            other.flat[i] = not other.flat[i] if other.dtype == bool else other.flat[i] + 1
+            yield path, other
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for name in value._fields:
+            for where, part in altered(getattr(value, name), f"{path}.{name}"):
+                yield where, value._replace(**{name: part})
+    elif is_dataclass(value):
+        for part in fields(value):
+            if part.metadata.get("digest", True):
+                for where, other in altered(getattr(value, part.name), f"{path}.{part.name}"):
+                    yield where, replace(value, **{part.name: other})
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            for where, other in altered(item, path):
+                yield where, (*value[:i], other, *value[i + 1:])
+    else:
+        yield path, value + 1
+
+
+def test_the_digest_covers_every_leaf_of_a_plan():
+    """Each number of the plans changes it, also the slots of the tables that are read; so does each
+    token of the planned rows, and the iteration. Every column has been there."""
+    seen, read_slots = set(), 0
+    for plan, transfer in golden_plans.busy_plans(seeds=range(40), enough=4):
+        digest = pool.plan_digest(7, plan, transfer)
+        assert digest == pool.plan_digest(7, plan, transfer) != pool.plan_digest(8, plan, transfer)
+        for where, other in altered(plan, "query"):
+            seen.add(where)
+            vars(other).update(segment_reads=plan.segment_reads, token_ids=plan.token_ids)
+            assert pool.plan_digest(7, other, transfer) != digest, where
+        for where, other in altered(transfer, "transfer"):
+            seen.add(where)
+            assert pool.plan_digest(7, plan, other) != digest, where
+        reads, replicas = plan.segment_reads, plan.old.replicas
+        others = set(zip(replicas.share.tolist(), replicas.segment.tolist()))
+        for share, segment in zip(reads.share.tolist(), reads.segment.tolist()):
+            if (share, segment) not in others:  # those are leaves of their own
+                tables = [table.copy() for table in plan.old.tables]
+                tables[share][segment] += 1
+                other = replace(plan, old=replace(plan.old, tables=tables))
+                assert pool.plan_digest(7, other, transfer) != digest
+                read_slots += 1
+        for run in plan.runs:
+            for position in range(run.position, run.position + run.rows):
+                run.request.tokens[position] += 1
+                assert pool.plan_digest(7, replace(plan), transfer) != digest
+                run.request.tokens[position] -= 1
+        assert pool.plan_digest(7, replace(plan), transfer) == digest
+    names = {f"query.run_table.{name}" for name in pool.RunTable._fields}
+    names |= {f"query.old.{name}" for name in ("tokens", "replicas.share", "replicas.segment",
+                                               "replicas.slot")}
+    names |= {f"query.old.pulled.{name}" for name in pool.PulledSegments._fields}
+    names |= {f"query.fresh.{name}" for name in pool.FreshReads._fields}
+    names |= {f"{where}.{name}" for name in pool.Moves._fields
+              for where in ("query.old.pulls", "transfer.moves")}
+    names |= {f"transfer.writes.{name}" for name in pool.SlabWrites._fields}
+    names |= {f"query.{name}" for name in ("ships", "reads", "load", "sizes")}
+    assert seen == names | {"transfer.num_instances"} and read_slots > 20
+
+
 def test_stripe_spreads_a_long_prefix():
     """Consecutive segments live on consecutive instances; with hash, where their hash says."""
     for placement, even in (("stripe", True), ("hash", False)):
@@ -2195,6 +2298,35 @@ def differ_in_a_slot(rank, seen):
             self.free[home].reverse()
         return original(self, home, *only, **options)
     Balancer._allocate = allocate
+
+
+def differ_in_a_token(rank, seen):
+    """Rank 1 has another last token in a prompt: nothing else of its plan is different."""
+    original = balancer.TraceLine.arrive
+
+    def arrive(self, *arguments):
+        request = original(self, *arguments)
+        request.tokens[-1] ^= rank == 1
+        return request
+    balancer.TraceLine.arrive = arrive
+
+
+def differ_in_a_sampled_token(rank, seen):
+    """Rank 1 has another token for the fourth of an answer."""
+    def observe(server, finished):
+        if rank == 1 and server.engine.iterations == 4:
+            server.scheduler.running[0].tokens[-1] ^= 1
+    return observe
+
+
+@pytest.mark.parametrize("prelude, iteration", [("differ_in_a_token", 1),
+                                                ("differ_in_a_sampled_token", 5)])
+def test_ranks_with_other_tokens_stop_when_they_are_planned(tmp_path, prelude, iteration):
+    trace = write_trace(tmp_path, [dict(input_ids=tokens(5, 1), output_length=9)])
+    results = Job(["--trace", trace, "--speed", "inf"], 2, prelude).finish()
+    assert [status for status, *_ in results] == [1, 1]
+    said = f"iteration {iteration}: the plan of rank 1 differs from that of rank 0"
+    assert said in "".join(text for _, text, _ in results)
 
 
 def fail_planning(rank, seen):

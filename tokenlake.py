@@ -25,6 +25,19 @@ Hkv KV heads · D head dim. A plan counts in these things, and a table has rows 
     parts       a batch of DoP k is k parts of about equal rows; an instance computes one at most
     G shares    what a part has of one request: its rows there attend to the same old KV
     N instances
+
+A plan by example: two instances of ten slots, C = 4. Request 0 decodes its row 10; request 1 has a
+prompt of 9 tokens, of which 4 are cached; request 2 repeats 8 cached tokens, so only its last row is
+computed, for its logits, and its KV goes nowhere. Numbers are positions of the request:
+
+       run  request  rows  computed  KV goes  reads at 0    reads at 1
+         0        0  10           0  slot 1   0–3, 8–9, 10  4–7
+         1        1  4–7          0  slot 2   0–3, 4–7      –
+         2        1  8            1  slot 11  0–3, 4–7      8
+         3        2  7            1  –        0–3           4–7
+
+Slots 0 to 9 are at instance 0, and slot 0 has positions 0–3 of all three requests; so run 0 travels
+to instance 1 too, and runs 2 and 3 to instance 0. No KV has to move.
 """
 
 from bisect import bisect_left, insort

@@ -28,8 +28,16 @@ sys.path.insert(0, str(FILE.parent.parent))
 import tokenlake  # noqa: E402
 from balancer import Request  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from pool import HERE, LATE, PULLED, SIBLING  # noqa: E402
-from pool import LakeConfig  # noqa: E402
+from pool import (  # noqa: E402
+    HERE,
+    LATE,
+    PULL,
+    PULLED,
+    PUT,
+    REPLICA,
+    SIBLING,
+    LakeConfig,
+)
 from tokenlake import Scheduler, TokenLake  # noqa: E402
 
 NUM_SCENES = 320
@@ -197,50 +205,78 @@ class Slabs:
             )
 
 
-def scene(seed: int) -> tuple[str, Counter]:
+class Scene:
+    """A lake at work: requests come, an iteration is planned, all that it samples is made up."""
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng((seed, 19))
+        self.coming = draw_requests(self.rng)
+        longest = max(request.max_tokens for request in self.coming)
+        self.scheduler = draw_scheduler(self.rng, longest)
+        self.few_rows = int(self.rng.choice([1, 128]))
+        self.lake = self.scheduler.lake
+
+    def plans(self):
+        """Yields (DoPs, query plan, transfer plan, groups) until all is served."""
+        scheduler = self.scheduler
+        for _ in range(ITERATIONS):
+            while self.coming and self.rng.random() < 0.7:
+                scheduler.add(self.coming.pop(0))
+            batches, dops = scheduler.schedule()
+            tree = self.lake.get_prefix_tree()
+            plan, transfer, groups = self.lake.gen_plans(batches, dops, tree)
+            yield dops, plan, transfer, groups
+            sampled = {}
+            for run in plan.runs:
+                if run.samples:
+                    id = run.request.id
+                    sampled[id] = (7 * id + len(run.request.tokens)) % 40
+            scheduler.update(plan, sampled)
+            if not (self.coming or scheduler.waiting or scheduler.running):
+                return
+
+
+def run_scene(seed: int) -> tuple[str, Counter]:
     """The digest of a scene, and what came up in it."""
-    rng = np.random.default_rng((seed, 19))
-    requests = draw_requests(rng)
-    scheduler = draw_scheduler(rng, max(request.max_tokens for request in requests))
-    tokenlake.FEW_ROWS = int(rng.choice([1, 128]))
-    lake = scheduler.lake
-    slabs, counts, digest = Slabs(lake), Counter(), hashlib.blake2b(digest_size=8)
-    waiting = list(requests)
-    for iteration in range(ITERATIONS):
-        while waiting and rng.random() < 0.7:
-            scheduler.add(waiting.pop(0))
-        batches, dops = scheduler.schedule()
-        plan, transfer, groups = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+    scene = Scene(seed)
+    balancer = scene.lake.balancer
+    slabs = Slabs(scene.lake)
+    counts = Counter()
+    digest = hashlib.blake2b(digest_size=8)
+    tokenlake.FEW_ROWS = scene.few_rows
+    for dops, plan, transfer, groups in scene.plans():
         tokens = {run.request.id: identities(run.request) for run in plan.runs}
         slabs.iterate(plan, transfer, tokens)
-        balancer = lake.balancer
         state = balancer.load.tolist(), balancer.free, list(balancer.tree.segments)
-        found = tables(plan, transfer)
-        listed = [reads(plan, instance) for instance in range(len(lake.instances))]
-        digest.update(repr((groups, dops, found, listed, state)).encode())
+        planned = tables(plan, transfer)
+        read = [reads(plan, instance) for instance in range(balancer.num_instances)]
+        digest.update(repr((groups, dops, planned, read, state)).encode())
         digest.update(slabs.rows.tobytes())
-        kinds = Counter(kind for kind, *_ in found["moves"])
+        kinds = Counter(kind for kind, *_ in planned["moves"])
         counts.update(
             plans=bool(plan.runs),
-            siblings=kinds[tokenlake.PULL],
-            puts=kinds[tokenlake.PUT],
-            replicas=kinds[tokenlake.REPLICA],
-            pulls=len(found["pulls"]),
+            siblings=kinds[PULL],
+            puts=kinds[PUT],
+            replicas=kinds[REPLICA],
+            pulls=len(planned["pulls"]),
             ships=int(plan.ships.sum()),
             cached_prompts=sum(not run.puts for run in plan.runs),
         )
-        sampled = {
-            run.request.id: (7 * run.request.id + len(run.request.tokens)) % 40
-            for run in plan.runs
-            if run.samples
-        }
-        scheduler.update(plan, sampled)
-        if not (waiting or scheduler.waiting or scheduler.running):
-            break
-    counts.update(
-        preemptions=scheduler.counters["preemptions"], evictions=balancer.evictions
-    )
+    preemptions = scene.scheduler.counters["preemptions"]
+    counts.update(preemptions=preemptions, evictions=balancer.evictions)
     return digest.hexdigest(), counts
+
+
+def busy_plans(seeds, enough: int):
+    """The first plans of these scenes with moves of several kinds, pulls, and replicas that are
+    read. Yields (query plan, transfer plan)."""
+    for seed in seeds:
+        for _, plan, transfer, _ in Scene(seed).plans():
+            kinds = np.unique(transfer.moves.kind)
+            pulls = len(plan.old.pulls.kind)
+            if enough and len(kinds) > 1 and pulls and len(plan.old.replicas.slot):
+                enough -= 1
+                yield plan, transfer
 
 
 def scenes(seeds) -> tuple[list[str], Counter]:
@@ -249,7 +285,7 @@ def scenes(seeds) -> tuple[list[str], Counter]:
     digests, total = [], Counter()
     try:
         for seed in seeds:
-            digest, counts = scene(seed)
+            digest, counts = run_scene(seed)
             digests.append(digest)
             total += counts
     finally:
