@@ -40,9 +40,8 @@ except ImportError:  # no wheel for this platform: PyTorch serves
     triton = None
 
 TILE = 64  # KV rows of a tile, at most
-MIN_PIECE_TILES = (
-    4  # of a piece, where its block has more: fewer do not pay for the merge
-)
+# Tiles of a piece, where its block has more: fewer do not pay for the merge.
+MIN_PIECE_TILES = 4
 MIN_LANES = 16  # of a block: the least that a dot takes
 MAX_LANES = 128
 AFTER_ALL = np.iinfo(np.int64).max  # a position that no query row sees: that of padding
@@ -60,12 +59,23 @@ def select(table, rows):
     return type(table)(*(None if column is None else column[rows] for column in table))
 
 
-def ranges(starts, counts):
-    """Concatenated `arange(start, start + count)`, without a loop: [n], [n] → [sum(counts)]."""
-    starts = np.asarray(starts, np.int64)
+def ranges(first, counts):
+    """Concatenated `arange(first, first + count)`, without a loop: [n], [n] → [sum(counts)]."""
+    first = np.asarray(first, np.int64)
     counts = np.asarray(counts, np.int64)
-    ends = np.cumsum(counts)
-    return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
+    offsets = first - (np.cumsum(counts) - counts)
+    return np.arange(counts.sum()) + np.repeat(offsets, counts)
+
+
+def starts(lengths):
+    """Where each of consecutive stretches begins: [n] → [n]."""
+    return np.cumsum(lengths) - lengths
+
+
+def starts_in_groups(lengths, group):
+    """The same, but each group begins at 0; group [n] ascends."""
+    first = starts(lengths)
+    return first - first[np.searchsorted(group, group)]
 
 
 def split_lengths(lengths, size: int):
@@ -142,8 +152,8 @@ def cut_tiles(spans) -> KVSpans:
 def cut_blocks(runs, tiles, most: int) -> Blocks:
     """Blocks of at most `most` rows."""
     num_tiles = np.bincount(tiles.run, minlength=len(runs.rows))
-    end_tile = np.cumsum(num_tiles)
-    first_tile = end_tile - num_tiles
+    first_tile = starts(num_tiles)
+    end_tile = first_tile + num_tiles
     run, offset, rows = split_lengths(runs.rows, most)
     first_row = runs.first_row[run] + offset
     position = runs.position[run] + offset
@@ -161,7 +171,7 @@ def cut_pieces(blocks, programs: int):
     pieces = Pieces(
         whole.first_row,
         whole.rows,
-        np.cumsum(whole.rows) - whole.rows,
+        starts(whole.rows),
         whole.position,
         first_tile,
         np.minimum(whole.end_tile, first_tile + most),
@@ -175,7 +185,7 @@ def partials_of_rows(blocks, pieces, block):
     if len(block) == len(blocks.rows):
         return np.zeros((0, 0), np.int64)
     num_pieces = np.bincount(block)
-    first_piece = np.cumsum(num_pieces) - num_pieces
+    first_piece = starts(num_pieces)
     # A block's pieces follow each other, each with a partial row for every row of the block.
     block_of_row, row, _ = split_lengths(blocks.rows, 1)
     first_partial = pieces.partial[first_piece][block_of_row] + row
@@ -189,9 +199,7 @@ class PaddedBatch(NamedTuple):
 
     query_rows: torch.Tensor  # [b, m]; its block's first row for padding
     partial_rows: torch.Tensor  # [b, m]; a row behind the last for padding
-    kv_rows: (
-        torch.Tensor
-    )  # [b, n]; its block's first row for padding, so that NaNs stay at home
+    kv_rows: torch.Tensor  # [b, n]; its block's first one for padding: NaNs stay at home
     hidden: torch.Tensor  # [b, 1, m, n] what a query row does not see
 
 
@@ -200,15 +208,14 @@ class Work:
 
     Row t of a run sees the keys of its spans at positions up to its own. Partial row p belongs to
     the p-th row of the runs in order, so P = sum(rows). A run without spans gives empty partials.
-    group: query heads of a KV head. programs: so many are to be busy; long blocks are cut.
-    """
+    group: query heads of a KV head. programs: so many are to be busy; long blocks are cut."""
 
-    def __init__(self, runs, spans, group: int, device="cpu", programs=1):
-        runs = QueryRuns(*(np.asarray(column, np.int64) for column in runs))
-        spans = KVSpans(*(np.asarray(column, np.int64) for column in spans))
+    def __init__(
+        self, runs: QueryRuns, spans: KVSpans, group: int, device="cpu", programs=1
+    ):
         # Lanes of a block are (row, head of the group).
         wanted = min(int(runs.rows.max(initial=1)) * group, MAX_LANES)
-        self.lanes = max(MIN_LANES, _next_power_of_2(wanted), _next_power_of_2(group))
+        self.lanes = max(MIN_LANES, next_power_of_2(wanted), next_power_of_2(group))
         tiles = cut_tiles(spans)
         blocks = cut_blocks(runs, tiles, self.lanes // group)
         pieces, block = cut_pieces(blocks, programs)
@@ -224,8 +231,7 @@ class Work:
     @cached_property
     def padded(self) -> list[PaddedBatch]:
         """The same work for PyTorch: pieces of like size in batches, so that a batch is one matmul.
-        Pieces without keys are in none. A batch has 64 at most: it bounds what is copied.
-        """
+        Pieces without keys are in none. A batch has 64 at most: it bounds what is copied."""
         pieces, tiles = self._host
         keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
         first_key = keys_before[pieces.first_tile]
@@ -262,7 +268,7 @@ class Work:
         return PaddedBatch(*(torch.from_numpy(x).to(self.pieces.device) for x in arrays))
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
@@ -377,8 +383,8 @@ def _merge_with_triton(o, lse, parts):
             max_parts,
             H=H,
             D=D,
-            HPAD=triton.next_power_of_2(H),
-            DPAD=triton.next_power_of_2(D),
+            HPAD=next_power_of_2(H),
+            DPAD=next_power_of_2(D),
         )
     return out, out_lse
 
@@ -389,9 +395,8 @@ def _merge_with_torch(o, lse, parts):
     if not num_partials or not max_parts:
         return o.new_zeros(rows, H, D), lse.new_full((rows, H), -math.inf)
     index = parts.clamp(min=0).long()
-    part_lse = lse[index].masked_fill(
-        (parts < 0)[:, :, None], -math.inf
-    )  # [rows, max_parts, H]
+    absent = (parts < 0)[:, :, None]
+    part_lse = lse[index].masked_fill(absent, -math.inf)  # [rows, max_parts, H]
     top = part_lse.amax(1, keepdim=True)
     weight = torch.exp(part_lse - torch.where(top == -math.inf, 0, top))
     total = weight.sum(1)  # [rows, H]; the maximum gives 1
@@ -480,9 +485,8 @@ if triton is not None:
         is_row = row < tl.load(piece + PIECE_ROWS)
         q_mask = is_row[:, None] & (d < D)
         position = tl.load(piece + PIECE_POSITION) + row
-        q_row = (
-            tl.load(piece + PIECE_FIRST_ROW) + row
-        )  # int64, as all offsets: slabs are long
+        # int64, as all offsets: slabs are long.
+        q_row = tl.load(piece + PIECE_FIRST_ROW) + row
         q_at = (q_row * H + query_head)[:, None] * D + d
         q = _load_rows(Q, q_at, q_mask, UPCAST)
         top = tl.full([M], -float("inf"), tl.float32)
@@ -562,9 +566,8 @@ def attention_config(
 ) -> dict:
     """Compile-time arguments and launch options of `_partial_attention_kernel`: 16 lanes are
     decode, more are prefill. Of s stages, s − 1 tiles of K and V lie in shared memory (one more
-    where wgmma reads them), besides the lanes' q and p: an A100 has 163 KB, an H100 227.
-    """
-    width = max(16, triton.next_power_of_2(head_dim))
+    where wgmma reads them), besides the lanes' q and p: an A100 has 163 KB, an H100 227."""
+    width = max(16, next_power_of_2(head_dim))
     room = 163 * 1024 - lanes * (width + TILE) * itemsize
     tiles_in_room = max(1, room // (2 * TILE * width * itemsize))
     return dict(

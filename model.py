@@ -166,8 +166,7 @@ class ConfigFile:
 
 def load_config(folder: Path) -> LlamaConfig:
     """Reads `folder/config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`,
-    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault.
-    """
+    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault."""
     file = ConfigFile(folder / "config.json")
     file.require_supported()
     rope_scaling = file.rope_scaling()
@@ -220,8 +219,7 @@ def tensor_shapes(config) -> dict[str, tuple]:
 
 def random_weights(config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
     """Seeded weights, the same numbers for every dtype and device. Queries and keys get thrice the
-    usual scale: attention is then peaky, so that a lost or doubled segment shows in the output.
-    """
+    usual scale: attention is then peaky, so that a lost or doubled segment shows in the output."""
     rng = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in tensor_shapes(config).items():
@@ -285,8 +283,7 @@ def load_weights(folder: Path, config, dtype, device) -> dict[str, torch.Tensor]
 
 def causal_attend(layer: int, q, k, v):
     """Attention of one sequence alone: row t sees rows 0..t.
-    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's own, not ours: it is the oracle's.
-    """
+    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's own, not ours: it is the oracle's."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -328,8 +325,7 @@ class Llama:
         """tokens, positions [T] int64 → logits [T, V], or [len(rows), V] for the wanted rows.
 
         `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
-        layer, also when T is 0: a rank without rows still holds cache that others read.
-        """
+        layer, also when T is 0: a rank without rows still holds cache that others read."""
         angle = positions[:, None].float() * self.frequency  # [T, D/2]
         cos = angle.cos().to(self.dtype)[:, None]
         sin = angle.sin().to(self.dtype)[:, None]
@@ -370,8 +366,7 @@ class Llama:
     ) -> float:
         """The oracle in one forward: how far, at worst, a served token is below the best one, in
         logits, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: each is
-        a best one, but for ties what recomputation gives. Hotter sampling lets this notice less.
-        """
+        a best one, but for ties what recomputation gives. Hotter sampling lets this notice less."""
         answer = range(num_prompt, len(tokens))  # positions
         logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in answer])
         scores = sampler.scores(logits, [(request_id, p) for p in answer])

@@ -47,6 +47,8 @@ from kernels import (
     partial_attention,
     ranges,
     select,
+    starts,
+    starts_in_groups,
     to_device,
 )
 
@@ -117,9 +119,8 @@ class Moves(NamedTuple):
         order = np.lexsort((self.source, self.target))
         rows = self.rows[order]
         target = self.target[order]
-        before = np.cumsum(rows) - rows  # in all buffers, one after another
         first = np.zeros_like(rows)
-        first[order] = before - before[np.searchsorted(target, target)]
+        first[order] = starts_in_groups(rows, target)
         return first
 
     def rows_between(self, N: int) -> Column:
@@ -161,9 +162,8 @@ class SegmentReads(NamedTuple):
         slot = np.concatenate(slots or [counts[:0]])
         if replicas is not None:
             replicas = select(replicas, replicas.segment < counts[replicas.share])
-            slot[np.searchsorted(share, replicas.share) + replicas.segment] = (
-                replicas.slot
-            )
+            first = np.searchsorted(share, replicas.share)
+            slot[first + replicas.segment] = replicas.slot
         return cls(share, segment, slot)
 
 
@@ -215,9 +215,8 @@ class QueryPlan:
     Runs are in order of the instances that compute them, then of requests, then of positions. What
     an instance computes of a request is a *share*."""
 
-    runs: list = field(
-        metadata={"digest": False}
-    )  # [B] the Run objects; `run_table` says it all
+    # [B] the Run objects, of which `run_table` says it all.
+    runs: list = field(metadata={"digest": False})
     run_table: RunTable
     old: OldKV
     fresh: FreshReads  # of KV that is written in the iteration
@@ -234,10 +233,8 @@ class QueryPlan:
     @cached_property
     def token_ids(self) -> Column:
         """[T] inputs of all rows, run after run."""
-        tokens = (
-            run.request.tokens[run.position : run.position + run.rows]
-            for run in self.runs
-        )
+        slices = (slice(run.position, run.position + run.rows) for run in self.runs)
+        tokens = (run.request.tokens[rows] for run, rows in zip(self.runs, slices))
         return np.fromiter(chain.from_iterable(tokens), np.int64)
 
     @cached_property
@@ -255,6 +252,7 @@ class QueryPlan:
     def _old_spans(self, index: int) -> ReadSpans:
         _, S, C = self.sizes
         reads = self.segment_reads
+        pulled = self.old.pulled
         _, first_run, num_runs = np.unique(
             self.run_table.share, return_index=True, return_counts=True
         )
@@ -262,12 +260,10 @@ class QueryPlan:
         instance = reads.slot // S
         place = np.full(len(reads.slot), HERE)
         row = slab_row(reads.slot, S, C)
-        pulled = (
-            np.searchsorted(reads.share, self.old.pulled.share) + self.old.pulled.segment
-        )
-        instance[pulled] = self.run_table.instance[first_run[self.old.pulled.share]]
-        place[pulled] = PULLED
-        row[pulled] = self.old.pulled.receive_row
+        those = np.searchsorted(reads.share, pulled.share) + pulled.segment
+        instance[those] = self.run_table.instance[first_run[pulled.share]]
+        place[those] = PULLED
+        row[those] = pulled.receive_row
         # Every run of a share reads it.
         here = np.flatnonzero(instance == index)
         share = reads.share[here]
@@ -372,10 +368,8 @@ class KVBuffer:
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
         if last >= num_rows:
-            said = (
-                f"instance {index} is to write slab row {last}, its slab has {num_rows}"
-            )
-            raise LakeError(said)
+            said = f"to write slab row {last}, its slab has {num_rows}"
+            raise LakeError(f"instance {index} is {said}")
         self.rows, self.slab_rows = to_device(
             [
                 ranges(writes.first_row, writes.rows),
@@ -398,8 +392,7 @@ class QueryBuffer:
 
     A row's attention comes in partial results from several *sources*: the four places of KV at this
     instance, then the other holders. Results of a source come in order of its rows, those of all
-    sources one after another, and `parts` lists for each row those that `merge` is to join.
-    """
+    sources one after another, and `parts` lists for each row those that `merge` is to join."""
 
     def __init__(self, plan, index: int, pool):
         N = plan.sizes[0]
@@ -433,7 +426,7 @@ class QueryBuffer:
         instance's own, or those that arrive."""
         chosen, run = np.unique(spans.run, return_inverse=True)
         runs = select(plan.run_table, chosen)
-        first_row = np.cumsum(runs.rows) - runs.rows if arriving else runs.first_row
+        first_row = starts(runs.rows) if arriving else runs.first_row
         work = Work(
             QueryRuns(first_row, runs.rows, runs.position),
             KVSpans(run, spans.first_row, spans.length, spans.position),
@@ -471,9 +464,7 @@ class InFlight:
     """What one call leaves to the next: moves between `put` and `query`, and between layers."""
 
     staged: InstanceMoves | None = None  # of KV that `put` has written: `query` sends it
-    pull: Callable | None = (
-        None  # begun a layer ahead: waits for the old KV that it pulls
-    )
+    pull: Callable | None = None  # begun a layer ahead: waits for the KV to arrive
 
 
 class Pool:
@@ -534,8 +525,7 @@ class Pool:
 
     def move(self, layer: int, moves) -> Callable:
         """Slab rows travel. Returns a function that waits until those that belong into this slab
-        are there, and returns all arrivals as k, v [n, Hkv, D]. All skip it if none sends any.
-        """
+        are there, and returns all arrivals as k, v [n, Hkv, D]. All skip it if none sends any."""
         k = self.k[layer]
         v = self.v[layer]
         if not moves.active:
@@ -555,8 +545,7 @@ class Pool:
 
     def put(self, buffer):
         """Writes the layer's new rows into this slab. Those that live elsewhere wait in staging:
-        `query`, which comes next in every layer on every rank, sends them after the queries.
-        """
+        `query`, which comes next in every layer on every rank, sends them after the queries."""
         self.k[buffer.layer, buffer.slab_rows] = buffer.k[buffer.rows]
         self.v[buffer.layer, buffer.slab_rows] = buffer.v[buffer.rows]
         self.in_flight.staged = buffer.moves
@@ -676,8 +665,7 @@ class Cluster:
 
     def together(self, step, *arguments):
         """`step(*arguments)` on every rank. If any fails, raises SetupError on all, in the words of
-        the lowest; but a rank's own error that is no ValueError (no user's mistake), as it is.
-        """
+        the lowest; but a rank's own error that is no ValueError (no user's mistake), as it is."""
         result = problem = None
         try:
             result = step(*arguments)
@@ -726,8 +714,7 @@ class Cluster:
 
     def confirm(self):
         """Before the first exchange of data: raises LakeError on every rank if the plans differ
-        (collectives whose splits disagree end the process in C++), Stopped if one was asked to.
-        """
+        (collectives whose splits disagree end the process in C++), Stopped if one was asked to."""
         if self._announced is None:
             return
         all_said = [Announcement(*values) for values in self._announced()]
@@ -747,8 +734,7 @@ class Cluster:
 
     def guard(self, collective, *arguments, **options):
         """Calls a collective, or waits for one. If it fails, a rank was lost: LakeError says which
-        is behind, by the store's counters. (NCCL's watchdog ends the process instead.)
-        """
+        is behind, by the store's counters. (NCCL's watchdog ends the process instead.)"""
         try:
             return collective(*arguments, **options)
         except RuntimeError as error:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace, variation
-from kernels import ranges, to_device
+from kernels import ranges, starts, to_device
 from model import (
     Llama,
     LlamaConfig,
@@ -299,9 +299,8 @@ def size_lake(options, config, dtype, device, cluster, memory: int):
         chunk_tokens=options.chunk_tokens or 4 * C,
         max_batch=options.max_batch,
     )
-    row_bytes = (
-        2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    )
+    head_bytes = config.head_dim * dtype.itemsize
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * head_bytes
     staging_bytes = lake.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
     room = memory // sharing
@@ -368,8 +367,7 @@ class EndOfIteration(NamedTuple):
 @dataclass
 class Engine:
     """One rank of the compute engine (Fig. 5): the loop body of every rank of the cluster, also of
-    one that is not in the lake. model, sampler: those of model.py, or what has their methods.
-    """
+    one that is not in the lake. model, sampler: those of model.py, or what has their methods."""
 
     cluster: Cluster
     lake: TokenLake
@@ -423,9 +421,7 @@ class Engine:
     def _compute(self, batches, groups, plan, transfer_plan) -> dict[int, int]:
         """This rank's rows through the model → the tokens that they give, by request id."""
         lake = self.lake
-        mine = (
-            (batch, group) for batch, group in zip(batches, groups) if lake.index in group
-        )
+        mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
         batch, group = next(mine, ([], []))
         q_buf = lake.init_query(batch, group, plan)
         kv_buf = lake.init_transfer(batch, transfer_plan)
@@ -439,11 +435,10 @@ class Engine:
 
         table = plan.run_table
         own = np.flatnonzero(table.instance == lake.index)
-        before = np.cumsum(table.rows) - table.rows
         sampling = [i for i in own.tolist() if plan.runs[i].samples]
         ids, positions, last_rows = to_device(
             [
-                plan.token_ids[ranges(before[own], table.rows[own])],
+                plan.token_ids[ranges(starts(table.rows)[own], table.rows[own])],
                 ranges(table.position[own], table.rows[own]),
                 (table.first_row + table.rows - 1)[sampling],
             ],
@@ -504,8 +499,7 @@ class Engine:
 
 def profiler(folder: Path, after: int):
     """Of this rank, for Perfetto: functions by name, operators, kernels. Of eight iterations (a
-    `step` ends one), after so many others: each takes megabytes, and a second to write.
-    """
+    `step` ends one), after so many others: each takes megabytes, and a second to write."""
     return torch.profiler.profile(
         with_stack=True,
         schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),

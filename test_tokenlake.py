@@ -241,7 +241,8 @@ def tokens(count, seed):
 
 def make_work(*columns, **options):
     """Work from the columns of query runs (3), those of KV spans (4), and what else it takes."""
-    return Work(QueryRuns(*columns[:3]), KVSpans(*columns[3:7]), *columns[7:], **options)
+    tables = [np.array(column, np.int64) for column in columns[:7]]
+    return Work(QueryRuns(*tables[:3]), KVSpans(*tables[3:]), *columns[7:], **options)
 
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────────

@@ -51,32 +51,11 @@ import torch
 from scipy.optimize import linear_sum_assignment, nnls
 
 from balancer import Balancer, PrefixTree, Request, Run
-from kernels import Column, ranges, select
-from pool import (
-    EVEN_SLACK,
-    HERE,
-    LATE,
-    PULL,
-    PUT,
-    REPLICA,
-    SIBLING,
-    Cluster,
-    FreshReads,
-    KVBuffer,
-    LakeConfig,
-    LakeError,
-    Moves,
-    OldKV,
-    Pool,
-    PulledSegments,
-    QueryBuffer,
-    QueryPlan,
-    RunTable,
-    SegmentReads,
-    SlabWrites,
-    TransferPlan,
-    slab_row,
-)
+from kernels import Column, ranges, select, starts, starts_in_groups
+from pool import EVEN_SLACK, HERE, LATE, PULL, PUT, REPLICA, SIBLING
+from pool import Cluster, KVBuffer, LakeConfig, LakeError, Pool, QueryBuffer
+from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
+from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
 # Of an instance, before anything is measured: an A100 in bf16, 1/s and B/s.
 FLOPS = 312e12
@@ -85,9 +64,8 @@ LINK = 300e9
 EXCHANGE_SECONDS = 10e-6  # of an exchange, however little it carries
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
-RUN_FIELDS = (
-    "request.id position rows slot puts decode request.done request.held_row".split()
-)
+RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
+RUN_FIELDS += ["request.done", "request.held_row"]
 
 FORBIDDEN = 1 << 60  # ps, a time that nothing takes
 UNLIMITED = 1 << 60  # rows
@@ -154,8 +132,7 @@ class FreshRows(NamedTuple):
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
-    Every rank makes all lakes, in order; one that is no instance has but the control plane.
-    """
+    Every rank makes all lakes, in order; one that is no instance has but the control plane."""
 
     def __init__(
         self,
@@ -206,8 +183,7 @@ class TokenLake:
     def get_cache_load(self, reqs, tree, flops=FLOPS, bandwidth=BANDWIDTH) -> float:
         """The share of the cluster that reading the cache costs for these requests (§6.1), 0 to 1:
         the larger of its memory and compute shares. flops [1/s] and bandwidth [B/s] of an instance.
-        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers.
-        """
+        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers."""
         if not reqs:
             return 0.0
         shape = self.llama_config
@@ -222,9 +198,8 @@ class TokenLake:
             rows += new
         memory = shape.num_layers * self.kv_bytes * tokens
         compute = shape.num_layers * 4.0 * shape.num_heads * shape.head_dim * pairs
-        linear = (
-            2.0 * shape.num_linear_parameters * rows
-        )  # the ideal time of N instances, · F
+        # What the ideal time of N instances is made of.
+        linear = 2.0 * shape.num_linear_parameters * rows
         memory_share = memory / (memory + linear / flops * bandwidth)
         return max(memory_share, compute / (compute + linear))
 
@@ -236,9 +211,8 @@ class TokenLake:
         at most one each, so that the fewest bytes travel. Raises LakeError if the DoPs ask for more
         instances than there are, or the tree is another lake's."""
         self._check(batches, dops, tree)
-        copies = (
-            self.balancer.replicate() if any(batches) else {}
-        )  # idle ranks move nothing
+        # An idle iteration moves nothing.
+        copies = self.balancer.replicate() if any(batches) else {}
         given = list(chain.from_iterable(batches))
         parts = parts_of_runs(batches, dops)
         # Runs by request and position.
@@ -261,7 +235,9 @@ class TokenLake:
         pairs = self._pair(runs, by_instance)
         runs = select(runs, by_instance)
         instance = shares.instance[runs.share]
-        runs = runs._replace(instance=instance, first_row=sum_before(runs.rows, instance))
+        runs = runs._replace(
+            instance=instance, first_row=starts_in_groups(runs.rows, instance)
+        )
         fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, ships, copies)
         load, reads = self._loads(runs, shares, old.tokens, pulled, fresh)
         self.balancer.observe(load)
@@ -388,8 +364,7 @@ class TokenLake:
 
     def _take_replicas_at_hand(self, shares, old) -> OldReads:
         """A replica where the share is computed is read instead of the chosen one: nothing has to
-        travel. (Matching does not count on it: that saved few bytes and cost much planning.)
-        """
+        travel. (Matching does not count on it: that saved few bytes and cost much planning.)"""
         reads = old.replicated
         at_hand = old.candidates[
             np.arange(len(reads.share)), shares.instance[reads.share]
@@ -443,7 +418,7 @@ class TokenLake:
         _, S, C = self.balancer.sizes
         at_home = slab_row(runs.slot, S, C) + runs.position % C
         staged = runs.rows * runs.puts * (runs.home != runs.instance)
-        in_staging = S * C + sum_before(staged, runs.instance)
+        in_staging = S * C + starts_in_groups(staged, runs.instance)
         return FreshRows(at_home, np.where(staged > 0, in_staging, at_home), staged)
 
     def _choose_siblings(self, runs, shares, pairs, ships):
@@ -501,8 +476,7 @@ class TokenLake:
 
     def _meet(self, runs, pairs, rows, sibling, moves):
         """FreshReads. Computed on one instance, a pair meets there. Else it does at the home of the
-        KV, where this was written or a move has brought it by then; or it came as a sibling's.
-        """
+        KV, where this was written or a move has brought it by then; or it came as a sibling's."""
         reader, writer = pairs
         far = runs.instance[reader] != runs.instance[writer]
         instance = np.where(far, runs.home[writer], runs.instance[reader])
@@ -557,16 +531,12 @@ class TokenLake:
 
     def init_query(self, batch: list[Run], group, query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
-        in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`.
-        """
+        in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
         q_buf = QueryBuffer(query_plan, self.index, self.pool)
-        num_rows = sum(
-            run.rows for run, instance in zip(batch, group) if instance == self.index
-        )
-        if num_rows != q_buf.num_rows:
-            raise LakeError(
-                f"instance {self.index} was handed another batch than is planned"
-            )
+        rows = [run.rows for run, instance in zip(batch, group) if instance == self.index]
+        if sum(rows) != q_buf.num_rows:
+            said = f"instance {self.index} was handed another batch than is planned"
+            raise LakeError(said)
         return q_buf
 
     def query(self, q_buf):
@@ -590,16 +560,9 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
     first = 0
     for batch, dop in zip(batches, dops):
         rows = np.array([run.rows for run in batch], np.int64)
-        before = np.cumsum(rows) - rows
-        parts.append(first + before * dop // max(1, rows.sum()))
+        parts.append(first + starts(rows) * dop // max(1, rows.sum()))
         first += dop
     return parts
-
-
-def sum_before(amount, group) -> Column:
-    """The sum of the amounts that come before each one of its group; groups in order."""
-    before = np.cumsum(amount) - amount
-    return before - before[np.searchsorted(group, group)]
 
 
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────────
@@ -651,19 +614,15 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None) -> list[Cut] |
 
 class TimePredictor:
     """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·KiB sent. Integers,
-    so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it.
-    """
+    so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
 
     def __init__(self, lake):
         shape = lake.llama_config
         self.bytes_per_row = shape.num_layers * lake.kv_bytes
         attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
-        seconds = (
-            lake.weight_bytes / BANDWIDTH,
-            2 * shape.num_linear_parameters / FLOPS,
-            attention / FLOPS,
-            1024 / LINK,
-        )
+        linear = 2 * shape.num_linear_parameters
+        weights = lake.weight_bytes / BANDWIDTH
+        seconds = weights, linear / FLOPS, attention / FLOPS, 1024 / LINK
         self.fitted = [round(x * 1e12) for x in seconds]
         self.coefficients = self.fitted
         self.samples: list[tuple] = []
@@ -681,8 +640,7 @@ class TimePredictor:
 
     def measured(self, features, seconds: float):
         """An iteration with `features` [N, 3]; in lock-step the slowest instance counts. Every 32,
-        a least squares fit of the last 256, but for the first 8, without negative terms.
-        """
+        a least squares fit of the last 256, but for the first 8, without negative terms."""
         slowest = features[np.argmax(self.time(*features.T))].tolist()
         self.count += 1
         if self.count > 8:
@@ -792,9 +750,8 @@ class Scheduler:
 
     def _growth(self, request) -> int:
         """Slots that it still takes for the rest of its prompt, and a segment of its answer."""
-        end = min(
-            len(request.tokens) + self.balancer.segment_tokens, request.max_tokens - 1
-        )
+        longer = len(request.tokens) + self.balancer.segment_tokens
+        end = min(longer, request.max_tokens - 1)
         return self.balancer.num_segments(end) - request.num_slots
 
     def _preempt(self):
@@ -808,20 +765,21 @@ class Scheduler:
 
     def _batches_within_slo(self) -> list[Batch]:
         """The most prompt rows, in 16ths of a chunk, that keep the SLO while decodes wait, and one
-        at least, or prompts would starve. If not even decodes alone keep it, it is dropped.
-        """
+        at least, or prompts would starve. If not even decodes alone keep it, it is dropped."""
         chunk = self.lake.config.chunk_tokens
         batches, time = self._form_batches(chunk)
         decodes_wait = any(request.remaining == 1 for request in self.running)
         if not (self.slo and time > self.slo and decodes_wait):
             return batches
         sizes = [chunk * i // 16 for i in range(17)]
-        too_slow = bisect_left(
-            sizes, 1, key=lambda rows: self._form_batches(rows)[1] > self.slo
-        )
-        if not too_slow:
+
+        def misses(rows):
+            return self._form_batches(rows)[1] > self.slo
+
+        kept = bisect_left(sizes, True, key=misses)
+        if not kept:
             return batches
-        return self._form_batches(max(1, sizes[too_slow - 1]))[0]
+        return self._form_batches(max(1, sizes[kept - 1]))[0]
 
     def _form_batches(self, budget: int) -> tuple[list[Batch], int]:
         """Batches with `budget` prompt rows per instance that has any, and the time of the slowest,
@@ -864,11 +822,7 @@ class Scheduler:
         return prompts
 
     def _cut_by_dynamic_program(self, upto, num_decodes: int) -> list[Cut] | None:
-        """upto [items + 1, 2] rows, and rows × tokens, of the first items, decodes first. A batch
-        is of one kind, decodes have DoP 1, and prompts no more than a chunk per instance.
-        """
-        N = len(self.lake.instances)
-        num_items = len(upto) - 1
+        """A batch is of one kind, decodes have DoP 1, and prompts a chunk per instance at most."""
 
         def time(i, dop):
             rows, pairs = (upto[i] - upto[:i]).T
@@ -878,19 +832,17 @@ class Scheduler:
                 too_wide = rows > dop * self.lake.config.chunk_tokens
                 mixed = np.arange(i) < num_decodes
                 forbidden = too_wide | mixed
-            return np.where(
-                forbidden, FORBIDDEN, self.predictor.split_time(rows, pairs, dop)
-            )
+            times = self.predictor.split_time(rows, pairs, dop)
+            return np.where(forbidden, FORBIDDEN, times)
 
-        cuts = dynamic_program(time, num_items, N, self.slo)
-        return cuts or dynamic_program(time, num_items, N)
+        sizes = len(upto) - 1, len(self.lake.instances)
+        return dynamic_program(time, *sizes, self.slo) or dynamic_program(time, *sizes)
 
     # ── slots for them ──
 
     def _reserve(self, batches: list[Batch], even: bool) -> dict[int, list[Run]]:
         """Runs of the running requests, by request id, in slots of their own. If these run out, the
-        last admitted is preempted: never one whose rows are reserved, those are older.
-        """
+        last admitted is preempted: never one whose rows are reserved, those are older."""
         rows = {request.id: n for batch in batches for request, n in batch.items}
         most = self._most_rows(sum(rows.values())) if even else UNLIMITED
         planned = [0] * len(self.lake.instances)
@@ -927,9 +879,7 @@ class Scheduler:
         """After the iteration: publishes what is full, appends the sampled tokens (by request id)
         and releases the requests that end. Returns those."""
         self._count(query_plan)
-        for run in sorted(
-            query_plan.runs, key=lambda run: (run.request.id, run.position)
-        ):
+        for run in sorted(query_plan.runs, key=attrgetter("request.id", "position")):
             self.balancer.commit(run.request, run.rows)
         ended = []
         for request in self.running:

@@ -385,8 +385,7 @@ class Simulation:
 
     def steady(self, i: int) -> bool:
         """Whether a lake's last plan still holds: the same decodes, in the same segments. It is
-        used again a few times, as if no request had grown, which saves most of the planning.
-        """
+        used again a few times, as if no request had grown, which saves most of the planning."""
         scheduler = self.fleet.schedulers[i]
         self.reuses_left[i] -= 1
         if self.reuses_left[i] < 0 or scheduler.waiting or not self.last_iteration[i]:
