@@ -401,7 +401,7 @@ class Balancer:
         tails [N]: open ones, updated. No instance is to compute more than `most` rows: the rest of
         a segment goes to the least planned one, and is put."""
         C = self.segment_tokens
-        load = list(planned)
+        rows_at = list(planned)
         runs = []
         position = request.done
         stop = position + rows
@@ -409,33 +409,33 @@ class Balancer:
             index = position // C
             count = min(stop, (index + 1) * C) - position
             if index == request.num_slots:
-                home = self._home(request, index, count, load, tails, most)
+                home = self._home(request, index, count, rows_at, tails, most)
                 slot = self._allocate(home)
                 if slot is None:
                     return None
                 request.table[index] = slot
                 request.num_slots += 1
                 tails[slot // self.slots] += index >= len(request.ids)
-            run = self._next_run(request, position, count, load, most)
-            load[run.instance] += run.rows
+            run = self._next_run(request, position, count, rows_at, most)
+            rows_at[run.instance] += run.rows
             runs.append(run)
             position += run.rows
-        planned[:] = load
+        planned[:] = rows_at
         return runs
 
-    def _next_run(self, request, position: int, count: int, load, most: int) -> Run:
+    def _next_run(self, request, position: int, count: int, rows_at, most: int) -> Run:
         """Up to `count` rows of a segment: at its home as many as it has room for, and if it has
         none, all at the least loaded."""
         index = position // self.segment_tokens
         slot = int(request.table[index])
         home = slot // self.slots
-        room = max(most - load[home], 0)
+        room = max(most - rows_at[home], 0)
         rows = min(count, room or count)
-        instance = least_loaded(load, home, most - rows)
+        instance = least_loaded(rows_at, home, most - rows)
         puts = index >= len(request.segments)
         return Run(request, position, rows, instance, slot, puts, request.decoding)
 
-    def _home(self, request, index: int, rows: int, load, tails, most: int) -> int:
+    def _home(self, request, index: int, rows: int, rows_at, tails, most: int) -> int:
         """Where a new segment should live. `hash`: the paper's; `stripe`: a first child after its
         parent, to read long prefixes evenly, others by hash. Open tails spread: decodes follow."""
         N, S, _ = self.sizes
@@ -443,7 +443,7 @@ class Balancer:
         if index >= len(request.ids):  # an open tail
 
             def crowding(i):
-                return load[i] + rows > most, tails[i], (i - after_parent) % N
+                return rows_at[i] + rows > most, tails[i], (i - after_parent) % N
 
             return min(range(N), key=crowding)
         has_siblings = False
@@ -452,7 +452,7 @@ class Balancer:
         home = after_parent
         if self.placement == "hash" or index == 0 or has_siblings:
             home = int.from_bytes(request.ids[index][:8], "little") % N
-        return least_loaded(load, home, most - rows)
+        return least_loaded(rows_at, home, most - rows)
 
     def _allocate(self, home: int, only: bool = False) -> int | None:
         """A slot at home, else (not `only`) where most are free, else an evicted one; or None."""

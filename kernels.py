@@ -208,16 +208,18 @@ class Work:
 
     Row t of a run sees the keys of its spans at positions up to its own. Partial row p belongs to
     the p-th row of the runs in order, so P = sum(rows). A run without spans gives empty partials.
-    group: query heads of a KV head. programs: so many are to be busy; long blocks are cut."""
+    programs: so many are to be busy; long blocks are cut."""
 
     def __init__(
-        self, runs: QueryRuns, spans: KVSpans, group: int, device="cpu", programs=1
+        self, runs: QueryRuns, spans: KVSpans, heads_per_kv: int, device="cpu", programs=1
     ):
         # Lanes of a block are (row, head of the group).
-        wanted = min(int(runs.rows.max(initial=1)) * group, MAX_LANES)
-        self.lanes = max(MIN_LANES, next_power_of_2(wanted), next_power_of_2(group))
+        wanted = min(int(runs.rows.max(initial=1)) * heads_per_kv, MAX_LANES)
+        self.lanes = max(
+            MIN_LANES, next_power_of_2(wanted), next_power_of_2(heads_per_kv)
+        )
         tiles = cut_tiles(spans)
-        blocks = cut_blocks(runs, tiles, self.lanes // group)
+        blocks = cut_blocks(runs, tiles, self.lanes // heads_per_kv)
         pieces, block = cut_pieces(blocks, programs)
         parts = partials_of_rows(blocks, pieces, block)
         self.num_rows = int(pieces.rows.sum())  # P before these are merged

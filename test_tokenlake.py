@@ -480,7 +480,7 @@ def test_error_does_not_grow_with_the_number_of_parts():
     for parts in (2, 64):
         size = 1024 // parts
         pieces = [partial_attention(q, k, v, make_work(
-            [0], [8], [1024], [0], [p * size], [size], [p * size], group=1), 0.2)
+            [0], [8], [1024], [0], [p * size], [size], [p * size], heads_per_kv=1), 0.2)
             for p in range(parts)]
         o, lse = (torch.cat(x) for x in zip(*pieces))
         table = (torch.arange(parts)[None] * 8 + torch.arange(8)[:, None]).int()

@@ -405,11 +405,11 @@ class TokenLake:
 
     def _plan_fresh(self, runs, shares, pairs, ships, copies):
         """Where fresh KV meets its readers, and the transfer plan, in which copies travel too."""
-        rows = self._write_fresh(runs)
+        fresh_rows = self._write_fresh(runs)
         siblings, sibling = self._choose_siblings(runs, shares, pairs, ships)
-        moves = self._move(runs, shares, rows, siblings, copies)
-        fresh = self._meet(runs, pairs, rows, sibling, moves)
-        writes = SlabWrites(runs.instance, runs.first_row, rows.written, runs.rows)
+        moves = self._move(runs, shares, fresh_rows, siblings, copies)
+        fresh = self._meet(runs, pairs, fresh_rows, sibling, moves)
+        writes = SlabWrites(runs.instance, runs.first_row, fresh_rows.written, runs.rows)
         writes = select(writes, runs.puts > 0)
         return fresh, TransferPlan(writes, moves, len(self.instances))
 
@@ -444,37 +444,37 @@ class TokenLake:
         sibling[away] = np.where(comes, np.cumsum(comes) - 1, -1)[option]
         return Siblings(share[comes], written[comes]), sibling
 
-    def _move(self, runs, shares, rows, siblings, copies):
+    def _move(self, runs, shares, fresh_rows, siblings, copies):
         """New KV to siblings and to its home, and copies. Siblings come first: so the n-th of them
         is the n-th move, which says where it lies in the receive buffer."""
         _, S, C = self.balancer.sizes
-        staged = np.flatnonzero(rows.staged)
+        staged = np.flatnonzero(fresh_rows.staged)
         to_sibling = select(runs, siblings.writer)
         to_home = select(runs, staged)
-        fill, read = np.array([*copies.items()], np.int64).reshape(-1, 2).T
+        filled, copied = np.array([*copies.items()], np.int64).reshape(-1, 2).T
         target = shares.instance[siblings.share]
-        source_row = rows.written[siblings.writer]
+        source_row = fresh_rows.written[siblings.writer]
         return Moves.of(
             (PULL, to_sibling.instance, source_row, target, -1, to_sibling.rows),
             (
                 PUT,
                 to_home.instance,
-                rows.written[staged],
+                fresh_rows.written[staged],
                 to_home.home,
-                rows.at_home[staged],
+                fresh_rows.at_home[staged],
                 to_home.rows,
             ),
             (
                 REPLICA,
-                read // S,
-                slab_row(read, S, C),
-                fill // S,
-                slab_row(fill, S, C),
+                copied // S,
+                slab_row(copied, S, C),
+                filled // S,
+                slab_row(filled, S, C),
                 C,
             ),
         )
 
-    def _meet(self, runs, pairs, rows, sibling, moves):
+    def _meet(self, runs, pairs, fresh_rows, sibling, moves):
         """FreshReads. Computed on one instance, a pair meets there. Else it does at the home of the
         KV, where this was written or a move has brought it by then; or it came as a sibling's."""
         reader, writer = pairs
@@ -482,7 +482,7 @@ class TokenLake:
         instance = np.where(far, runs.home[writer], runs.instance[reader])
         late = instance != runs.instance[writer]
         place = np.where(late, LATE, HERE)
-        first_row = np.where(late, rows.at_home[writer], rows.written[writer])
+        first_row = np.where(late, fresh_rows.at_home[writer], fresh_rows.written[writer])
         came = sibling >= 0
         instance[came] = runs.instance[reader[came]]
         place[came] = SIBLING
@@ -568,15 +568,17 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────────
 
 
-class Cut(NamedTuple):
-    """A batch of the dynamic program: the requests first..end−1, and its DoP."""
+class BatchRange(NamedTuple):
+    """A batch of consecutive items, first to end − 1, and its DoP."""
 
     first: int
     end: int
     dop: int
 
 
-def dynamic_program(time, R: int, N: int, slo: int | None = None) -> list[Cut] | None:
+def dynamic_program(
+    time, R: int, N: int, slo: int | None = None
+) -> list[BatchRange] | None:
     """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
 
         f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
@@ -602,14 +604,14 @@ def dynamic_program(time, R: int, N: int, slo: int | None = None) -> list[Cut] |
             best_dop[i, k] = dop
     if best[R, N] == FORBIDDEN:
         return None
-    cuts = []
+    batches = []
     i = R
     k = N
     while i:
-        cuts.insert(0, Cut(int(best_first[i, k]), i, int(best_dop[i, k])))
-        i = cuts[0].first
-        k -= cuts[0].dop
-    return cuts
+        batches.insert(0, BatchRange(int(best_first[i, k]), i, int(best_dop[i, k])))
+        i = batches[0].first
+        k -= batches[0].dop
+    return batches
 
 
 class TimePredictor:
@@ -794,21 +796,22 @@ class Scheduler:
         ridge = self.lake.ridge
         work = [(rows, max(rows, ridge) * (r.done + rows // 2)) for r, rows in items]
         upto = np.cumsum([(0, 0), *work], 0)
-        cuts = self._cut(upto, len(decodes))
+        batches = []
         slowest = 0
-        for first, end, dop in cuts:
+        for first, end, dop in self._divide(upto, len(decodes)):
+            batches.append(Batch(items[first:end], dop))
             rows, pairs = (upto[end] - upto[first]).tolist()
             slowest = max(slowest, self.predictor.split_time(rows, pairs, dop))
-        return [Batch(items[cut.first : cut.end], cut.dop) for cut in cuts], slowest
+        return batches, slowest
 
-    def _cut(self, upto, num_decodes: int) -> list[Cut]:
-        """How the policy cuts items into batches; decodes come first. upto: see `_form_batches`."""
-        whole = [Cut(0, len(upto) - 1, len(self.lake.instances))]
+    def _divide(self, upto, num_decodes: int) -> list[BatchRange]:
+        """The policy's batches; decodes come first among the items. upto: see `_form_batches`."""
+        whole = [BatchRange(0, len(upto) - 1, len(self.lake.instances))]
         if self.policy.kind == "pd":
-            decodes = Cut(0, num_decodes, self.policy.decodes)
-            return [decodes, Cut(num_decodes, len(upto) - 1, self.policy.prefills)]
+            decodes = BatchRange(0, num_decodes, self.policy.decodes)
+            return [decodes, BatchRange(num_decodes, len(upto) - 1, self.policy.prefills)]
         if self.policy.kind == "dp" and len(self.lake.instances) > 1:
-            return self._cut_by_dynamic_program(upto, num_decodes) or whole
+            return self._divide_by_dynamic_program(upto, num_decodes) or whole
         return whole
 
     def _choose_prompt_rows(self, budget: int) -> list[tuple[Request, int]]:
@@ -821,7 +824,9 @@ class Scheduler:
                 budget -= rows
         return prompts
 
-    def _cut_by_dynamic_program(self, upto, num_decodes: int) -> list[Cut] | None:
+    def _divide_by_dynamic_program(
+        self, upto, num_decodes: int
+    ) -> list[BatchRange] | None:
         """A batch is of one kind, decodes have DoP 1, and prompts a chunk per instance at most."""
 
         def time(i, dop):
@@ -861,9 +866,9 @@ class Scheduler:
     def _most_rows(self, total: int) -> int:
         """Of an instance in the even split: an even share and a little. Small shares keep whole
         segments together, as few rows take as long as a few more."""
-        share = -(-total // len(self.lake.instances))
-        with_a_segment = min(share + self.lake.config.segment_tokens, FEW_ROWS)
-        return max(share + share // EVEN_SLACK, with_a_segment)
+        even = -(-total // len(self.lake.instances))
+        with_a_segment = min(even + self.lake.config.segment_tokens, FEW_ROWS)
+        return max(even + even // EVEN_SLACK, with_a_segment)
 
     def _split_by_instance(self, reserved: dict[int, list[Run]]):
         """The even split: a batch for each instance, of the rows whose KV will live there."""

@@ -159,7 +159,7 @@ def attention_work(case: AttentionCase, slots: np.ndarray) -> Work:
     return Work(
         runs,
         spans,
-        group=shape.heads // shape.kv_heads,
+        heads_per_kv=shape.heads // shape.kv_heads,
         device=DEVICE,
         programs=-(-4 * processors // shape.kv_heads),
     )
