@@ -99,48 +99,34 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = KV_BYTES) -> 
     )
 
 
-def parse_options(arguments: list[str] | None):
-    """The parser, for its errors, and the options."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "balancer.py", description="Replay a trace, planning only."
     )
     parser.print_usage = lambda *_: None  # an error is one line
     add = parser.add_argument
-    add(
-        "--trace",
-        required=True,
-        metavar="FILE",
-        help="timestamp, input_length, hash_ids per line",
-    )
+    trace = "timestamp, input_length, hash_ids per line"
+    add("--trace", required=True, metavar="FILE", help=trace)
     add("--instances", type=int, default=8, metavar="N", help="default 8")
     add(
-        "--placement",
-        choices=("stripe", "hash"),
-        default="stripe",
-        help="default stripe",
+        "--placement", choices=("stripe", "hash"), default="stripe", help="default stripe"
     )
-    add(
-        "--replicate-factor",
-        type=float,
-        default=3.0,
-        metavar="c",
-        help="0: none; default 3",
-    )
+    factor = "0: none; default 3"
+    add("--replicate-factor", type=float, default=3.0, metavar="c", help=factor)
     add("--segment-tokens", type=int, default=512, metavar="C", help="default 512")
-    add(
-        "--capacity-tokens",
-        type=int,
-        metavar="T",
-        help="of the whole pool; default: all fits",
-    )
+    capacity = "of the whole pool; default: all fits"
+    add("--capacity-tokens", type=int, metavar="T", help=capacity)
     add("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def check_numbers(options):
+    """Raises ValueError naming the option."""
     for name, value in vars(options).items():
         lowest = 0 if name == "replicate_factor" else 1
         if type(value) in (int, float) and not lowest <= value < 2**40:
             said = f"a number from {lowest} is expected"
-            parser.error(f"--{name.replace('_', '-')} {value}: {said}")
-    return parser, options
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {said}")
 
 
 def read_lines(file_name: str) -> list[tuple]:
@@ -155,10 +141,12 @@ def read_lines(file_name: str) -> list[tuple]:
 
 
 def main(arguments: list[str] | None = None):
-    parser, options = parse_options(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     N = options.instances
     C = options.segment_tokens
     try:
+        check_numbers(options)
         lines = read_lines(options.trace)
         room = options.capacity_tokens
         if room is None:
