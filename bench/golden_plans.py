@@ -37,6 +37,7 @@ from pool import (  # noqa: E402
     REPLICA,
     SIBLING,
     LakeConfig,
+    Moves,
 )
 from tokenlake import Scheduler, TokenLake  # noqa: E402
 
@@ -100,109 +101,94 @@ def identities(request: Request) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def reads(plan, instance: int) -> list[tuple]:
-    """(run, place, row, length, position) of all that is read at an instance."""
-    return list(zip(*(column.tolist() for column in plan.spans_read_at(instance))))
+def rows_of(table) -> list[tuple]:
+    """A table's rows as tuples of numbers."""
+    return list(zip(*(column.tolist() for column in table)))
 
 
-def moves_of(moves) -> list[tuple]:
-    """(source, first row there, target, first row there or −1, rows) of each move, in order."""
-    return list(zip(*(column.tolist() for column in moves)))
-
-
-def tables(plan, transfer) -> dict:
+def planned(plan, transfer) -> dict:
     """What is hashed of the plans, whatever they are made of."""
     runs = plan.run_table
-    columns = (
-        runs.request_id,
-        runs.position,
-        runs.rows,
-        runs.instance,
-        runs.home,
-        runs.first_row,
-    )
+    first_columns = runs.request_id, runs.position, runs.rows
     return dict(
-        runs=list(zip(*(column.tolist() for column in columns))),
+        runs=rows_of((*first_columns, runs.instance, runs.home, runs.first_row)),
         ships=plan.ships.astype(int).tolist(),
-        moves=moves_of(transfer.moves),
-        pulls=moves_of(plan.old.pulls),
-        writes=list(zip(*(column.tolist() for column in transfer.writes))),
+        moves=rows_of(transfer.moves),
+        pulls=rows_of(plan.old.pulls),
+        writes=rows_of(transfer.writes),
         reads=plan.reads.tolist(),
         load=plan.load.tolist(),
     )
 
 
 class Slabs:
-    """What lies in the rows of all slabs, and the receive buffers of an iteration."""
+    """What lies in the rows of all slabs: [N, rows] identities."""
 
     def __init__(self, lake: TokenLake):
         config = lake.config
         N = len(lake.instances)
-        rows = config.slots * config.segment_tokens + config.staging(N)
-        self.rows = np.full((N, rows), EMPTY, np.int64)
-        self.num_instances = N
+        num_rows = config.slots * config.segment_tokens + config.staging(N)
+        self.rows = np.full((N, num_rows), EMPTY, np.int64)
 
-    def receive(self, moves) -> list[np.ndarray]:
-        """What each instance receives: by source, a source's in the order of the moves."""
-        parts = [[] for _ in range(self.num_instances)]
-        for _, source, leave, target, _, length in sorted(
-            moves_of(moves), key=lambda m: m[1]
-        ):
-            parts[target].append(self.rows[source, leave : leave + length])
-        return [np.concatenate([np.zeros(0, np.int64), *part]) for part in parts]
+    def taken(self, moves: Moves) -> list[np.ndarray]:
+        """What each move takes with it."""
+        return [
+            self.rows[source, row : row + length].copy()
+            for source, row, length in rows_of(
+                (moves.source, moves.source_row, moves.rows)
+            )
+        ]
+
+    def received(self, moves: Moves) -> list[np.ndarray]:
+        """The receive buffer of each instance: by source, one's in the order of the moves."""
+        buffers = [np.zeros(0, np.int64) for _ in self.rows]
+        values = self.taken(moves)
+        for i in np.argsort(moves.source, kind="stable").tolist():
+            target = moves.target[i]
+            buffers[target] = np.concatenate((buffers[target], values[i]))
+        return buffers
 
     def write(self, plan, transfer, tokens: dict):
         """New KV, where it is computed: `put`."""
-        computed = [[] for _ in range(self.num_instances)]
+        computed = [np.zeros(0, np.int64) for _ in self.rows]
         for run, instance in zip(plan.runs, plan.run_table.instance.tolist()):
-            computed[instance].append(
-                tokens[run.request.id][run.position : run.position + run.rows]
-            )
-        computed = [np.concatenate([np.zeros(0, np.int64), *part]) for part in computed]
-        for instance, first, row, length in tables(plan, transfer)["writes"]:
-            self.rows[instance, row : row + length] = computed[instance][
-                first : first + length
-            ]
+            new = tokens[run.request.id][run.position : run.position + run.rows]
+            computed[instance] = np.concatenate((computed[instance], new))
+        for instance, first, row, length in rows_of(transfer.writes):
+            new = computed[instance][first : first + length]
+            self.rows[instance, row : row + length] = new
 
-    def land(self, moves):
+    def land(self, moves: Moves):
         """What moves brought lies in the slabs."""
-        landed = [
-            (target, arrive, self.rows[source, leave : leave + length].copy())
-            for _, source, leave, target, arrive, length in moves_of(moves)
-            if arrive >= 0
-        ]
-        for target, row, values in landed:
-            self.rows[target, row : row + len(values)] = values
+        places = zip(moves.target.tolist(), moves.target_row.tolist())
+        for (target, row), values in zip(places, self.taken(moves)):
+            if row >= 0:
+                self.rows[target, row : row + len(values)] = values
 
     def iterate(self, plan, transfer, tokens: dict):
         """An iteration: writes, moves, and the check of every read."""
         self.write(plan, transfer, tokens)
-        buffers = {
-            PULLED: self.receive(plan.old.pulls),
-            SIBLING: self.receive(transfer.moves),
-        }
-        found = [Counter() for _ in plan.runs]
-        for late in (False, True):
-            if late:
-                self.land(transfer.moves)
-            for instance in range(self.num_instances):
-                for run, place, row, length, position in reads(plan, instance):
-                    if (place == HERE) == late:
-                        continue
-                    held = self.rows if place in (HERE, LATE) else buffers[place]
-                    values = held[instance][row : row + length].tolist()
-                    assert len(values) == length, "a read beyond the end"
-                    found[run].update(enumerate(values, position))
-                    own = plan.run_table.instance[run] == instance
-                    assert (
-                        own or plan.ships[run, instance]
-                    ), "a row is wanted that does not come"
-        for run, seen in zip(plan.runs, found):
+        before = self.rows.copy()
+        pulled = self.received(plan.old.pulls)
+        siblings = self.received(transfer.moves)
+        self.land(transfer.moves)
+        kv_of_place = {HERE: before, LATE: self.rows, PULLED: pulled, SIBLING: siblings}
+        seen = [Counter() for _ in plan.runs]
+        for instance in range(len(self.rows)):
+            for run, place, row, length, position in rows_of(
+                plan.spans_read_at(instance)
+            ):
+                values = kv_of_place[place][instance][row : row + length].tolist()
+                assert len(values) == length, "a read beyond the end"
+                own = plan.run_table.instance[run] == instance
+                assert (
+                    own or plan.ships[run, instance]
+                ), "a row that does not come is wanted"
+                seen[run].update(enumerate(values, position))
+        for run, reads in zip(plan.runs, seen):
             last = run.position + run.rows
-            expected = enumerate(tokens[run.request.id][:last].tolist())
-            assert {at: n for at, n in seen.items() if at[0] < last} == dict.fromkeys(
-                expected, 1
-            )
+            expected = dict.fromkeys(enumerate(tokens[run.request.id][:last].tolist()), 1)
+            assert {key: n for key, n in reads.items() if key[0] < last} == expected
 
 
 class Scene:
@@ -248,17 +234,18 @@ def run_scene(seed: int) -> tuple[str, Counter]:
         tokens = {run.request.id: identities(run.request) for run in plan.runs}
         slabs.iterate(plan, transfer, tokens)
         state = balancer.load.tolist(), balancer.free, list(balancer.tree.segments)
-        planned = tables(plan, transfer)
-        read = [reads(plan, instance) for instance in range(balancer.num_instances)]
-        digest.update(repr((groups, dops, planned, read, state)).encode())
+        tables = planned(plan, transfer)
+        instances = range(balancer.num_instances)
+        reads = [rows_of(plan.spans_read_at(instance)) for instance in instances]
+        digest.update(repr((groups, dops, tables, reads, state)).encode())
         digest.update(slabs.rows.tobytes())
-        kinds = Counter(kind for kind, *_ in planned["moves"])
+        kinds = Counter(kind for kind, *_ in tables["moves"])
         counts.update(
             plans=bool(plan.runs),
             siblings=kinds[PULL],
             puts=kinds[PUT],
             replicas=kinds[REPLICA],
-            pulls=len(planned["pulls"]),
+            pulls=len(tables["pulls"]),
             ships=int(plan.ships.sum()),
             cached_prompts=sum(not run.puts for run in plan.runs),
         )
