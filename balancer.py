@@ -1,26 +1,32 @@
 """Control plane: who holds what? (§4.) Plain Python and NumPy, no torch.
 
-A request's tokens are cut into *segments* of C. A full one has an id, the chained hash of all up to
-its end, and is published in the *prefix tree*; a request that reads it *pins* it. What is not full
-is a request's own, while it decodes its *open tail*. With `done` tokens in the pool, `rows` next:
+A request's tokens are cut into *segments* of C. A full one has an id, the chained hash of all
+tokens up to its end, and is published in the *prefix tree*; a request that reads it *pins* it. A
+segment that is not full belongs to its request alone; when the request decodes, it is its *open
+tail*.
+
+`Request.table` says in which slot each segment lies. With `done` tokens in the pool and `rows`
+next:
 
     tokens   0 ······ len(segments)·C ······ done ······ done+rows ······ len(tokens)
              │ published, pinned │  its own,   │  written in  │ not computed │
              │ read only         │  earlier    │  this        │ yet          │
              │ (maybe by others) │  iterations │  iteration   │              │
-                                                                     table[index] = global slot
 
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
 is read. `python balancer.py --trace FILE` shows what each is worth.
 
-Every rank runs this and has to decide the same, so nobody asks anybody: there are no sets and no
-`hash()`, whose order differs between processes, and whatever decides is an integer, as floats that
-two machines measure or sum differ in the last bit. (Heat is a float, but of exact halves.)
+Every rank runs this and has to decide the same, so nobody asks anybody. There are no sets and no
+`hash()`, whose order differs between processes; random draws come from one seeded generator; and
+what decides is an integer, as floats that two machines measure, or sum in another order, differ in
+the last bit. (Heat is a float, but a sum of ones and exact halves; a quotient of two numbers is the
+same everywhere.)
 
-A segment becomes visible when it is *committed*, after the iteration that wrote all its layers. It
-is evicted only when nobody pins it, leaves first: see `PrefixTree.lru`.
+Rows are *committed* after the iteration that wrote all their layers. Then the segments that they
+fill are published: from the next iteration on others can hit them. A segment is evicted only when
+nobody pins it, leaves first: see `PrefixTree`.
 
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
@@ -41,19 +47,22 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-# These bound copying; none has to be exact. Measured by the replay of Mooncake's conversation trace
-# over 8 instances, homes by hash: CV, and how many segments are copied.
-#
-# Copying begins where an instance's load is over 11/10 of the mean. From 1 to 3/2 the CV is 0.15
-# each time, but 134 copies become 7: a small excess passes by itself.
+# When to copy. None of these has to be exact: they were varied in replays on 8 instances, homes by
+# hash, of Mooncake's conversation trace, unless another is named; CV and copies were looked at.
+
+# An instance is overloaded from 11/10 of the mean load on. With 1/1, 11/10, 3/2 and 2/1 the CV of
+# bench/workloads.py's toolagent, three hot prefixes, is 0.04, 0.04, 0.12 and 0.35: higher is
+# uneven. The conversation trace, with one hot block, makes 134, 49, 7 copies for the same CV: lower
+# is waste.
 OVERLOAD = (11, 10)
-# Loads fade by an eighth in each iteration, half of them in five. A quarter: 0.14, twice the copies;
-# a 64th: 0.16, a third of them.
+# Loads lose an eighth in each iteration, so half in five. If they lose a quarter, the CV is 0.14
+# with twice as many copies; with a 64th it is 0.16 with a third of them.
 LOAD_FADE = 8
-# Heat is halved after 16 admissions per instance. After 4: as even, nine times the copies; later
-# nothing changes, but what was hot stays so for longer.
+# Heat is halved after 16 admissions for each instance. After 4, copies are nine times as many and
+# the CV is the same; later than 16, neither changes, but a prefix stays hot for longer.
 HALF_LIFE = 16
-# Replicas take 1/16 of all slots at most. On that trace they never want so many.
+# Replicas take a sixteenth of all slots at most. On that trace there are never so many: it keeps a
+# pool of few slots from filling up with copies.
 REPLICA_SLOTS = 16
 
 
@@ -69,7 +78,7 @@ class Segment:
     children: dict[bytes, "Segment"] = field(default_factory=dict)
     pins: int = 0  # running requests that read it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
-    depth: int = 0  # of a path that ends here: segments
+    depth: int = 0  # segments on the path from the root to here
     # Requests that hit it, recent ones weigh more; never less than a child's.
     heat: float = 0.0
 
@@ -82,23 +91,26 @@ class Segment:
 class PrefixTree:
     """All published segments (§4.1), the global LRU of what may leave, and what is read most.
 
-    A parent never leaves before its child: whoever reads a child reads its parents too, and
-    touches the leaf first (`Balancer.commit`, `Balancer.release`). So a child is always older in
-    the LRU than its parent, and the oldest of all is a leaf."""
+    A parent never leaves before its child. Whoever pins a child pins its parents, too, and
+    `Balancer.release` unpins the leaf first. So in the LRU a child is always older than its parent,
+    and the oldest of all is a leaf."""
 
     def __init__(self, half_life: int = 128):
-        self.root = Segment(b"", None, {})  # of no tokens; its heat is that of all hits
+        self.root = Segment(
+            b"", None, {}
+        )  # of no tokens; its heat is the sum of all hits
         self.segments: dict[bytes, Segment] = {}
         self.lru: OrderedDict[bytes, Segment] = OrderedDict()  # not pinned, oldest first
-        # Replicas but the first of each segment, by slot, oldest first.
+        # Replicas but the first of each segment, by slot, by their last access or making.
         self.extras: OrderedDict[int, Segment] = OrderedDict()
-        self.extras_left = False  # some did since this was last looked at
+        self.extras_evicted = False  # since this was last looked at
         self.half_life = half_life
         self.clock = 0
         self.admissions = 0
 
     def match(self, ids) -> int:
-        """How many of a request's segments are published: the first ones, as parents stay."""
+        """How many of a request's segments are published. As parents stay, those are the first
+        ones, and can be bisected."""
         return bisect_left(ids, True, key=lambda id: id not in self.segments)
 
     def insert(
@@ -111,7 +123,8 @@ class PrefixTree:
         return segment
 
     def hit(self, segments: list[Segment]):
-        """Counts and pins what an admission reads; after half_life others it counts half."""
+        """Counts and pins what an admission reads. After half_life admissions all heat is
+        halved."""
         self.clock += 1
         self.admissions += 1
         if self.admissions % self.half_life == 0:
@@ -132,7 +145,7 @@ class PrefixTree:
             for child in segment.children.values():
                 if child.heat > above:
                     heapq.heappush(heap, (-child.heat, child.id, child))
-        return found[1:]
+        return found[1:]  # without the root
 
     def pin(self, segment):
         """One reader more."""
@@ -153,8 +166,9 @@ class PrefixTree:
             self.extras.move_to_end(slot)
 
     def evict(self) -> int | None:
-        """Takes the globally least recently used replica out (§4.4): its global slot, None if all
-        are pinned. A pin holds a segment's first replica; the others may leave, and before it."""
+        """Takes a replica of the globally least recently used segment out (§4.4): its global slot;
+        None if all are pinned. A pin holds a segment's first replica. The others leave before it,
+        the last one made first, and may do so while it is pinned."""
         heads = [
             next(iter(candidates.values()), None)
             for candidates in (self.extras, self.lru)
@@ -165,7 +179,7 @@ class PrefixTree:
         _, slot = oldest.replicas.popitem()
         if oldest.replicas:
             del self.extras[slot]
-            self.extras_left = True
+            self.extras_evicted = True
         else:
             del self.lru[oldest.id]
             del self.segments[oldest.id]
@@ -175,7 +189,8 @@ class PrefixTree:
 
 @dataclass(eq=False)
 class Request:
-    """A request and what it holds. KV is written when a token is an input: the last has none."""
+    """A request and what it holds. A token gets its KV when it is fed to the model: the newest one
+    has none yet."""
 
     id: int
     tokens: list[int]  # the prompt, then what has been generated
@@ -183,7 +198,9 @@ class Request:
     salt: str = ""  # requests with different salts share nothing
     num_prompt: int = field(init=False)
     done: int = 0  # tokens whose KV is in the pool
-    peak: int = 0  # the most `done` has been: below it, rows are computed again
+    peak: int = (
+        0  # the most `done` has been: after a preemption, rows below it are computed again
+    )
     ids: list[bytes] = field(default_factory=list)  # of the full segments among `tokens`
     segments: list[Segment] = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
@@ -211,9 +228,11 @@ class Run:
     request: Request
     position: int
     rows: int
-    instance: int  # where the even split wants it
+    preferred: (
+        int  # instance where the balancer would have it computed: the even split does
+    )
     slot: int  # global slot of its segment
-    puts: bool  # False: the segment is published already, the row only wants its logits
+    puts: bool  # False: its KV is published already, only its logits are needed
     decode: bool
 
     @property
@@ -233,7 +252,9 @@ def least_loaded(load: list[int], preferred: int, limit: int) -> int:
 
 class Balancer:
     """The pool's bookkeeping. replicate_factor: c of the ceil(c·N·ln N) heavy hitters that may be
-    copied; over random homes, Monte-Carlo puts the worst max/mean at 1.3 for c = 3, 1.6 for 1."""
+    copied. With so many read evenly by all, N instances are balanced whatever is read most (§4.3);
+    in a Monte Carlo over random homes of the others, the busiest instance has 1.3 times the mean
+    load for c = 3, and 1.6 times for c = 1."""
 
     def __init__(
         self,
@@ -251,7 +272,7 @@ class Balancer:
         self.placement = placement
         self.num_heavy = math.ceil(replicate_factor * N * math.log(N))
         self.tree = PrefixTree(HALF_LIFE * N)
-        # Free slots by instance, the lowest on top.
+        # Free slots by instance, taken from the end: the lowest first.
         self.free = [
             list(range((i + 1) * slots - 1, i * slots - 1, -1)) for i in range(N)
         ]
@@ -272,7 +293,8 @@ class Balancer:
     # ── a request's life: match, admit, reserve and commit by turns, release ──
 
     def extend_ids(self, request):
-        """Ids of the segments that `tokens` has filled since (§4.1: a chained hash)."""
+        """Ids of the segments that `tokens` has filled since the last call (§4.1: a chained
+        hash)."""
         C = self.segment_tokens
         ids = request.ids
         for start in range(len(ids) * C, len(request.tokens) - C + 1, C):
@@ -301,13 +323,13 @@ class Balancer:
     def fits(self, request, matched: int, promised: int) -> bool:
         """Whether slots for the rest of the prompt can be had besides those promised to others."""
         evictable = len(self.tree.lru) + len(self.tree.extras)
-        # What the request itself would pin is not there to be evicted for it.
+        # Matched segments are not there to be evicted: admission pins them.
         evictable -= sum(not self.tree.segments[id].pins for id in request.ids[:matched])
         available = sum(map(len, self.free)) + evictable
         return available - promised >= self.num_segments(len(request.tokens)) - matched
 
     def admit(self, request, matched: int):
-        """Pins what matched. One row at least stays to compute: its logits are wanted."""
+        """Pins what matched. Even if that is all, one row is computed again: to have its logits."""
         request.segments = [self.tree.segments[id] for id in request.ids[:matched]]
         self.tree.hit(request.segments)
         request.table = np.zeros(self.num_segments(request.max_tokens), np.int32)
@@ -325,10 +347,11 @@ class Balancer:
             self.in_progress.setdefault(id, request)
 
     def commit(self, request, rows: int):
-        """The rows are written: publishes full segments, or takes what was published meanwhile."""
+        """The rows are written: publishes the segments that they fill."""
         C = self.segment_tokens
         held = self.held[request.held_row]
-        # A segment is held from its first token on; a published one was counted at admission.
+        # A segment is held from its first token on. Counted are those with tokens before, and, if a
+        # fully cached prompt computes its last row again, all that were hit.
         counted = max(len(request.segments), self.num_segments(request.done))
         for slot in request.table[
             counted : self.num_segments(request.done + rows)
@@ -340,7 +363,7 @@ class Balancer:
             segment = self._publish(request, len(request.segments))
             self.tree.pin(segment)
             request.segments.append(segment)
-            self._settle(request, segment.id)
+            self._stop_awaiting(request, segment.id)
 
     def _publish(self, request, index: int) -> Segment:
         """A segment of a request enters the tree where it is; if its id is there already, ours is
@@ -359,8 +382,8 @@ class Balancer:
         held[segment.slot // self.slots] += 1
         return segment
 
-    def _settle(self, request, id: bytes):
-        """Nobody waits for this request any more to prefill a segment."""
+    def _stop_awaiting(self, request, id: bytes):
+        """Nobody waits any more for this request to prefill a segment."""
         if self.in_progress.get(id) is request:
             del self.in_progress[id]
 
@@ -373,7 +396,7 @@ class Balancer:
         for segment in reversed(request.segments):  # leaf first: see PrefixTree
             self.tree.unpin(segment)
         for id in request.ids[published:]:
-            self._settle(request, id)
+            self._stop_awaiting(request, id)
         self._free_held_rows.append(request.held_row)
         request.segments = []
         request.num_slots = 0
@@ -397,9 +420,9 @@ class Balancer:
         most: int,
     ) -> list[Run] | None:
         """Runs for the next `rows` tokens, in slots where their segments will live; None if all
-        slots are pinned (what was reserved stays). planned [N]: rows so far, updated on success;
-        tails [N]: open ones, updated. No instance is to compute more than `most` rows: the rest of
-        a segment goes to the least planned one, and is put."""
+        slots are pinned (the request keeps what was reserved for it). planned [N]: rows planned so
+        far, updated on success; tails [N]: open tails, updated. An instance that would have more
+        than `most` rows leaves some to the least planned one: these are computed there, and put."""
         C = self.segment_tokens
         rows_at = list(planned)
         runs = []
@@ -417,15 +440,15 @@ class Balancer:
                 request.num_slots += 1
                 tails[slot // self.slots] += index >= len(request.ids)
             run = self._next_run(request, position, count, rows_at, most)
-            rows_at[run.instance] += run.rows
+            rows_at[run.preferred] += run.rows
             runs.append(run)
             position += run.rows
         planned[:] = rows_at
         return runs
 
     def _next_run(self, request, position: int, count: int, rows_at, most: int) -> Run:
-        """Up to `count` rows of a segment: at its home as many as it has room for, and if it has
-        none, all at the least loaded."""
+        """Up to `count` rows of a segment: as many as its home has room for; if it has none, all,
+        at the instance with the fewest."""
         index = position // self.segment_tokens
         slot = int(request.table[index])
         home = slot // self.slots
@@ -436,8 +459,9 @@ class Balancer:
         return Run(request, position, rows, instance, slot, puts, request.decoding)
 
     def _home(self, request, index: int, rows: int, rows_at, tails, most: int) -> int:
-        """Where a new segment should live. `hash`: the paper's; `stripe`: a first child after its
-        parent, to read long prefixes evenly, others by hash. Open tails spread: decodes follow."""
+        """Where a new segment should live. `hash`: where its id says, as in the paper; `stripe`: a
+        first child one instance after its parent, so that a long prefix is read evenly from all,
+        others by hash. Open tails go where they are fewest: their decodes are computed there."""
         N, S, _ = self.sizes
         after_parent = (int(request.table[index - 1]) // S + 1) % N if index else 0
         if index >= len(request.ids):  # an open tail
@@ -446,18 +470,21 @@ class Balancer:
                 return rows_at[i] + rows > most, tails[i], (i - after_parent) % N
 
             return min(range(N), key=crowding)
-        has_siblings = False
-        if index == len(request.segments) > 0:  # else its parent is as new as it is
-            has_siblings = bool(request.segments[-1].children)
+        is_first_child = True
+        if (
+            0 < index == len(request.segments)
+        ):  # a parent that is not published has no children
+            is_first_child = not request.segments[-1].children
         home = after_parent
-        if self.placement == "hash" or index == 0 or has_siblings:
+        if self.placement == "hash" or index == 0 or not is_first_child:
             home = int.from_bytes(request.ids[index][:8], "little") % N
         return least_loaded(rows_at, home, most - rows)
 
-    def _allocate(self, home: int, only: bool = False) -> int | None:
-        """A slot at home, else (not `only`) where most are free, else an evicted one; or None."""
+    def _allocate(self, home: int, try_others: bool = True) -> int | None:
+        """A free slot at home, or else where most are free (if others are to be tried); or else one
+        that is evicted, wherever it is; None if all are pinned."""
         free = self.free[home]
-        if not free and not only:
+        if not free and try_others:
             free = max(self.free, key=len)
         if free:
             return free.pop()
@@ -468,19 +495,20 @@ class Balancer:
     # ── replication (§4.3): heavy hitters of overloaded instances are copied ──
 
     def replicate(self) -> dict[int, int]:
-        """Copies for this iteration, read from the next on: global slot to fill → to read. N at
-        most, and REPLICA_SLOTS bounds them all. What every request hits ends up everywhere."""
+        """Copies for this iteration, which can be read from the next one on: global slot that is
+        filled → global slot that is copied. N at most. As its heat stays above what the last
+        replica is worth, a segment that every request hits ends up everywhere."""
         N, S, _ = self.sizes
         were_copying = self.copying
         self.copying = {}
         unfit = []  # slots that eviction gave where the segment is already
         for segment, target in self._wanted_copies():
-            full = len(self.tree.extras) >= N * S // REPLICA_SLOTS
-            if full or N in (len(self.copying), len(unfit)):
+            spent = len(self.tree.extras) >= N * S // REPLICA_SLOTS
+            if spent or len(self.copying) == N or len(unfit) == N:
                 break
             # Before eviction, which may take one of them.
             holders = tuple(segment.replicas)
-            slot = self._allocate(target, only=True)
+            slot = self._allocate(target, try_others=False)
             if slot is None:
                 break
             if slot // S in holders:
@@ -489,7 +517,7 @@ class Balancer:
                 self._add_replica(segment, slot)
         for slot in unfit:
             self.free[slot // S].append(slot)
-        # A slot allocated later may have been evicted from a copy that was planned before.
+        # A later slot may have been evicted from an earlier copy: that one is not made.
         self.copying = {
             slot: segment
             for slot, segment in self.copying.items()
@@ -501,25 +529,25 @@ class Balancer:
         return {slot: segment.slot for slot, segment in self.copying.items()}
 
     def _wanted_copies(self):
-        """Segments that are worth a replica, the most read first, and an instance for it: those
-        with free slots first, then the least loaded.
+        """Segments that want a replica, the most read first, and an instance for it: those with
+        free slots first, then the least loaded. The caller adds replicas in between.
 
-        A replica of a segment pays while those it has are each worth more than `worth`: an even
-        share of all hits, root.heat / N, divided by num_heavy. What is left uncopied then weighs,
-        even if all num_heavy of them met at one instance, no more than the share that it should
-        have. So a steady load stops copying."""
+        A segment wants one while each of those that it has takes more than `enough` hits, where
+        num_heavy · enough = root.heat / N, an even share of all hits. So if all num_heavy segments
+        met at one instance with what each replica takes, they would not weigh more than that share.
+        Under a steady load copying stops."""
         N = self.num_instances
         limit, whole = OVERLOAD
         overloaded = self.load * (whole * N) > self.load.sum() * limit
         if not overloaded.any() or not self.num_heavy:
             return
-        worth = self.tree.root.heat / (self.num_heavy * N)
+        enough = self.tree.root.heat / (self.num_heavy * N)
         targets = sorted(range(N), key=lambda i: (not self.free[i], self.load[i]))
-        for segment in self.tree.heaviest(self.num_heavy, worth):
+        for segment in self.tree.heaviest(self.num_heavy, enough):
             for target in targets:
                 helps = any(overloaded[i] for i in segment.replicas)
-                pays = segment.heat > worth * len(segment.replicas)
-                if helps and pays and target not in segment.replicas:
+                wants = segment.heat > enough * len(segment.replicas)
+                if helps and wants and target not in segment.replicas:
                     yield segment, target
 
     def _add_replica(self, segment, slot: int):
@@ -532,14 +560,14 @@ class Balancer:
         """Tables of the segments with replicas that can be read now, for `replicas_of`."""
         N, S, _ = self.sizes
         segments = list(dict.fromkeys(self.tree.extras.values()))
-        self.tree.extras_left = False
+        self.tree.extras_evicted = False
         self.deepest_replicated = max((segment.depth for segment in segments), default=0)
-        # [N·S] of the slot of a first replica: its row in the other table, −1: it is the only one.
+        # [N·S] global slot of a first replica → entry in the other table, −1 without others.
         self._replica_row = np.full(N * S, -1, np.int32)
         self._replica_row[[segment.slot for segment in segments]] = np.arange(
             len(segments)
         )
-        # [segments with replicas, N] global slot, −1 where there is none.
+        # [segments with others, N] global slot of each of its replicas, −1 where there is none.
         self._replica_slots = np.full((len(segments), N), -1, np.int64)
         for row, segment in enumerate(segments):
             for instance, slot in segment.replicas.items():
@@ -549,24 +577,24 @@ class Balancer:
     # ── choice (§4.4): which replica is read ──
 
     def replicas_of(self, slots) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the first replicas' slots have others: [h] indices, and all of their slots:
-        [h, N], −1 where there is none."""
-        if self.tree.extras_left:
+        """slots [n] of first replicas: which of them have others, [h] indices, and the slots of all
+        their replicas, [h, N], −1 where there is none."""
+        if self.tree.extras_evicted:
             self._index_replicas()
         replicated = np.flatnonzero(self._replica_row[slots] >= 0)
         return replicated, self._replica_slots[self._replica_row[slots[replicated]]]
 
     def choose_replicas(self, candidates, cost, load: np.ndarray):
-        """Power of two choices: for each read [h] of a segment in slots `candidates` [h, N], the
-        less loaded of two random replicas → [h] global slot. Adds costs [h] to load [N], after N
-        reads each."""
+        """Power of two choices: for each of h reads of a segment, whose replicas are in the slots
+        `candidates` [h, N], the less loaded of two random ones → [h] global slot. Adds the costs
+        [h] to load [N]: for speed, N reads choose by the same load, then it is updated."""
         N = len(load)
         number = (candidates >= 0).cumsum(1)  # of replicas up to an instance
         count = number[:, -1]
         first = self._rng.integers(count)
         other = self._rng.integers(np.maximum(count - 1, 1))
         second = (first + 1 + other) % count
-        # The instance of the n-th replica is the first that has n + 1 up to it.
+        # The n-th replica (from 0) is at the first instance up to which n + 1 are counted.
         pair = np.stack([(number > n[:, None]).argmax(1) for n in (first, second)])
         chosen = np.zeros(len(candidates), np.int64)
         for start in range(0, len(candidates), N):
@@ -578,7 +606,8 @@ class Balancer:
         return candidates[np.arange(len(candidates)), chosen]
 
     def observe(self, cost):
-        """Adds the work [N] of a planned iteration to the loads, which fade."""
+        """Adds the work [N] of a planned iteration to the loads, which fade: rounded so that an
+        idle one comes to 0."""
         self.load += cost - (self.load + LOAD_FADE - 1) // LOAD_FADE
 
 
@@ -594,7 +623,8 @@ TRACE_BLOCK = 512  # tokens per hash id
 
 
 class Field(NamedTuple):
-    """What a field of a trace line must be, in code and in words, and what it is if absent."""
+    """What a field of a trace line must be, as a function and in words, and what it is if
+    absent."""
 
     allows: Callable
     expected: str
@@ -652,7 +682,8 @@ class TraceLine:
         return self.input_length + self.output_length
 
     def arrive(self, vocab_size: int, block: int, seed: int) -> Request:
-        """Its request. A hash id's block of tokens comes from a generator seeded by (seed, id)."""
+        """Makes its request. A hash id's block of tokens comes from a generator seeded by
+        (seed, id)."""
         if self.input_ids is not None:
             earlier = self.previous.request.tokens if self.previous else []
             prompt = earlier + self.input_ids
@@ -718,7 +749,7 @@ def _read_fields(text, where: str) -> dict:
 
 
 def _make_line(index: int, where: str, fields: dict, previous, scale: int) -> TraceLine:
-    """A line from its fields, which have to fit each other and the scale."""
+    """A line from its fields. hash_ids has to fit input_length; input_ids cannot be scaled."""
     input_ids = fields.get("input_ids")
     hash_ids = fields.get("hash_ids")
     if input_ids is None:
@@ -745,6 +776,7 @@ def _make_line(index: int, where: str, fields: dict, previous, scale: int) -> Tr
     )
 
 
-if __name__ == "__main__":  # what placement, replication and choice are worth on a trace
+# What placement, replication and choice are worth on a trace: options and counting are there.
+if __name__ == "__main__":
     replay = os.path.dirname(os.path.abspath(__file__)) + "/bench/replay.py"
     os.execv(sys.executable, [sys.executable, replay, *sys.argv[1:]])

@@ -10,18 +10,19 @@ and for any partition of S into parts (each wherever it likes)
 
 so a row's attention over a cache in pieces is a weighted mean of what the pieces return: the one
 fact the pool rests on. `partial_attention` gives (o, lse) of rows over spans of a slab, `merge`
-joins parts. Both subtract the running maximum before exp (the textbook form overflows); an empty
-part is o = 0, lse = −inf: written always, and never a NaN.
+joins parts. Both subtract the running maximum before exp (the textbook form overflows). An empty
+part is written, too: as o = 0 and lse = −inf, never as NaN.
 
 What is to be done is said by two tables, and cut for the hardware into three more:
 
     QueryRuns ──▶ blocks: as many rows of one run as a program takes ─┐
                                                                       ├─▶ pieces: a block over some
-    KVSpans ────▶ tiles: at most 64 rows of one span ─────────────────┘   of its tiles, a program each
+    KVSpans ────▶ tiles: at most 64 rows of one span ─────────────────┘   of its tiles
 
-A block has one piece, but for long ones where programs are few: their pieces are merged.
+A program takes a piece and a KV head. A block is one piece; but if blocks are too few to keep a GPU
+busy, long ones are cut into several, whose results are merged.
 
-Two implementations: Triton, and PyTorch for CPUs and float64. Left out: TMA.
+Two implementations: Triton, and PyTorch for CPUs and float64. Left out: Hopper's copy engine (TMA).
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
 """
 
@@ -40,23 +41,26 @@ except ImportError:  # no wheel for this platform: PyTorch serves
     triton = None
 
 TILE = 64  # KV rows of a tile, at most
-# Tiles of a piece, where its block has more: fewer do not pay for the merge.
-MIN_PIECE_TILES = 4
-MIN_LANES = 16  # of a block: the least that a dot takes
+MIN_PIECE_TILES = 4  # of a block that is cut: fewer do not pay for the merge
+# A program has a lane for each (row, head of a KV head). A dot takes 16 at least; 128 take up to
+# 202 of 255 registers.
+MIN_LANES = 16
 MAX_LANES = 128
+MAX_BATCH = 64  # pieces that PyTorch pads to one shape: it bounds what is copied
 AFTER_ALL = np.iinfo(np.int64).max  # a position that no query row sees: that of padding
 
 
 # ── tables of integers ───────────────────────────────────────────────────────────────────────────
 #
-# A table is a NamedTuple of columns: arrays of one length, whose rows are things of one kind.
+# A table is a NamedTuple of columns: arrays of one length, with an entry for each thing of one
+# kind.
 
 Column = np.ndarray
 
 
-def select(table, rows):
-    """The chosen rows (indices or a mask) of every column."""
-    return type(table)(*(None if column is None else column[rows] for column in table))
+def select(table, chosen):
+    """The chosen entries (indices or a mask) of every column."""
+    return type(table)(*(None if column is None else column[chosen] for column in table))
 
 
 def ranges(first, counts):
@@ -73,14 +77,14 @@ def starts(lengths):
 
 
 def starts_in_groups(lengths, group):
-    """The same, but each group begins at 0; group [n] ascends."""
+    """The same, but in each group from 0 on. group [n], of each stretch, ascends."""
     first = starts(lengths)
     return first - first[np.searchsorted(group, group)]
 
 
 def split_lengths(lengths, size: int):
-    """Cuts each length into sections of `size`, the last one maybe shorter: [n] → of each section
-    which length it is of, its offset there, its own length: 3 × [sections]."""
+    """Cuts each length [n] into sections of `size`, the last one maybe shorter. Returns owner (the
+    length it is of), offset in it, and length of each section: 3 × [sections]."""
     counts = -(-lengths // size)
     owner = np.repeat(np.arange(len(lengths)), counts)
     offset = ranges(np.zeros_like(counts), counts) * size
@@ -88,9 +92,9 @@ def split_lengths(lengths, size: int):
 
 
 def to_device(arrays, device) -> list:
-    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. (Rows
-    of a kernel's tables have 16 bytes or a multiple, so that all begin where 16 divides: it
-    is compiled for such pointers.)"""
+    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. (An
+    entry of pieces and tiles has a multiple of 16 bytes, so all tables begin at one: the kernel is
+    compiled for such pointers.)"""
     flat = torch.from_numpy(
         np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
     )
@@ -105,7 +109,7 @@ def to_device(arrays, device) -> list:
 
 
 class QueryRuns(NamedTuple):
-    """A row is a run: query rows at consecutive positions that read the same spans."""
+    """An entry is a run: query rows at consecutive positions that read the same spans."""
 
     first_row: Column  # of q
     rows: Column
@@ -113,30 +117,31 @@ class QueryRuns(NamedTuple):
 
 
 class KVSpans(NamedTuple):
-    """A row is a span: consecutive slab rows at consecutive positions. A tile is a short one."""
+    """An entry is a span: consecutive rows of k and v at consecutive positions. A tile is a short
+    one."""
 
-    run: Column  # that reads it, ascending
-    first_row: Column  # of the slab
+    run: Column  # number of the run that reads it, ascending
+    first_row: Column  # of k and v
     length: Column
     position: Column  # of the first row
 
 
 class Blocks(NamedTuple):
-    """A row is a block: as many rows of a run as a program takes. By run."""
+    """An entry is a block: as many rows of a run as a program takes. By run."""
 
     first_row: Column  # of q
     rows: Column
     position: Column  # of the first row
-    first_tile: Column  # of those that its run reads
+    first_tile: Column  # its run reads tiles up to end_tile
     end_tile: Column
 
 
 class Pieces(NamedTuple):
-    """A row is a piece: a block over some of its tiles, work for a program. By block."""
+    """An entry is a piece: a block over some of its tiles, work for a program. By block."""
 
     first_row: Column  # of q
     rows: Column
-    partial: Column  # partial row of its first row
+    partial: Column  # number of the partial row that its first row gives
     position: Column  # of the first row
     first_tile: Column
     end_tile: Column
@@ -149,23 +154,24 @@ def cut_tiles(spans) -> KVSpans:
     return KVSpans(spans.run[span], first_row, length, spans.position[span] + offset)
 
 
-def cut_blocks(runs, tiles, most: int) -> Blocks:
-    """Blocks of at most `most` rows."""
+def cut_blocks(runs, tiles, max_rows: int) -> Blocks:
+    """Blocks of at most so many rows."""
     num_tiles = np.bincount(tiles.run, minlength=len(runs.rows))
     first_tile = starts(num_tiles)
     end_tile = first_tile + num_tiles
-    run, offset, rows = split_lengths(runs.rows, most)
+    run, offset, rows = split_lengths(runs.rows, max_rows)
     first_row = runs.first_row[run] + offset
     position = runs.position[run] + offset
     return Blocks(first_row, rows, position, first_tile[run], end_tile[run])
 
 
 def cut_pieces(blocks, programs: int):
-    """Pieces, about as many as `programs` if blocks are fewer; and the block of each: [pieces].
-    A block that reads nothing has one piece, too: it writes that its rows are empty."""
+    """Pieces of even a few blocks are to be about as many as `programs`. Returns them, and the
+    block of each: [pieces]. A block that reads nothing has one, too: it writes that its rows are
+    empty. """
     num_tiles = blocks.end_tile - blocks.first_tile
-    most = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // programs))
-    block, offset, _ = split_lengths(np.maximum(num_tiles, 1), most)
+    max_tiles = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // programs))
+    block, offset, _ = split_lengths(np.maximum(num_tiles, 1), max_tiles)
     whole = select(blocks, block)
     first_tile = whole.first_tile + offset
     pieces = Pieces(
@@ -174,46 +180,53 @@ def cut_pieces(blocks, programs: int):
         starts(whole.rows),
         whole.position,
         first_tile,
-        np.minimum(whole.end_tile, first_tile + most),
+        np.minimum(whole.end_tile, first_tile + max_tiles),
     )
     return pieces, block
 
 
 def partials_of_rows(blocks, pieces, block):
-    """The partial rows that `merge` is to join for each row of the runs: [rows, most pieces of a
-    block], −1 where a block has fewer; [0, 0] if none was cut. block: of each piece."""
+    """The partial rows that `merge` is to join for each row of the runs: [rows, the most pieces
+    that a block has], −1 where its block has fewer; [0, 0] if none was cut. block [pieces]: of
+    each."""
     if len(block) == len(blocks.rows):
         return np.zeros((0, 0), np.int64)
     num_pieces = np.bincount(block)
     first_piece = starts(num_pieces)
     # A block's pieces follow each other, each with a partial row for every row of the block.
-    block_of_row, row, _ = split_lengths(blocks.rows, 1)
-    first_partial = pieces.partial[first_piece][block_of_row] + row
+    block_of_row, row_of_block, _ = split_lengths(blocks.rows, 1)
+    first_partial = pieces.partial[first_piece][block_of_row] + row_of_block
     number = np.arange(num_pieces.max())
     partials = first_partial[:, None] + number * blocks.rows[block_of_row, None]
     return np.where(number < num_pieces[block_of_row, None], partials, -1)
 
 
 class PaddedBatch(NamedTuple):
-    """b blocks padded to m query rows and n KV rows, as gathers for PyTorch."""
+    """b pieces padded to m query rows and n KV rows, as gathers for PyTorch. Padding repeats the
+    first row of its own piece: another's might be NaN, and 0 × NaN is NaN."""
 
-    query_rows: torch.Tensor  # [b, m]; its block's first row for padding
-    partial_rows: torch.Tensor  # [b, m]; a row behind the last for padding
-    kv_rows: torch.Tensor  # [b, n]; its block's first one for padding: NaNs stay at home
-    hidden: torch.Tensor  # [b, 1, m, n] what a query row does not see
+    query_rows: torch.Tensor  # [b, m]
+    partial_rows: (
+        torch.Tensor
+    )  # [b, m] where results go; those of padding behind the last row
+    kv_rows: torch.Tensor  # [b, n]
+    hidden: (
+        torch.Tensor
+    )  # [b, 1, m, n] what a query row does not see, the same for all heads
 
 
 class Work:
-    """What `partial_attention` is to do: made on the host once per iteration, used by every layer.
+    """What `partial_attention` is to do: made on the host in each iteration, used by every layer.
 
-    Row t of a run sees the keys of its spans at positions up to its own. Partial row p belongs to
-    the p-th row of the runs in order, so P = sum(rows). A run without spans gives empty partials.
-    programs: so many are to be busy; long blocks are cut."""
+    A row of a run sees the keys of its spans at positions up to its own. Its result, partial row p,
+    is the p-th of all rows of the runs in order: P = sum(rows). A run without spans gives empty
+    ones. programs: pieces that are to be there at least, if long blocks can be cut."""
 
     def __init__(
         self, runs: QueryRuns, spans: KVSpans, heads_per_kv: int, device="cpu", programs=1
     ):
-        # Lanes of a block are (row, head of the group).
+        # A power of two, with room for all heads of a row and, up to MAX_LANES, for the longest
+        # run.
         wanted = min(int(runs.rows.max(initial=1)) * heads_per_kv, MAX_LANES)
         self.lanes = max(
             MIN_LANES, next_power_of_2(wanted), next_power_of_2(heads_per_kv)
@@ -222,9 +235,11 @@ class Work:
         blocks = cut_blocks(runs, tiles, self.lanes // heads_per_kv)
         pieces, block = cut_pieces(blocks, programs)
         parts = partials_of_rows(blocks, pieces, block)
-        self.num_rows = int(pieces.rows.sum())  # P before these are merged
+        self.num_rows = int(
+            pieces.rows.sum()
+        )  # P before the pieces of a block are merged
         self._host = pieces, tiles
-        # The kernel loads a tile ahead, so there is one behind the last.
+        # The kernel loads a tile ahead: there is an empty one behind the last.
         tile_rows = np.pad(np.stack(tiles, 1), ((0, 1), (0, 0)))
         self.pieces, self.tiles, self.parts = to_device(
             [np.stack(pieces, 1), tile_rows, parts], device
@@ -232,8 +247,8 @@ class Work:
 
     @cached_property
     def padded(self) -> list[PaddedBatch]:
-        """The same work for PyTorch: pieces of like size in batches, so that a batch is one matmul.
-        Pieces without keys are in none. A batch has 64 at most: it bounds what is copied."""
+        """The same work for PyTorch: pieces of like size, between the same powers of two, in
+        batches, so that a batch is one matmul. Pieces without keys are in none."""
         pieces, tiles = self._host
         keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
         first_key = keys_before[pieces.first_tile]
@@ -247,8 +262,8 @@ class Work:
                 alike.setdefault(size, []).append(piece)
         batches = []
         for _, same in sorted(alike.items()):
-            for start in range(0, len(same), 64):
-                chosen = np.array(same[start : start + 64])[:, None]
+            for start in range(0, len(same), MAX_BATCH):
+                chosen = np.array(same[start : start + MAX_BATCH])[:, None]
                 column = np.arange(num_keys[chosen].max())
                 is_key = column < num_keys[chosen]
                 key = first_key[chosen] + column * is_key
@@ -257,7 +272,8 @@ class Work:
         return batches
 
     def _pad(self, pieces, kv_rows, kv_positions) -> PaddedBatch:
-        """A batch of pieces [b, 1], whose KV rows and their positions are padded: [b, n]."""
+        """A batch of pieces (columns are [b, 1]), whose KV rows and positions are padded: [b,
+        n]."""
         row = np.arange(pieces.rows.max())
         is_row = row < pieces.rows
         query_positions = pieces.position + row
@@ -278,7 +294,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def use_triton(x, backend: str) -> bool:
-    """`auto`: Triton on a GPU, but for float64 and heads wider than shared memory has room for."""
+    """`auto`: Triton on a GPU, but for float64 and for heads over 512 bytes, of which shared memory
+    does not hold two tiles."""
     if backend != "auto":
         return backend == "triton"
     head_bytes = x.shape[-1] * x.element_size()
@@ -320,7 +337,7 @@ def _attend_with_torch(q, k, v, work, scale):
     """A batch of padded pieces at a time, in float32 at least."""
     _, H, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    # One row more than there are: what padding computes goes there.
+    # One row more than there are, for what padding gives.
     o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)
     lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
     for batch in work.padded:
@@ -348,7 +365,8 @@ def _attend_batch(q, k, v, batch, scale, wide):
     s.masked_fill_(batch.hidden, -math.inf)
     top = s.amax(-1, keepdim=True)
     p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
-    total = p.sum(-1, keepdim=True)  # the maximum gives 1: below 1 it is 0, and so is p
+    # At least 1 with a visible key, as the maximum gives 1. Without one it is 0, and so is p.
+    total = p.sum(-1, keepdim=True)
     o = (p.flatten(2, 3) @ gather(v)).view(Hkv, b, -1, m, D) / total.clamp(min=1)
     lse = top + total.log()  # [Hkv, b, G, m, 1]
     o = o.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
@@ -401,7 +419,7 @@ def _merge_with_torch(o, lse, parts):
     part_lse = lse[index].masked_fill(absent, -math.inf)  # [rows, max_parts, H]
     top = part_lse.amax(1, keepdim=True)
     weight = torch.exp(part_lse - torch.where(top == -math.inf, 0, top))
-    total = weight.sum(1)  # [rows, H]; the maximum gives 1
+    total = weight.sum(1)  # [rows, H]; 0 without a part, else 1 at least
     part_o = o[index].masked_fill((part_lse == -math.inf)[..., None], 0)
     out = (weight[..., None] * part_o).sum(1) / total.clamp(min=1)[..., None]
     return out, top[:, 0] + total.log()

@@ -7,8 +7,9 @@
 
 The forward works on flat rows: T tokens with absolute positions, of any number of requests, in any
 order. Projections, norms and FFN see rows one by one; only `attend` connects them, and the caller
-supplies it. That is the whole seam the segment pool needs: on one side a model that does not know
-where its keys and values live, on the other a pool that does not know what a layer is.
+supplies it. That is the whole seam that the pool needs: on one side a model that does not know
+where its keys and values live, on the other a pool that knows of the model only how many layers and
+heads it has.
 
 `causal_attend` is the attend of one sequence alone. With it the tests recompute everything for each
 token, without any cache: slow, obvious, and the oracle of all that is distributed.
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# Keys of config.json that change what is computed: the one value each may have, also if absent.
+# Keys of config.json that change what is computed, and the one value that each may have. An absent
+# one counts as that, but for model_type.
 SUPPORTED = dict(
     model_type="llama",
     hidden_act="silu",
@@ -49,15 +51,16 @@ INDEX = "model.safetensors.index.json"
 
 
 def require(ok, *said):
-    """A ValueError is a user's mistake: one line that names file or option, and what is wrong."""
+    """Raises ValueError if not ok. That is a user's mistake: one line that names file or option,
+    and what is wrong."""
     if not ok:
         raise ValueError(": ".join(map(str, said)))
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama. The defaults are the built-in model: small, yet grouped and deep enough
-    that a wrong partial result changes its tokens."""
+    """Shape of a Llama. The defaults are the built-in model: small, yet with grouped KV heads, and
+    deep enough that a wrong partial result changes its tokens."""
 
     vocab_size: int = 512
     hidden_size: int = 128
@@ -76,7 +79,8 @@ class LlamaConfig:
 
     @property
     def num_linear_parameters(self) -> int:
-        """Weights that every row is multiplied with (the P of a roofline)."""
+        """Weights that every row is multiplied with: all matrices but the embedding, the head
+        included."""
         shapes = tensor_shapes(self).items()
         layers = [shape for name, shape in shapes if "layers" in name and len(shape) == 2]
         return self.vocab_size * self.hidden_size + sum(map(math.prod, layers))
@@ -87,7 +91,8 @@ class LlamaConfig:
 
 class ConfigFile:
     """The values of a config.json, checked as they are asked for. Raises ValueError naming file and
-    key. RoPE's parameters stand in an object of their own, under one of two names."""
+    key. RoPE's parameters stand in an object of their own, `rope_parameters` or `rope_scaling`, and
+    are found like the others."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -126,7 +131,7 @@ class ConfigFile:
         return value
 
     def require_supported(self):
-        """Whatever would change what is computed has the value that is built here."""
+        """Whatever would change what is computed has the only value that this code implements."""
         values = {"model_type": None} | self.values  # the model_type is to be there
         for key, only in SUPPORTED.items():
             value = values.get(key, only)
@@ -268,6 +273,7 @@ def load_weights(folder: Path, config, dtype, device) -> dict[str, torch.Tensor]
                 require(shape == shapes[key], file, said)
                 weights[key] = tensor.to(device, dtype)
             else:
+                # The head of a model with tied embeddings, and angles that are computed here.
                 unused = key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq")
                 require(unused, file, f"{key} is not a tensor of a Llama")
     missing = [name for name in shapes if name not in weights]
@@ -283,16 +289,18 @@ def load_weights(folder: Path, config, dtype, device) -> dict[str, torch.Tensor]
 
 def causal_attend(layer: int, q, k, v):
     """Attention of one sequence alone: row t sees rows 0..t.
-    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's own, not ours: it is the oracle's."""
+    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's, so that the oracle shares no code with
+    what it is to check."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
 def rope_frequency(config) -> torch.Tensor:
-    """[D/2] angle per position, in float32 whatever the dtype, as checkpoints were trained."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**half
+    """[D/2] angle that each pair turns by per position, in float32 whatever the dtype, as
+    checkpoints were trained."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
     if not config.rope_scaling:
         return frequency
     # llama3: stretch waves longer than the original context, keep short ones, else blend.
@@ -321,8 +329,8 @@ class Llama:
         self.frequency = rope_frequency(config).to(self.device)
 
     @torch.inference_mode()
-    def forward(self, tokens, positions, attend, rows=None):
-        """tokens, positions [T] int64 → logits [T, V], or [len(rows), V] for the wanted rows.
+    def forward(self, tokens, positions, attend, wanted=None):
+        """tokens, positions [T] int64 → logits [T, V], or [len(wanted), V] for the wanted rows.
 
         `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
         layer, also when T is 0: a rank without rows still holds cache that others read."""
@@ -340,8 +348,8 @@ class Llama:
             gate = F.silu(self._linear(h, name + "mlp.gate_proj"))
             up = self._linear(h, name + "mlp.up_proj")
             x = x + self._linear(gate * up, name + "mlp.down_proj")
-        if rows is not None:
-            x = x[rows]
+        if wanted is not None:
+            x = x[wanted]
         return F.linear(self._norm(x, "model.norm"), self.head)
 
     def _linear(self, x, name: str):
@@ -364,9 +372,10 @@ class Llama:
     def score_gap(
         self, sampler, tokens: list[int], num_prompt: int, request_id: int
     ) -> float:
-        """The oracle in one forward: how far, at worst, a served token is below the best one, in
-        logits, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: each is
-        a best one, but for ties what recomputation gives. Hotter sampling lets this notice less."""
+        """The oracle in one forward: how far, at worst, the score of a served token is below the
+        best one, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: every
+        token has the best score; but for ties it is the one that recomputation gives. The higher
+        the temperature, the less this notices."""
         answer = range(num_prompt, len(tokens))  # positions
         logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in answer])
         scores = sampler.scores(logits, [(request_id, p) for p in answer])
@@ -377,9 +386,9 @@ class Llama:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Greedy at temperature 0. Above it, Gumbel noise seeded by (seed, request, position), times
-    the temperature, is added and the best taken, which draws from softmax(logits / temperature):
-    the same draw wherever and in whatever batch the row is computed."""
+    """The token with the best score, logits + temperature · Gumbel noise: a draw from
+    softmax(logits / temperature), greedy at 0. The noise is seeded by (seed, request, position), so
+    the draw is the same wherever and in whatever batch the row is computed."""
 
     temperature: float = 0.0
     seed: int = 0

@@ -4,26 +4,27 @@ Every rank holds one *slab*: the segments that live with it, as rows of K and V 
 primitives over `torch.distributed` connect the slabs, per layer:
 
     query   rows of Q go to the KV, partial results (O, LSE) come back: two `all_to_all_single`
-    move    rows of KV go: to their home, to a replica, to rows that pull them: one
+    move    rows of KV go, to their home, to a replica, to rows that pull them: one of these
 
-and a layer runs in this order, so that exchanges hide behind the attention that needs none:
+and a layer runs in this order on every rank, so that exchanges hide behind attention:
 
-    rank v                                            rank w, the same at the same time
-    0  my new K, V → my slab (home, or staging)
-    1  query: rows leave for the holders ───────────▶ arrive
-    2  move: new KV leaves, copies too; and what is pulled for the next layer ─▶ arrive
-    3  my rows × my KV that is here already
-    4  my rows × KV that came by now                  arrived rows × my KV → (O, LSE) ──▶ back
-    5  merge per row
+    0  my new K, V → my slab: to its slot, or if it lives elsewhere to *staging*, rows behind the
+    slots
+    1  query: my rows leave for the holders of what they read  ──▶  others' rows come to me
+    2  move: new KV and copies leave; so does old KV that is pulled for the next layer
+    3  my rows × KV that lies here already
+    4  the moves have landed: my rows × what they brought
+    5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved: so this comes last
+    6  merge: a row's partial results from here and from all holders
 
-Moves have a process group of their own, so that none delays a query, and are issued after it. What
-carries nothing for any rank is skipped by all: every rank knows the whole plan (tokenlake.py), and
-all ranks come to the same exchanges in the same order. That is why they step together, layer by
-layer, and why one without rows takes part: others read its KV. Left out: RDMA; a lost rank ends
-the run.
+Why do ranks step together? An exchange is a collective: it ends when all have called it. So all
+come to the same exchanges in the same order, layer by layer, and one without rows takes part, as
+others read its KV. What carries nothing for any rank is skipped by all: each knows the whole plan.
+Moves have a process group of their own, and begin after the layer's queries, so that none delays a
+query. Left out: RDMA; a lost rank ends the run.
 
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · S slots per instance ·
-C tokens per segment · B runs · G shares.
+C tokens per segment · B runs (of a request's rows) · G shares (of a request, at an instance).
 """
 
 import hashlib
@@ -53,23 +54,26 @@ from kernels import (
 )
 
 # Kinds of moves, and their names in reports.
-PUT, REPLICA, PULL = range(3)
+PUT = 0  # new KV goes to its home
+REPLICA = 1  # a segment is copied
+PULL = 2  # KV, old or fresh, comes to its readers for one iteration
 MOVE_KINDS = ("put", "replica", "pull")
 
 # Places of KV that rows read at an instance.
-HERE = 0  # in its slab, before moves of this iteration land
+HERE = 0  # in its slab or staging, before the moves of a layer land
 LATE = 1  # in its slab, once they have
-PULLED = 2  # in the receive buffer of pulls
-SIBLING = 3  # in the receive buffer of the other moves: from a sibling, for one iteration
+PULLED = 2  # old KV, in the receive buffer of pulls
+SIBLING = 3  # fresh KV of another share of the request, in the receive buffer of moves
 NUM_PLACES = 4
 
 
 def slab_row(slot, S: int, C: int):
-    """First slab row, at its instance, of the segment in a global slot, instance · S + slot."""
-    return slot % S * C
+    """First slab row of the segment in a global slot: of all slots, those of its instance count."""
+    return (slot % S) * C
 
 
-# The even split leaves an instance 1/16 more rows than its even share.
+# In the even split an instance may have 1/16 more rows than an even share: so a segment is seldom
+# cut in two. More would make the slowest instance slower by as much.
 EVEN_SLACK = 16
 
 
@@ -81,23 +85,25 @@ class LakeConfig:
     slots: int = 512  # segments per instance
     placement: str = "stripe"  # or "hash"
     replicate_factor: float = 3.0  # c of c·N·ln N heavy hitters
-    pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration
-    chunk_tokens: int = 64  # prompt rows per instance and iteration
+    pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration, at most
+    chunk_tokens: int = 64  # prompt rows per instance and iteration, on average at most
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances: int) -> int:
-        """Slab rows for KV that lives elsewhere: the most that an instance computes."""
+        """Slab rows for new KV that lives elsewhere, at most all that an instance computes: its
+        chunk, all decodes, and what the even split allows above that."""
         if num_instances == 1:
             return 0
-        even = self.chunk_tokens + self.max_batch
-        return even + max(even // EVEN_SLACK + 1, self.segment_tokens)
+        rows = self.chunk_tokens + self.max_batch
+        return rows + max(rows // EVEN_SLACK + 1, self.segment_tokens)
 
 
 # ── the plan of an iteration ─────────────────────────────────────────────────────────────────────
 
 
 class Moves(NamedTuple):
-    """A row is a move: rows of KV that travel from one instance to another. [moves] each."""
+    """An entry is a move: rows of KV that travel from one instance to another. A plan's moves stand
+    in this order: fresh KV to siblings, new KV to its home, copies."""
 
     kind: Column  # PUT, REPLICA or PULL
     source: Column  # instance
@@ -108,14 +114,16 @@ class Moves(NamedTuple):
 
     @classmethod
     def of(cls, *parts: tuple) -> "Moves":
-        """Parts one after another; a part's columns are numbers or [moves of the part]."""
+        """Parts one after another. A part's columns: a number for all its moves, or one for
+        each."""
         columns = [
             np.stack(np.broadcast_arrays(*map(np.atleast_1d, part))) for part in parts
         ]
         return cls(*np.concatenate(columns, 1).astype(np.int64))
 
     def receive_rows(self) -> Column:
-        """[moves] where each begins in its target's receive buffer, which is in order of source."""
+        """[moves] where each begins in its target's receive buffer: by source, and those of one
+        source in the order of this table, as they are sent."""
         order = np.lexsort((self.source, self.target))
         rows = self.rows[order]
         target = self.target[order]
@@ -124,13 +132,13 @@ class Moves(NamedTuple):
         return first
 
     def rows_between(self, N: int) -> Column:
-        """[N, N] rows that one instance (line) sends to another (column)."""
-        pair = self.source * N + self.target
-        return np.bincount(pair, self.rows, N * N).astype(np.int64).reshape(N, N)
+        """[N, N] rows, by source and target."""
+        trip = self.source * N + self.target
+        return np.bincount(trip, self.rows, N * N).astype(np.int64).reshape(N, N)
 
 
 class RunTable(NamedTuple):
-    """A row is a run: rows of one request within one segment."""
+    """An entry is a run: rows of one request within one segment."""
 
     request_id: Column
     position: Column  # of its first row
@@ -145,7 +153,8 @@ class RunTable(NamedTuple):
 
 
 class SegmentReads(NamedTuple):
-    """A row is a segment of old KV that a share reads. [n] each, by share and segment."""
+    """An entry is a segment of old KV that a share reads. By share, then segment; the number of a
+    share says nothing of where it is computed."""
 
     share: Column
     segment: Column  # which of its request's: index into the table
@@ -153,8 +162,8 @@ class SegmentReads(NamedTuple):
 
     @classmethod
     def of(cls, tables: list, counts: Column, replicas=None):
-        """The first `counts` [G] entries of each share's table; replicas that are read instead
-        are those, too, whose segments are among them."""
+        """Of each share's table the first entries, as many as `counts` [G] says. Where one of them
+        is in `replicas`, that slot is read instead."""
         share = np.repeat(np.arange(len(counts)), counts)
         segment = ranges(np.zeros_like(counts), counts)
         some = np.flatnonzero(counts)
@@ -162,22 +171,25 @@ class SegmentReads(NamedTuple):
         slot = np.concatenate(slots or [counts[:0]])
         if replicas is not None:
             replicas = select(replicas, replicas.segment < counts[replicas.share])
-            first = np.searchsorted(share, replicas.share)
+            first = np.searchsorted(
+                share, replicas.share
+            )  # a share's come one after another
             slot[first + replicas.segment] = replicas.slot
         return cls(share, segment, slot)
 
 
 class PulledSegments(NamedTuple):
-    """A row is a segment of old KV that travels to the share that reads it."""
+    """An entry is a segment of old KV that travels to the share that reads it: the n-th of them is
+    the n-th move of `OldKV.pulls`."""
 
     share: Column
     segment: Column
-    receive_row: Column  # its first row in the receive buffer of `OldKV.pulls`
+    receive_row: Column  # where it begins in the receive buffer
 
 
 class FreshReads(NamedTuple):
-    """A row is a pair of runs of one request: the reader's rows read what the writer, the same run
-    or one before it, writes in this iteration."""
+    """An entry is a pair of runs of one request: the reader's rows read what the writer, the same
+    run or one before it, writes in this iteration."""
 
     reader: Column
     writer: Column
@@ -187,25 +199,25 @@ class FreshReads(NamedTuple):
 
 
 class ReadSpans(NamedTuple):
-    """A row is a span of KV that a run reads at an instance. By run."""
+    """An entry is a span of KV that a run reads at an instance. By run."""
 
     run: Column
     place: Column
     first_row: Column  # of the slab, or of the receive buffer of its place
     length: Column
-    position: Column  # of the first row
+    position: Column  # in the request, of its first row
 
 
 @dataclass(frozen=True)
 class OldKV:
     """KV from before the iteration. All rows of a share read all that its request has."""
 
-    tokens: Column  # [G] that a share reads
-    # [G] of the share's request, slots of its segments. The digest has `segment_reads` instead.
+    tokens: Column  # [G] tokens of old KV of each share's request
+    # [G] global slots of its segments. The digest has the slots that are read of them instead.
     tables: list = field(metadata={"digest": False})
-    replicas: SegmentReads  # what is read of replicas, in place of what the tables say
+    replicas: SegmentReads  # slots that are read in place of those in the tables
     pulled: PulledSegments  # what travels to its readers
-    pulls: Moves
+    pulls: Moves  # how
 
 
 @dataclass(frozen=True)
@@ -213,16 +225,16 @@ class QueryPlan:
     """Who computes which rows, and how these meet the KV they read: the same on every rank.
 
     Runs are in order of the instances that compute them, then of requests, then of positions. What
-    an instance computes of a request is a *share*."""
+    an instance computes of a request is a *share*: runs one after another."""
 
-    # [B] the Run objects, of which `run_table` says it all.
+    # [B] the Run objects; `run_table` has all of them as columns.
     runs: list = field(metadata={"digest": False})
     run_table: RunTable
     old: OldKV
     fresh: FreshReads  # of KV that is written in the iteration
     ships: Column  # [B, N] whether a run's rows travel to an instance
-    reads: Column  # [N] tokens of old KV read at each holder, once a request (§7.2)
-    load: Column  # [N] attention done there, rows × tokens; what is memory-bound weighs more
+    reads: Column  # [N] tokens of old KV read at each instance, once a request (§7.2)
+    load: Column  # [N] attention done at each, rows × tokens; what is memory-bound weighs more
     sizes: tuple[int, int, int]  # N, S, C
 
     @property
@@ -245,8 +257,8 @@ class QueryPlan:
 
     def spans_read_at(self, index: int) -> ReadSpans:
         """What rows read at an instance: its own rows, and those that travel there."""
-        pair = zip(self._old_spans(index), self._fresh_spans(index))
-        spans = ReadSpans(*map(np.concatenate, pair))
+        columns = zip(self._old_spans(index), self._fresh_spans(index))
+        spans = ReadSpans(*map(np.concatenate, columns))
         return select(spans, np.argsort(spans.run, kind="stable"))
 
     def _old_spans(self, index: int) -> ReadSpans:
@@ -260,15 +272,15 @@ class QueryPlan:
         instance = reads.slot // S
         place = np.full(len(reads.slot), HERE)
         row = slab_row(reads.slot, S, C)
-        those = np.searchsorted(reads.share, pulled.share) + pulled.segment
-        instance[those] = self.run_table.instance[first_run[pulled.share]]
-        place[those] = PULLED
-        row[those] = pulled.receive_row
+        travels = np.searchsorted(reads.share, pulled.share) + pulled.segment
+        instance[travels] = self.run_table.instance[first_run[pulled.share]]
+        place[travels] = PULLED
+        row[travels] = pulled.receive_row
         # Every run of a share reads it.
-        here = np.flatnonzero(instance == index)
-        share = reads.share[here]
+        found = np.flatnonzero(instance == index)
+        share = reads.share[found]
         run = ranges(first_run[share], num_runs[share])
-        read = np.repeat(here, num_runs[share])
+        read = np.repeat(found, num_runs[share])
         position = reads.segment[read] * C
         length = np.minimum(self.old.tokens[reads.share[read]] - position, C)
         return ReadSpans(run, place[read], row[read], length, position)
@@ -280,7 +292,7 @@ class QueryPlan:
         return ReadSpans(fresh.reader, fresh.place, fresh.first_row, rows, position)
 
     def rows_shipped(self) -> Column:
-        """[N, N] query rows that one instance (line) ships to another (column)."""
+        """[N, N] query rows, by the instance that ships them and the one that they go to."""
         rows = np.zeros((self.sizes[0],) * 2, np.int64)
         np.add.at(
             rows, self.run_table.instance, self.run_table.rows[:, None] * self.ships
@@ -289,7 +301,7 @@ class QueryPlan:
 
 
 class SlabWrites(NamedTuple):
-    """A row is a run whose new KV is written where it is computed."""
+    """An entry is a run whose new KV is written where it is computed."""
 
     instance: Column
     first_row: Column  # among the rows that the instance computes
@@ -299,7 +311,8 @@ class SlabWrites(NamedTuple):
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """New KV: what is written where it is computed, and what travels on, besides copies."""
+    """What is written where it is computed, and what travels: new KV to siblings and to its home,
+    and copies."""
 
     writes: SlabWrites
     moves: Moves
@@ -317,8 +330,8 @@ def plan_digest(iteration: int, query_plan, transfer_plan: TransferPlan) -> byte
 
 
 def plan_leaves(value):
-    """The bytes of everything in a plan. Each array comes behind its shape and type, so that
-    nothing can move from one to the next."""
+    """The bytes of everything in a plan. Each array comes behind its shape and type, so that no two
+    plans have the same."""
     if isinstance(value, Column):
         yield f"{value.shape}{value.dtype}".encode()
         yield np.ascontiguousarray(value)
@@ -342,8 +355,10 @@ class InstanceMoves:
     def __init__(self, moves, num_instances: int, index: int, device):
         between = moves.rows_between(num_instances)
         self.active = bool(between.any())
+        # [N] rows to each instance, and from each.
         self.sends = between[index].tolist()
         self.receives = between[:, index].tolist()
+        # An exchange takes rows by target.
         by_target = np.argsort(moves.target, kind="stable")
         leaving = select(moves, by_target[moves.source[by_target] == index])
         self.rows_of_kind = np.bincount(
@@ -351,7 +366,8 @@ class InstanceMoves:
         ).astype(int)
         lands = (moves.target == index) & (moves.target_row >= 0)
         landing = select(moves, lands)
-        self.leave, self.received, self.land = to_device(
+        # Slab rows that leave; rows of the receive buffer that belong into the slab, and where.
+        self.leave, self.received, self.slab_rows = to_device(
             [
                 ranges(leaving.source_row, leaving.rows),
                 ranges(moves.receive_rows()[lands], landing.rows),
@@ -362,14 +378,16 @@ class InstanceMoves:
 
 
 class KVBuffer:
-    """Where the engine leaves K and V of this instance's new rows. num_rows: of the slab."""
+    """Where the engine leaves K and V of this instance's new rows. num_rows: those of the slab."""
 
     def __init__(self, plan, index: int, num_rows: int, device):
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
         if last >= num_rows:
-            said = f"to write slab row {last}, its slab has {num_rows}"
-            raise LakeError(f"instance {index} is {said}")
+            said = (
+                f"instance {index} is to write slab row {last}, its slab has {num_rows}"
+            )
+            raise LakeError(said)
         self.rows, self.slab_rows = to_device(
             [
                 ranges(writes.first_row, writes.rows),
@@ -388,11 +406,15 @@ class KVBuffer:
 
 
 class QueryBuffer:
-    """Where the engine leaves Q of this instance's rows; which leave, what is attended to here.
+    """Where the engine leaves Q of this instance's rows; which of them leave, and the attention
+    that is to be done here, for own rows and for those that arrive.
 
-    A row's attention comes in partial results from several *sources*: the four places of KV at this
-    instance, then the other holders. Results of a source come in order of its rows, those of all
-    sources one after another, and `parts` lists for each row those that `merge` is to join."""
+    Partial results of own rows come from several *sources*, one after another:
+
+        HERE │ LATE │ PULLED │ SIBLING │ holder 0 │ holder 1 │ …
+
+    A source gives one for each row that reads something there, in the order of its rows. `parts`
+    lists for each own row the results that `merge` is to join."""
 
     def __init__(self, plan, index: int, pool):
         N = plan.sizes[0]
@@ -401,17 +423,21 @@ class QueryBuffer:
         mine = runs.instance == index
         own = mine[spans.run]
         self.works = []
-        sources = []  # [rows] each: the row that a partial result is of
+        sources = []  # of each, the own row of each result
         for place in range(NUM_PLACES):
-            found = self._work(plan, select(spans, own & (spans.place == place)), pool)
-            self.works.append(found[0])
-            sources.append(self._rows(runs, found[1]))
-        holders = [np.flatnonzero(mine & plan.ships[:, holder]) for holder in range(N)]
-        leave = [self._rows(runs, shipped) for shipped in holders]
+            there = select(spans, own & (spans.place == place))
+            work, readers = self._work(plan, there, pool)
+            self.works.append(work)
+            sources.append(self._rows(runs, readers))
+        leave = []  # own rows, by holder
+        for holder in range(N):
+            shipped = np.flatnonzero(mine & plan.ships[:, holder])
+            leave.append(self._rows(runs, shipped))
         self.num_rows = int(runs.rows[mine].sum())
         parts = self._merge_table(sources + leave)
         self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
-        # Rows that arrive come by instance, each one's run after run: that is the order of runs.
+        # A run's rows arrive if it reads something here, all of it HERE or LATE. They come by the
+        # instance that sends them, one's run after run: as runs are ordered.
         self.arrived, _ = self._work(plan, select(spans, ~own), pool, arriving=True)
         shipped = plan.rows_shipped()
         self.active = bool(shipped.any())
@@ -423,9 +449,9 @@ class QueryBuffer:
     @staticmethod
     def _work(plan, spans, pool, arriving: bool = False):
         """Work of the runs that read the spans, and these runs. Their query rows are among this
-        instance's own, or those that arrive."""
-        chosen, run = np.unique(spans.run, return_inverse=True)
-        runs = select(plan.run_table, chosen)
+        instance's own, or `arriving` one after another."""
+        readers, run = np.unique(spans.run, return_inverse=True)
+        runs = select(plan.run_table, readers)
         first_row = starts(runs.rows) if arriving else runs.first_row
         work = Work(
             QueryRuns(first_row, runs.rows, runs.position),
@@ -434,14 +460,15 @@ class QueryBuffer:
             pool.device,
             pool.programs,
         )
-        return work, chosen
+        return work, readers
 
     @staticmethod
     def _rows(runs, chosen: Column) -> Column:
+        """The rows of some runs, among those of the instance that computes them."""
         return ranges(runs.first_row[chosen], runs.rows[chosen])
 
     def _merge_table(self, sources: list[Column]) -> Column:
-        """[T, sources with any] number of the partial result, −1 where a source has none."""
+        """[T, sources that give any] number of the result, −1 where a source has none for a row."""
         sources = [rows for rows in sources if len(rows)]
         parts = np.full((self.num_rows, len(sources)), -1, np.int64)
         before = 0
@@ -461,10 +488,12 @@ class QueryBuffer:
 
 @dataclass
 class InFlight:
-    """What one call leaves to the next: moves between `put` and `query`, and between layers."""
+    """What one call leaves to the next."""
 
-    staged: InstanceMoves | None = None  # of KV that `put` has written: `query` sends it
-    pull: Callable | None = None  # begun a layer ahead: waits for the KV to arrive
+    staged: InstanceMoves | None = (
+        None  # from `put` to `query`: moves of KV that it has written
+    )
+    pull: Callable | None = None  # from one layer to the next: waits for old KV to arrive
 
 
 class Pool:
@@ -485,7 +514,7 @@ class Pool:
         heads = llama_config.num_kv_heads
         self.heads_per_kv = llama_config.num_heads // heads
         self.scale = 1.0 / llama_config.head_dim**0.5
-        # Rows of slots, then staging. Never read before written: spans end where the tokens do.
+        # Rows of slots, then staging. Zeros are never read: spans end where the tokens do.
         self.num_rows = config.slots * config.segment_tokens + staging
         shape = llama_config.num_layers, self.num_rows, heads, llama_config.head_dim
         self.k = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -493,7 +522,8 @@ class Pool:
         self.query_group, self.move_group = groups or (None, None)
         on_gpu = self.device.type == "cuda"
         self.pinned = bool(groups) and on_gpu and dist.get_backend(groups[0]) == "gloo"
-        # A decode alone is to keep a GPU busy: four programs for each of its multiprocessors.
+        # Even one decode is to fill a GPU: four programs for each multiprocessor, and a piece of
+        # `Work` is a program for each KV head.
         busy = 1
         if on_gpu:
             busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -502,7 +532,8 @@ class Pool:
         self.in_flight = InFlight()
 
     def _exchange(self, rows, sends, receives, group) -> Callable:
-        """rows [sum(sends), …] by target → a function: waits for [sum(receives), …] by source."""
+        """Sends rows [sum(sends), …], which are by target. Returns a function that waits for those
+        that come: [sum(receives), …], by source."""
         if self.pinned:  # gloo moves host memory
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             rows = host.copy_(rows)
@@ -524,8 +555,9 @@ class Pool:
         return wait
 
     def move(self, layer: int, moves) -> Callable:
-        """Slab rows travel. Returns a function that waits until those that belong into this slab
-        are there, and returns all arrivals as k, v [n, Hkv, D]. All skip it if none sends any."""
+        """Slab rows travel. Returns a function that waits for those that come, writes those into
+        the slab that belong there, and returns all as k, v [n, Hkv, D]. If none travel, all ranks
+        skip it."""
         k = self.k[layer]
         v = self.v[layer]
         if not moves.active:
@@ -537,8 +569,8 @@ class Pool:
 
         def land():
             new_k, new_v = (x.contiguous() for x in wait().unbind(1))
-            k[moves.land] = new_k[moves.received]
-            v[moves.land] = new_v[moves.received]
+            k[moves.slab_rows] = new_k[moves.received]
+            v[moves.slab_rows] = new_v[moves.received]
             return new_k, new_v
 
         return land
@@ -555,8 +587,8 @@ class Pool:
         layer = buffer.layer
         slab = self.k[layer], self.v[layer]
         wait_for_queries = self._ship(buffer)
-        # Old KV is complete in every layer, so its pull has a layer's head start. Fresh KV of a
-        # layer is there only now.
+        # Old KV is complete in every layer, so a pull begins one layer ahead (the first one has no
+        # layer before it). Fresh KV of a layer is computed in that layer, so it can leave only now.
         wait_for_pulled = self.in_flight.pull if layer else self.move(0, buffer.pulls)
         wait_for_moved = self.move(layer, self.in_flight.staged)
         if layer + 1 < len(self.k):
@@ -579,7 +611,8 @@ class Pool:
         return merge(o, lse, buffer.parts)[0].to(buffer.q.dtype)
 
     def _ship(self, buffer) -> Callable | None:
-        """Rows of Q leave for the holders; returns a function that waits for those that arrive."""
+        """Rows of Q leave for the holders. Returns a function that waits for those that arrive,
+        None if none travel at all."""
         if not buffer.active:
             return None
         rows = buffer.q[buffer.leave]
@@ -595,7 +628,7 @@ class Pool:
         return results[..., :-1], results[..., -1]
 
 
-# ── the ranks' small talk ────────────────────────────────────────────────────────────────────────
+# ── what ranks say to each other ─────────────────────────────────────────────────────────────────
 
 
 class SetupError(ValueError):
@@ -613,14 +646,15 @@ class Stopped(LakeError):
 class Announcement(NamedTuple):
     """What each rank says before the first exchange of an iteration."""
 
-    digest_head: int  # of its plan: 8 bytes
-    digest_tail: int
+    digest_head: int  # the first 8 bytes of its plan's digest
+    digest_tail: int  # and the others
     stop: int  # it was asked to stop
     fault: int  # it could not plan
 
 
 class Cluster:
-    """The ranks of this job (one without torchrun), and their small talk over gloo on the CPU."""
+    """The ranks of this job (one without torchrun), and what they say to each other: over gloo, on
+    the CPU."""
 
     def __init__(self, timeout: float = 300.0):
         self.rank = int(os.environ.get("RANK", 0))
@@ -637,8 +671,9 @@ class Cluster:
             self.store.set(f"iteration/{self.rank}", "0")
 
     def find_device(self, wanted: str) -> tuple[torch.device, int]:
-        """This rank's device for `auto`, `cpu` or `cuda`, and the bytes there (free on a GPU).
-        Ranks take a machine's GPUs in turn. Raises ValueError when there is none."""
+        """This rank's device for `auto`, `cpu` or `cuda`, and its memory in bytes: a CPU's whole
+        memory, what is free of a GPU's. Ranks take a machine's GPUs in turn. Raises ValueError when
+        there is none. """
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "--device cuda: no CUDA device is visible; cpu or auto is expected"
@@ -665,7 +700,7 @@ class Cluster:
 
     def together(self, step, *arguments):
         """`step(*arguments)` on every rank. If any fails, raises SetupError on all, in the words of
-        the lowest; but a rank's own error that is no ValueError (no user's mistake), as it is."""
+        the lowest. A rank whose own error is no ValueError (no user's mistake) raises that."""
         result = problem = None
         try:
             result = step(*arguments)
@@ -714,7 +749,8 @@ class Cluster:
 
     def confirm(self):
         """Before the first exchange of data: raises LakeError on every rank if the plans differ
-        (collectives whose splits disagree end the process in C++), Stopped if one was asked to."""
+        (collectives whose splits disagree end the process in C++), Stopped if a rank was asked to
+        stop. Called in every layer; only the first call waits."""
         if self._announced is None:
             return
         all_said = [Announcement(*values) for values in self._announced()]
@@ -757,13 +793,14 @@ class Cluster:
         return f"behind: rank {', '.join(behind)}" if behind else "all had begun it"
 
     def new_groups(self, instances: list[int], device, count: int) -> list:
-        """Process groups over a lake's ranks, made by all: NCCL if each has a GPU, else gloo."""
+        """Process groups over a lake's ranks, made by all: NCCL if each has a GPU of its own, else
+        gloo."""
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1
         backend = "nccl" if all(self.gather_objects(alone)) else "gloo"
         return [dist.new_group(instances, self.timeout, backend) for _ in range(count)]
 
     def speaks(self) -> bool:
-        """True on the first rank that asks: it says what went wrong, whoever is lost."""
+        """True on one rank only, the first that asks: it prints what went wrong."""
         try:
             return self.store is None or self.store.add("spoken", 1) == 1
         except RuntimeError:

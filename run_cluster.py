@@ -41,7 +41,8 @@ from tokenlake import Policy, Scheduler, TokenLake
 
 CV_WINDOW = 32  # iterations
 STATISTICS = ("mean", "median", "p90", "p99")  # of times
-# A served token passes --verify if its score is this close to the best: rounding, not choice.
+# A served token passes --verify if its score is this close to the best: by so much rounding may
+# change a score of the built-in model.
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
@@ -55,8 +56,8 @@ OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz")
 # ── options ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Kind(NamedTuple):
-    """What the value of an option is made of, and must be, in code and in words."""
+class OptionType(NamedTuple):
+    """How the value of an option is made of its text, what it must be, and the same in words."""
 
     convert: Callable
     allows: Callable
@@ -70,109 +71,53 @@ class Kind(NamedTuple):
         raise argparse.ArgumentTypeError(f"{text!r}: {self.expected} is expected")
 
 
-def one_of(*names: str) -> Kind:
-    return Kind(str, names.__contains__, "one of " + ", ".join(names))
+def one_of(*names: str) -> OptionType:
+    return OptionType(str, names.__contains__, "one of " + ", ".join(names))
 
 
-PATH = Kind(Path, lambda x: x != Path(), "a path")
-COUNT = Kind(int, lambda x: 0 < x < 2**48, "a positive integer")
-NATURAL = Kind(int, lambda x: 0 <= x < 2**63, "an integer from 0")
-DIVISOR = Kind(int, lambda x: x > 0 and TRACE_BLOCK % x == 0, "a divisor of 512")
-SMALL = Kind(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6")
-POSITIVE = Kind(float, lambda x: x >= 1e-6, "a positive number")
-SECONDS = Kind(float, lambda x: 1 <= x < 1e9, "a number from 1")
-POLICY = Kind(
+PATH = OptionType(Path, lambda x: x != Path(), "a path")
+COUNT = OptionType(int, lambda x: 0 < x < 2**48, "a positive integer")
+NATURAL = OptionType(int, lambda x: 0 <= x < 2**63, "an integer from 0")
+DIVISOR = OptionType(
+    int, lambda x: x > 0 and TRACE_BLOCK % x == 0, f"a divisor of {TRACE_BLOCK}"
+)
+UP_TO_A_MILLION = OptionType(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6")
+POSITIVE = OptionType(float, lambda x: x >= 1e-6, "a positive number")  # or inf
+SECONDS = OptionType(float, lambda x: 1 <= x < 1e9, "a number from 1")
+POLICY = OptionType(
     str,
     re.compile(r"auto|even|dp|pd:[1-9]\d{0,3}x[1-9]\d{0,3}").fullmatch,
     "auto, even, dp or pd:PxD",
 )
 FLAG = None  # given or not
 
-# Name, kind, how a value is called, help, default.
+# fmt: off
+# Name, type, what a value is called in --help, help, default.
 OPTIONS = [
     ("--trace", PATH, "FILE", "JSON lines; default: a multi-turn demo", None),
     ("--num-requests", COUNT, "K", "serve the first K lines (demo: 48)", None),
-    (
-        "--seed",
-        NATURAL,
-        "N",
-        "of the weights, the demo, a trace's tokens, and sampling",
-        0,
-    ),
-    (
-        "--trace-scale",
-        DIVISOR,
-        "F",
-        "divide the trace's lengths and its block by F",
-        None,
-    ),
+    ("--seed", NATURAL, "N", "of the weights, the demo, a trace's tokens, and sampling", 0),
+    ("--trace-scale", DIVISOR, "F", "divide the trace's lengths and its 512-token block by F", None),
     ("--model", PATH, "DIR", "Hugging Face folder of a Llama", None),
     ("--random-weights", FLAG, None, "with --model: read config.json alone", False),
-    (
-        "--dtype",
-        one_of(*DTYPES),
-        "TYPE",
-        "default: float32; on a GPU what --model says",
-        None,
-    ),
-    (
-        "--device",
-        one_of("auto", "cpu", "cuda"),
-        "D",
-        "auto (a GPU if any), cpu, cuda",
-        "auto",
-    ),
-    ("--temperature", SMALL, "T", "0 (the default) is greedy", 0.0),
+    ("--dtype", one_of(*DTYPES), "TYPE", "default: float32; on a GPU what --model says", None),
+    ("--device", one_of("auto", "cpu", "cuda"), "DEV", "auto (a GPU if any), cpu or cuda", "auto"),
+    ("--temperature", UP_TO_A_MILLION, "T", "0 (the default) is greedy", 0.0),
     ("--stop-at-eos", FLAG, None, "the model's end token ends a request early", False),
     ("--segment-tokens", COUNT, "C", "default: 16; --model on a GPU: 512", None),
-    ("--slots", COUNT, "S", "segments per instance; default: half the memory", None),
-    ("--placement", one_of("stripe", "hash"), "P", "homes: stripe or hash", "stripe"),
-    (
-        "--replicate-factor",
-        SMALL,
-        "c",
-        "of c·N·ln N hot segments (default 3; 0: none)",
-        3.0,
-    ),
-    ("--pull-tokens", NATURAL, "T", "KV an instance pulls an iteration (16384)", 16384),
-    (
-        "--chunk-tokens",
-        COUNT,
-        "T",
-        "prompt rows per instance; default: 4 segments",
-        None,
-    ),
+    ("--slots", COUNT, "S", "segments per instance; default: half the memory (CPU: 32k tokens)", None),
+    ("--placement", one_of("stripe", "hash"), "P", "homes of segments: stripe or hash", "stripe"),
+    ("--replicate-factor", UP_TO_A_MILLION, "c", "of c·N·ln N hot segments (3; 0: none)", 3.0),
+    ("--pull-tokens", NATURAL, "T", "of old KV that an instance pulls an iteration (16384)", 16384),
+    ("--chunk-tokens", COUNT, "T", "prompt rows per instance and iteration (4 segments)", None),
     ("--max-batch", COUNT, "R", "running requests in the whole lake (default 32)", 32),
-    (
-        "--scheduler",
-        POLICY,
-        "S",
-        "auto (even split), even, dp (§6.2) or pd:PxD",
-        "auto",
-    ),
-    (
-        "--tbt-slo-ms",
-        POSITIVE,
-        "MS",
-        "fewer prompt rows where that keeps tokens so close",
-        None,
-    ),
-    (
-        "--speed",
-        POSITIVE,
-        "X",
-        "arrivals and think times X times faster; inf: no waits",
-        1.0,
-    ),
-    (
-        "--timeout",
-        SECONDS,
-        "SECONDS",
-        "until a silent rank is given up (default 300)",
-        300.0,
-    ),
+    ("--scheduler", POLICY, "NAME", "auto (even split), even, dp (§6.2) or pd:PxD", "auto"),
+    ("--tbt-slo-ms", POSITIVE, "MS", "time between tokens to keep, by fewer prompt rows", None),
+    ("--speed", POSITIVE, "X", "arrivals and think times X times faster; inf: all at once", 1.0),
+    ("--timeout", SECONDS, "SECONDS", "after which a silent rank counts as lost (300)", 300.0),
     ("--output", PATH, "DIR", "write requests.jsonl and summary.json", None),
 ]
+# fmt: on
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -181,19 +126,18 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "run_cluster.py", description="Serve a trace on a pool."
     )
     parser.error = lambda message: require(False, message.removeprefix("argument "))
-    for name, kind, metavar, help, default in OPTIONS:
-        if kind is FLAG:
-            parser.add_argument(name, action="store_true", help=help)
+    add = parser.add_argument
+    for name, value, metavar, help, default in OPTIONS:
+        if value is FLAG:
+            add(name, action="store_true", help=help)
         else:
-            parser.add_argument(
-                name, type=kind, metavar=metavar, help=help, default=default
-            )
-    parser.add_argument(
+            add(name, type=value, metavar=metavar, help=help, default=default)
+    add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="recompute every answer without a cache; default: for the built-in demo",
     )
-    parser.add_argument(
+    add(
         "--profile",
         type=NATURAL,
         metavar="K",
@@ -237,24 +181,25 @@ def demo_trace(num_requests: int, vocab_size: int, seed: int):
 
 
 def prepare(options, cluster, device, memory: int):
-    """Checks what the user gave → (lines, LakeConfig, Llama). memory: least bytes of a device."""
+    """Checks what the user gave → (lines, LakeConfig, Llama). memory: bytes of the smallest device.
+    (`said`, here and elsewhere: the message if what follows is not so.)"""
     for name in OUTPUTS:
-        held = options.output and os.path.exists(options.output / name)
+        exists = options.output and os.path.exists(options.output / name)
         said = f"already holds {name}; a new folder is expected"
-        require(not held, f"--output {options.output}: {said}")
+        require(not exists, f"--output {options.output}: {said}")
     config = load_config(options.model) if options.model else LlamaConfig()
     said = "--stop-at-eos: the model's config.json has no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
     lines = open_trace(options, config)
     check_policy(options.scheduler, cluster.size)
     dtype = choose_dtype(options, config, device)
-    lake = size_lake(options, config, dtype, device, cluster, memory)
-    check_lines(lines, config, lake, cluster.size)
+    lake_config = size_lake(options, config, dtype, device, cluster, memory)
+    check_lines(lines, config, lake_config, cluster.size)
     if options.model and not options.random_weights:
         weights = load_weights(options.model, config, dtype, device)
     else:
         weights = random_weights(config, options.seed, dtype, device)
-    return lines, lake, Llama(config, weights)
+    return lines, lake_config, Llama(config, weights)
 
 
 def open_trace(options, config) -> list[TraceLine]:
@@ -288,10 +233,9 @@ def size_lake(options, config, dtype, device, cluster, memory: int):
     """The LakeConfig, with as many slots as are wanted or as there is room for."""
     on_gpu = device.type == "cuda"
     C = options.segment_tokens or (512 if options.model and on_gpu else 16)
-    P = config.max_positions
-    said = f"no more than the model's {P} positions is expected"
-    require(C <= P, f"--segment-tokens {C}: {said}")
-    lake = LakeConfig(
+    said = f"no more than the model's {config.max_positions} positions is expected"
+    require(C <= config.max_positions, f"--segment-tokens {C}: {said}")
+    lake_config = LakeConfig(
         segment_tokens=C,
         placement=options.placement,
         replicate_factor=options.replicate_factor,
@@ -301,10 +245,10 @@ def size_lake(options, config, dtype, device, cluster, memory: int):
     )
     head_bytes = config.head_dim * dtype.itemsize
     row_bytes = 2 * config.num_layers * config.num_kv_heads * head_bytes
-    staging_bytes = lake.staging(cluster.size) * row_bytes
+    staging_bytes = lake_config.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
     room = memory // sharing
-    # Half of it is left for weights and activations.
+    # By default half of it is left for weights and activations, and a CPU holds 32k tokens at most.
     slots = max(1, (room // 2 - staging_bytes) // (C * row_bytes))
     if not on_gpu:
         slots = min(slots, -(-32_768 // C))
@@ -315,11 +259,12 @@ def size_lake(options, config, dtype, device, cluster, memory: int):
         f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
         f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, {memory:,} are there",
     )
-    return replace(lake, slots=slots)
+    return replace(lake_config, slots=slots)
 
 
-def check_lines(lines, config, lake: LakeConfig, num_ranks: int):
-    """Each request is one that the model has words for, and the pool has room for."""
+def check_lines(lines, config, lake_config, num_ranks: int):
+    """Raises ValueError for a token that is not in the vocabulary, and for a request that is longer
+    than the model's positions or than the pool."""
     V = config.vocab_size
     for line in lines:
         highest = max(line.input_ids or [0])
@@ -329,8 +274,9 @@ def check_lines(lines, config, lake: LakeConfig, num_ranks: int):
     said = f"prompt and answer are {longest.total} tokens, the model has {config.max_positions}"
     said += " positions (--trace-scale makes a trace smaller)"
     require(longest.total <= config.max_positions, f"{longest.where}: {said}")
-    needed = -(-(longest.total - 1) // lake.segment_tokens)
-    there = lake.slots * num_ranks
+    # The last token takes no room: it is never fed to the model.
+    needed = -(-(longest.total - 1) // lake_config.segment_tokens)
+    there = lake_config.slots * num_ranks
     said = f"the request needs {needed} segments, the pool has {there}; more --slots are expected"
     require(needed <= there, f"{longest.where}: {said}")
 
@@ -350,7 +296,7 @@ def open_output(folder: Path | None, cluster):
 
 
 class EndOfIteration(NamedTuple):
-    """What a rank says when an iteration is over. Of clock and fit, rank 0's count."""
+    """What a rank says when an iteration is over. All take rank 0's clock and fit for theirs."""
 
     clock: int  # ns since the start
     fit: list[int]  # TimePredictor.fitted
@@ -381,15 +327,17 @@ class Engine:
     reads: list = field(default_factory=list)  # per iteration: [N] cache tokens read
 
     def __post_init__(self):
-        # Predicted time of the iterations: mean over instances, the longest.
+        # Sums over iterations of the predicted time: the mean over instances, and the longest.
         self.busy = np.zeros(2)
-        self.cluster.gather_objects(None)  # the clock starts when every rank is here
+        self.cluster.gather_objects(
+            None
+        )  # a barrier: the clock starts when every rank is here
         self.started = time.monotonic_ns()
 
     def step(self, pause: float = 0.0) -> tuple[dict[int, int], list[Request]]:
-        """One iteration: plan, agree, compute, exchange, publish; with nothing to run, a sleep of
-        `pause` seconds at most. Returns the sampled tokens by request id and the requests that
-        ended. Raises LakeError, Stopped."""
+        """One iteration: plan, agree, compute, exchange tokens, publish. With nothing to run it
+        sleeps, `pause` seconds at most. Returns the sampled tokens by request id and the requests
+        that ended. Raises LakeError, Stopped."""
         batches, groups, plan, transfer_plan = self._plan()
         digest = plan_digest(self.iterations, plan, transfer_plan)
         self.cluster.announce(digest, self.stop)
@@ -398,7 +346,7 @@ class Engine:
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
             tokens = self._compute(batches, groups, plan, transfer_plan)
-        self.cluster.confirm()
+        self.cluster.confirm()  # for ranks that have not computed: the others have done so there
         now = time.monotonic_ns() - self.started
         if plan.runs:
             self._measure(plan, transfer_plan, now)
@@ -421,13 +369,15 @@ class Engine:
     def _compute(self, batches, groups, plan, transfer_plan) -> dict[int, int]:
         """This rank's rows through the model → the tokens that they give, by request id."""
         lake = self.lake
+        # An instance computes rows of one batch at most.
         mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
         batch, group = next(mine, ([], []))
         q_buf = lake.init_query(batch, group, plan)
         kv_buf = lake.init_transfer(batch, transfer_plan)
 
         def attend(layer, q, k, v):
-            self.cluster.confirm()  # before the first exchange of data, behind embedding and QKV
+            # Before the first exchange of data; embedding and the first QKV hide the wait.
+            self.cluster.confirm()
             kv_buf.write(layer, k, v)
             lake.put(kv_buf)
             q_buf.write(layer, q)
@@ -451,7 +401,8 @@ class Engine:
         return {request.id: token for request, token in zip(requests, tokens)}
 
     def _measure(self, plan, transfer_plan, now: int):
-        """Counts the iteration, and fits the time predictor to it: on rank 0, the others hear."""
+        """Counts the iteration. Rank 0 fits the time predictor to it, and the others receive its
+        fit."""
         predictor = self.scheduler.predictor
         self.iterations += 1
         if self.profile:
@@ -481,7 +432,8 @@ class Engine:
         }
 
     def verify(self, requests: list[Request], progress) -> dict[int, float]:
-        """Each request's gap in logits (Llama.score_gap); after a signal, of those done by then."""
+        """The gap in logits of each request (Llama.score_gap), each recomputed by one rank; after a
+        signal, of those done by then."""
         gaps = {}
         size = self.cluster.size
         for start in range(0, len(requests), size):
@@ -498,8 +450,9 @@ class Engine:
 
 
 def profiler(folder: Path, after: int):
-    """Of this rank, for Perfetto: functions by name, operators, kernels. Of eight iterations (a
-    `step` ends one), after so many others: each takes megabytes, and a second to write."""
+    """Writes a profile of this rank for Perfetto: functions by name, operators, kernels. It covers
+    eight iterations (a `step` ends one) after so many others: each takes megabytes, and a second to
+    write."""
     return torch.profiler.profile(
         with_stack=True,
         schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),
@@ -508,7 +461,7 @@ def profiler(folder: Path, after: int):
 
 
 class Server:
-    """A trace at work: sends requests when they are due, keeps their times and records."""
+    """Serves a trace: sends requests when they are due, keeps their times and records."""
 
     def __init__(self, options, cluster, lines, lake_config, model):
         self.options = options
@@ -528,10 +481,13 @@ class Server:
         self.times: dict[int, list[int]] = {}
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
         # A heap of (time, request id): sorted, as the lines are.
-        self.arrivals = [(self.ns(x.timestamp), x.index) for x in lines if not x.previous]
+        first_turns = [line for line in lines if not line.previous]
+        self.arrivals = [
+            (self.scaled_ns(line.timestamp), line.index) for line in first_turns
+        ]
 
-    def ns(self, ms: float) -> int:
-        return int(ms * 1e6 / self.options.speed)
+    def scaled_ns(self, trace_ms: float) -> int:
+        return int(trace_ms * 1e6 / self.options.speed)
 
     def serve(self, file, bar, on_iteration):
         """Iterations until all is finished, and its records written. Raises LakeError, Stopped."""
@@ -562,11 +518,11 @@ class Server:
         """Its line of requests.jsonl; the session's next turn is due a while later."""
         turn = self.next_turn.get(request.id)
         if turn:
-            thought = self.engine.clock + self.ns(turn.think_ms)
-            due = max(self.ns(turn.timestamp), thought)
+            thought = self.engine.clock + self.scaled_ns(turn.think_ms)
+            due = max(self.scaled_ns(turn.timestamp), thought)
             heapq.heappush(self.arrivals, (due, turn.index))
         times = self.times[request.id]
-        first, *gaps = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
+        first, *intervals = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
         record = dict(
             request_id=request.id,
             status="completed",
@@ -575,8 +531,8 @@ class Server:
             cached_tokens=self.scheduler.cached_tokens[request.id],
             output_ids=request.tokens[request.num_prompt :],
             ttft_ms=first,
-            tpot_ms=round(sum(gaps) / len(gaps), 3) if gaps else None,
-            itl_ms=gaps,
+            tpot_ms=round(sum(intervals) / len(intervals), 3) if intervals else None,
+            itl_ms=intervals,
             finished_s=times[-1] / 1e9,
         )
         self.records[request.id] = record
@@ -596,15 +552,15 @@ def summarise_records(records: list[dict], clock: int) -> dict:
     cached = sum(record["cached_tokens"] for record in records)
     outputs = sum(len(record["output_ids"]) for record in records)
     seconds = clock / 1e9 - min((record["arrival_s"] for record in records), default=0.0)
-    while_serving = records and seconds
+    seconds_if_any = seconds if records else None
     summary = dict(
         completed=len(records),
         duration=seconds,
         total_input_tokens=inputs,
         total_output_tokens=outputs,
-        request_throughput=ratio(len(records), while_serving),
-        output_throughput=ratio(outputs, while_serving),
-        total_token_throughput=ratio(inputs + outputs, while_serving),
+        request_throughput=ratio(len(records), seconds_if_any),
+        output_throughput=ratio(outputs, seconds_if_any),
+        total_token_throughput=ratio(inputs + outputs, seconds_if_any),
         hit_rate=ratio(cached, inputs),
     )
     for name in ("ttft_ms", "tpot_ms", "itl_ms"):
@@ -624,9 +580,11 @@ def summarise_pool(server) -> dict:
     lake = server.lake
     counters = server.scheduler.counters
     bytes_of_ranks = server.cluster.gather_objects(lake.pool.bytes)
-    starts = range(0, len(engine.reads), CV_WINDOW)
-    windows = [sum(engine.reads[start : start + CV_WINDOW]) for start in starts]
-    whole = len(engine.reads) // CV_WINDOW  # a shorter one counts only if it is alone
+    first_iterations = range(0, len(engine.reads), CV_WINDOW)
+    windows = [sum(engine.reads[first : first + CV_WINDOW]) for first in first_iterations]
+    whole = (
+        len(engine.reads) // CV_WINDOW
+    )  # the last, shorter one counts only if there is no other
     sent = [line.request for line in server.lines if line.request]
     longest = engine.busy[1]
     summary = dict(
@@ -666,7 +624,9 @@ def summarise(server, gaps: dict | None, wrong: list, error: str | None) -> dict
     """summary.json. gaps: those of `verify`, by request id, None if it was not asked for."""
     summary = summarise_records(list(server.records.values()), server.engine.clock)
     summary |= summarise_pool(server)
-    gap = float(np.max([*gaps.values()])) if gaps else np.nan  # NaN if one is
+    gap = (
+        float(np.max([*gaps.values()])) if gaps else np.nan
+    )  # NaN also if one of them is
     return summary | dict(
         verified=None if gaps is None else len(gaps) - len(wrong),
         max_logit_gap=None if np.isnan(gap) else gap,
@@ -695,7 +655,7 @@ MOVED = {
 }
 
 
-def table(summary: dict) -> str:
+def format_report(summary: dict) -> str:
     """The report that ends a run, from its summary. What was not measured is a dash."""
     form = REPORT
     if summary["verified"] is not None:
@@ -731,16 +691,20 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
         set_threads(options, cluster)
         device, memory = cluster.together(cluster.find_device, options.device)
         memory = min(cluster.gather_objects(memory))
-        lines, lake, model = cluster.together(prepare, options, cluster, device, memory)
+        prepared = cluster.together(prepare, options, cluster, device, memory)
+        lines, lake_config, model = prepared
+        # One number of each tensor tells most other weights.
         first_weights = [float(weight.flatten()[0]) for weight in model.weights.values()]
-        made = vars(options), lines, lake, model.config, model.dtype, first_weights
+        made = vars(options), lines, lake_config, model.config, model.dtype, first_weights
         what = "options, another trace or another model"
         cluster.together(cluster.require_same, repr(made), what)
-        server = Server(options, cluster, lines, lake, model)
+        server = Server(options, cluster, lines, lake_config, model)
         file = cluster.together(open_output, options.output, cluster)
-        error = serve(server, file, on_iteration)
+        error = serve_and_report(server, file, on_iteration)
     except (SetupError, LakeError, KeyboardInterrupt) as problem:
-        error = problem if str(problem) else "stopped by a signal"
+        error = (
+            problem if str(problem) else "stopped by a signal"
+        )  # an interrupt says nothing
     finally:
         if error and cluster.speaks():
             print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
@@ -749,8 +713,8 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
 
 
 def first_timeout(arguments: list[str]) -> float:
-    """--timeout, for the set-up in which ranks agree on all options. What is wrong with these is
-    said later, once; --help is printed here, by one rank."""
+    """--timeout, which is needed before ranks can talk. So options are read twice: what is wrong
+    with them is said the second time, by one rank; --help is printed here, by one rank."""
     first = os.environ.get("RANK", "0") == "0"
     out = sys.stdout if first else open(os.devnull, "w")
     with contextlib.suppress(ValueError), contextlib.redirect_stdout(out):
@@ -759,13 +723,14 @@ def first_timeout(arguments: list[str]) -> float:
 
 
 def set_threads(options, cluster):
-    """The ranks of a machine share its cores; the small model needs but one."""
+    """The ranks of a machine share its cores; the built-in model needs one only. A rank that is
+    alone heeds OMP_NUM_THREADS (torchrun sets it, to 1, for several)."""
     if cluster.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
         cores = (os.cpu_count() or 1) if options.model else 1
         torch.set_num_threads(max(1, cores // cluster.local_size))
 
 
-def serve(server, file, on_iteration) -> str | None:
+def serve_and_report(server, file, on_iteration) -> str | None:
     """Serves, verifies and reports; returns what is wrong. `on_iteration(server, new records)`."""
     engine = server.engine
     options = server.options
@@ -786,17 +751,17 @@ def serve(server, file, on_iteration) -> str | None:
         except Stopped as stopped:
             error = f"{stopped}; {len(server.records)} of {num_lines} are finished"
         if options.verify and not error:
-            gaps, wrong, error = verify(server, bar)
+            gaps, wrong, error = verify_all(server, bar)
     summary = summarise(server, gaps, wrong, error)
     if first:
-        print(table(summary), flush=True)
+        print(format_report(summary), flush=True)
         if options.output:
             text = json.dumps(summary, indent=1, default=str)
             (options.output / "summary.json").write_text(text + "\n")
     return error
 
 
-def verify(server, bar) -> tuple[dict[int, float], list[int], str | None]:
+def verify_all(server, bar) -> tuple[dict[int, float], list[int], str | None]:
     """Gaps of the finished requests, those that differ, and what is wrong."""
     finished = sorted(server.records)
     bar.set_description("verifying")
@@ -804,7 +769,7 @@ def verify(server, bar) -> tuple[dict[int, float], list[int], str | None]:
     requests = [server.lines[id].request for id in finished]
     gaps = server.engine.verify(requests, bar.update)
     limit = TOLERANCE[server.model.dtype]
-    wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # also by NaN
+    wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # NaN is wrong, too
     error = None
     if wrong:
         error = f"request {wrong[0]} differs from recomputation without a cache"

@@ -1192,10 +1192,10 @@ def test_remote_puts_happen_and_are_right(tmp_path, ranks, slots):
 
 def one_full_instance(rank, seen):
     """Instance 1 offers its slots first, wherever the home should be."""
-    def allocate(self, home, *only):
+    def allocate(self, home, *others, **options):
         if self.free[1]:
             return self.free[1].pop()
-        return original(self, home, *only)
+        return original(self, home, *others, **options)
     original, Balancer._allocate = Balancer._allocate, allocate
     return count_bytes(rank, seen)
 
@@ -1959,7 +1959,7 @@ def test_the_even_split_is_even(monkeypatch, few, most):
         assert dops == [1] * 4 and sum(rows) == 64 and max(rows) <= most
         assert all(run.rows > 0 for run in runs)
         S = scheduler.lake.config.slots
-        away = [run for run in runs if run.instance != run.slot // S]
+        away = [run for run in runs if run.preferred != run.slot // S]
         assert few == 1 or not away
         for request in scheduler.running:
             own = sorted((r.position, r.rows, r.slot) for r in runs if r.request is request)
@@ -2293,11 +2293,11 @@ def differ_in_a_slot(rank, seen):
     """Rank 1 takes another slot of the same instance: the exchange would go, the KV be wrong."""
     original, calls = Balancer._allocate, []
 
-    def allocate(self, home, *only, **options):
+    def allocate(self, home, *others, **options):
         calls.append(0)
         if rank == 1 and len(calls) == 3:
             self.free[home].reverse()
-        return original(self, home, *only, **options)
+        return original(self, home, *others, **options)
     Balancer._allocate = allocate
 
 
@@ -2894,7 +2894,7 @@ def test_schedulers_keep_the_time_between_tokens_that_nearly_all_allow():
 
 
 def test_the_conductor_counts_all_who_wait_where_the_queue_is_in_order():
-    """A prompt of 50 rows waits for shorter ones by urgency, and for all in order of arrival."""
+    """A prompt of 50 rows waits for shorter ones by patience, and for all in order of arrival."""
     made = {name: fleet(name, 100) for name in ("pd:1x3", "pd:1x3:fcfs")}
     for one in made.values():
         for id, n in enumerate((20, 300)):

@@ -9,26 +9,37 @@
 The scheduler says which rows run together, the engine writes Q and new KV into buffers, and neither
 knows where the cache is. Over one instance a lake never communicates: that is a conventional one.
 
-The scheduler keeps queues, not places: any row can run anywhere. So the *even split* gives every
-instance about the same rows, decode and prefill mixed; rows of one prompt on k instances
+The scheduler binds no request to an instance: any row can run anywhere. So the *even split* gives
+every instance about the same rows, decode and prefill mixed, and those of one prompt on k instances
 are sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP)
-and fixed PD are here to compare: in lock-step the even split wins.
+and fixed PD are here to compare: as all ranks wait for the slowest in each layer, the even split
+wins.
 
-Every rank plans for all, so nobody has to be told: given the trace, the clock and the sampled
-tokens, `gen_plans` gives the same on each. A digest of the plan crosses before the first exchange
-of data, and a rank that planned otherwise, or has other tokens, stops all (`plan_digest`).
+Every rank plans for all, so nobody has to be told: with the same trace, clock and sampled tokens
+the same calls of `schedule` and `gen_plans` decide the same on each. A digest of the plan and its
+tokens crosses before the first exchange of data; a rank that has another stops all (pool.py:
+`plan_digest`).
+
+Where does a query row go? The balancer proposes where it is computed, at the home of its segment;
+the scheduler forms batches; `_assign` decides. From there it travels to all instances that hold old
+KV of its request, but for those whose KV comes to it instead (`_ship_or_pull`), and to where it
+meets fresh KV of other instances (`_meet`): `_all_ships` has both.
 
 Notation: N instances · S slots per instance · C tokens per segment · T rows · H query heads ·
-Hkv KV heads · D head dim. A plan counts in these things, and a table has rows of one kind only:
+Hkv KV heads · D head dim. A table of a plan has an entry for each
 
-    B runs      rows of a request within one segment; by request, then by instance
-    parts       a batch of DoP k is k parts of about equal rows; an instance computes one at most
-    G shares    what a part has of one request: its rows there attend to the same old KV
-    N instances
+    run         rows of a request within one segment: [B]
+    part        a batch of DoP k is cut into k parts; an instance computes one of them at most
+    share       all rows that a part has of one request. They read the same old KV: [G]
+    instance    [N]
+    replicated  read of a segment that has several replicas: [h]
+
+Shares stand by part and request. Runs stand by request and position until it is known where they
+are computed, from then on by instance, request and position.
 
 A plan by example: two instances of ten slots, C = 4. Request 0 decodes its row 10; request 1 has a
-prompt of 9 tokens, of which 4 are cached; request 2 repeats 8 cached tokens, so only its last row is
-computed, for its logits, and its KV goes nowhere. Numbers are positions of the request:
+prompt of 9 tokens, of which 4 are cached; request 2 repeats 8 cached tokens, so only its last row
+is computed, for its logits, and its KV goes nowhere. Rows and reads are positions in the request:
 
        run  request  rows  computed  KV goes  reads at 0    reads at 1
          0        0  10           0  slot 1   0–3, 8–9, 10  4–7
@@ -36,9 +47,9 @@ computed, for its logits, and its KV goes nowhere. Numbers are positions of the 
          2        1  8            1  slot 11  0–3, 4–7      8
          3        2  7            1  –        0–3           4–7
 
-Slots 0 to 9 are at instance 0, and slot 0 has positions 0–3 of all three requests; so run 0 travels
-to instance 1 too, and runs 2 and 3 to instance 0. No KV has to move.
-"""
+Slots 0 to 9 are at instance 0. Slot 0 has positions 0–3 of all requests, slot 10 positions 4–7 of
+requests 0 and 2; 4–7 of request 1 and every run's own rows are fresh. So run 0 travels to instance
+1, too, and runs 2 and 3 to instance 0. No KV has to move. """
 
 from bisect import bisect_left, insort
 from collections import Counter
@@ -57,20 +68,27 @@ from pool import Cluster, KVBuffer, LakeConfig, LakeError, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
-# Of an instance, before anything is measured: an A100 in bf16, 1/s and B/s.
+# An instance is taken for an A100 in bf16, in FLOP/s and B/s: for what attends as fast as it reads,
+# and for times until some are measured.
 FLOPS = 312e12
 BANDWIDTH = 2.04e12
 LINK = 300e9
-EXCHANGE_SECONDS = 10e-6  # of an exchange, however little it carries
+EXCHANGE_SECONDS = (
+    10e-6  # that even the smallest exchange takes: NCCL over NVLink, roughly
+)
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
 RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
 RUN_FIELDS += ["request.done", "request.held_row"]
 
-FORBIDDEN = 1 << 60  # ps, a time that nothing takes
+FORBIDDEN = 1 << 60  # ps, longer than anything takes
 UNLIMITED = 1 << 60  # rows
-FEW_ROWS = 128  # fewer take as long, as the weights have to be read anyway
-# A request counts 1/16 of a chunk less for each later one: see bench/NOTES.md.
+# Fewer rows take no less time, as the weights have to be read anyway: FLOPS / BANDWIDTH are 153
+# with two bytes a weight, and a power of two is near enough.
+FEW_ROWS = 128
+# For each request that comes after it, one seems a sixteenth of a chunk shorter. In overload 86 %
+# of the requests then keep their SLO, with a quarter 67 %; with a 64th 89 %, but some wait much
+# longer (bench/NOTES.md).
 AGEING = 16
 
 
@@ -78,61 +96,66 @@ AGEING = 16
 
 
 class Shares(NamedTuple):
-    """A row is a share: what a part has of one request. By part and request."""
+    """An entry is a share: what a part has of one request. By part and request."""
 
     part: Column
-    request: Column  # its request, by the number of that one's first run
-    rows: Column
-    weight: Column  # rows that attend in the same time: one alone waits for memory
-    old_tokens: Column  # of its request in the pool: all its rows read them
-    is_prompt: Column
+    request: Column  # the first run of its request, in the order by request
+    first_run: Column  # its own, in the same order
     held_row: Column  # of its request, in Balancer.held
-    first_run: Column
-    instance: Column | None = None  # that computes it: after matching
+    rows: Column  # how many
+    weight: Column  # or `ridge`, if they are fewer: attention takes as long
+    old_tokens: Column  # of its request in the pool
+    is_prompt: Column
+    instance: Column | None = None  # that computes it, once it is known
 
 
 class OldReads(NamedTuple):
     """Old KV, and where the shares read it."""
 
     tables: list[Column]  # [G] global slots of the segments of the share's request
-    unique: Column  # [G, N] tokens of segments with one replica
-    replicated: SegmentReads  # segments with more, and the slot chosen for each: [h]
+    unreplicated: (
+        Column  # [G, N] tokens that a share reads at an instance, without choice
+    )
+    replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
     candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
-    tokens: Column  # [G, N] of all segments, with the chosen replicas
+    tokens: Column  # [G, N] that a share reads at an instance, these included
 
 
 class Pulled(NamedTuple):
-    """A row is a share and a holder whose old KV comes to it: its rows do not go there."""
+    """An entry is a share and an instance whose old KV comes to it: its rows do not go there. Also
+    an index into [G, N]."""
 
     share: Column
     holder: Column
 
 
 class FreshPairs(NamedTuple):
-    """A row is a pair of runs: the reader reads what the writer puts, the same or one before."""
+    """An entry is a pair of runs of one request: the reader reads what the writer puts, which is
+    the same run or an earlier one."""
 
     reader: Column
     writer: Column
 
 
 class Siblings(NamedTuple):
-    """A row is a run whose fresh KV comes to a share of its request on another instance."""
+    """An entry is a run and a share of its request on another instance, to which its KV is sent."""
 
     share: Column
     writer: Column
 
 
 class FreshRows(NamedTuple):
-    """A row is a run, as in the plan: where its fresh KV is written."""
+    """An entry is a run: where its fresh KV is written, if it puts any."""
 
     at_home: Column  # first slab row at its home, where it will live
     written: Column  # first slab row where it is computed: at home, or in staging
-    staged: Column  # rows in staging
+    staged: Column  # number of rows in staging
 
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
-    Every rank makes all lakes, in order; one that is no instance has but the control plane."""
+    Every rank makes all lakes, in the same order; one that is no instance of a lake has its control
+    plane only."""
 
     def __init__(
         self,
@@ -155,12 +178,13 @@ class TokenLake:
         D = llama_config.head_dim
         Hkv = llama_config.num_kv_heads
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        # Per row and layer: Q on its way, O and LSE on the way back. Per token and layer: K and V.
+        # Per row and layer: Q on its way, O and LSE on the way back.
         self.query_bytes = H * (D * (dtype.itemsize + wide) + wide)
+        # Per token and layer.
         self.kv_bytes = 2 * Hkv * D * dtype.itemsize
         self.exchange_bytes = round(LINK * EXCHANGE_SECONDS)
         self.weight_bytes = llama_config.num_linear_parameters * dtype.itemsize
-        # From so many rows on, attention to a token costs more than reading it.
+        # From so many rows of one request on, attention to a token takes longer than reading it.
         self.ridge = max(1, round(FLOPS / BANDWIDTH * Hkv / H))
         sizes = N, config.slots, config.segment_tokens
         self.balancer = Balancer(*sizes, config.placement, config.replicate_factor)
@@ -198,7 +222,7 @@ class TokenLake:
             rows += new
         memory = shape.num_layers * self.kv_bytes * tokens
         compute = shape.num_layers * 4.0 * shape.num_heads * shape.head_dim * pairs
-        # What the ideal time of N instances is made of.
+        # The ideal time T of N instances is this / (N · flops): N cancels.
         linear = 2.0 * shape.num_linear_parameters * rows
         memory_share = memory / (memory + linear / flops * bandwidth)
         return max(memory_share, compute / (compute + linear))
@@ -208,10 +232,11 @@ class TokenLake:
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
-        at most one each, so that the fewest bytes travel. Raises LakeError if the DoPs ask for more
-        instances than there are, or the tree is another lake's."""
+        at most one each, so that the fewest bytes travel. To be called once an iteration: it makes
+        replicas and adds to loads. Raises LakeError if the DoPs ask for more instances than there
+        are, or the tree is another lake's."""
         self._check(batches, dops, tree)
-        # An idle iteration moves nothing.
+        # Copies travel with an iteration's layers, and an idle one has none.
         copies = self.balancer.replicate() if any(batches) else {}
         given = list(chain.from_iterable(batches))
         parts = parts_of_runs(batches, dops)
@@ -222,7 +247,7 @@ class TokenLake:
         old = self._find_old(runs, shares, tables)
         old = self._choose_replicas(shares, old)
         pulled = self._ship_or_pull(shares, old.tokens)
-        instance_of_part = self._match(runs, shares, old.tokens, pulled, sum(dops))
+        instance_of_part = self._assign(runs, shares, old.tokens, pulled, sum(dops))
         groups = [instance_of_part[part].tolist() for part in parts]
         # Only now is it known where a share is computed, and so which replica is at hand there.
         shares = shares._replace(instance=instance_of_part[shares.part])
@@ -264,7 +289,7 @@ class TokenLake:
             raise LakeError(said)
 
     def _tabulate(self, given: list[Run], parts):
-        """Runs by request and position: their numbers as given, and the table; and the shares."""
+        """The order of runs by request and position, the runs in this order, and the shares."""
         values = chain.from_iterable(map(attrgetter(*RUN_FIELDS), given))
         columns = np.fromiter(values, np.int64, len(given) * len(RUN_FIELDS))
         columns = columns.reshape(-1, len(RUN_FIELDS)).T
@@ -272,62 +297,65 @@ class TokenLake:
         *columns, done, held_row = columns[:, order].copy()
         part = np.concatenate([order[:0], *parts])[order]
         request_id, _, rows, slot, puts, decode = columns
-        first = np.searchsorted(request_id, request_id)  # the first run of its request
+        first = np.searchsorted(request_id, request_id)  # first run of the same request
         key = part * (len(given) + 1) + first
-        _, head, share = np.unique(key, return_index=True, return_inverse=True)
+        _, first_run, share = np.unique(key, return_index=True, return_inverse=True)
         runs = RunTable(*columns, slot // self.config.slots, share)
-        share_rows = np.bincount(share, rows, len(head)).astype(np.int64)
+        share_rows = np.bincount(share, rows, len(first_run)).astype(np.int64)
         shares = Shares(
-            part[head],
-            first[head],
-            share_rows,
-            np.maximum(share_rows, self.ridge),
-            # A fully cached prompt computes its last row once more, for its logits alone. That row
-            # puts nothing: its own token is old, too.
-            done[head] + (puts[head] == 0),
-            decode[head] == 0,
-            held_row[head],
-            head,
+            part=part[first_run],
+            request=first[first_run],
+            first_run=first_run,
+            held_row=held_row[first_run],
+            rows=share_rows,
+            weight=np.maximum(share_rows, self.ridge),
+            # A fully cached prompt (a multiple of C tokens) computes its last row once more, for
+            # its logits. `done` stops before that row, but its KV is in the pool: it puts nothing,
+            # and reads itself there.
+            old_tokens=done[first_run] + (puts[first_run] == 0),
+            is_prompt=decode[first_run] == 0,
         )
         return order, runs, shares
 
     def _find_old(self, runs, shares, tables) -> OldReads:
-        """Old KV as the tables of the shares' requests have it; no replicas are chosen yet."""
+        """Old KV by the tables of the shares' requests. Replicas are not chosen yet."""
         _, S, C = self.balancer.sizes
         counts = -(-shares.old_tokens // C)
         tokens = self.balancer.held[shares.held_row]
         tokens *= C
-        # The last old segment may not be full: it is the one that the request writes to next.
+        # The last old segment may not be full. If so, the request's first run writes on in it.
         missing = counts * C - shares.old_tokens
         tokens[np.arange(len(counts)), runs.home[shares.request]] -= missing
-        deepest = self.balancer.deepest_replicated
+        deepest = self.balancer.deepest_replicated  # the others need not be listed
         reads = SegmentReads.of(tables, np.minimum(counts, deepest))
         replicated, candidates = self.balancer.replicas_of(reads.slot)
         reads = select(reads, replicated)
         np.subtract.at(tokens, (reads.share, reads.slot // S), C)
         return OldReads(tables, tokens, reads, candidates, tokens)
 
-    def _reading(self, old, slots) -> OldReads:
-        """Old KV with the replicas in other slots: [h]."""
+    def _read_in(self, old, slots) -> OldReads:
+        """Old KV, with the replicated segments read in these slots: [h]."""
         if not len(slots):
             return old
         _, S, C = self.balancer.sizes
         replicated = old.replicated._replace(slot=slots)
-        tokens = old.unique.copy()
+        tokens = old.unreplicated.copy()
         np.add.at(tokens, (replicated.share, slots // S), C)
         return old._replace(replicated=replicated, tokens=tokens)
 
     def _choose_replicas(self, shares, old) -> OldReads:
-        """A replica of each segment with several, by the load so far (§4.4)."""
-        load = self.balancer.load + shares.weight @ old.unique
+        """A replica of each segment with several, by the load so far and that of all other reads of
+        this iteration (§4.4)."""
+        load = self.balancer.load + shares.weight @ old.unreplicated
         cost = self.config.segment_tokens * shares.weight[old.replicated.share]
-        return self._reading(
+        return self._read_in(
             old, self.balancer.choose_replicas(old.candidates, cost, load)
         )
 
     def _ship_or_pull(self, shares, tokens) -> Pulled:
-        """A decode ships its row. A prompt pulls what a holder has for it, if that is fewer bytes
-        than its queries and results, as far as its part of the receive buffer goes."""
+        """A decode ships its row. A prompt (a fully cached one, too) pulls what a holder has for
+        it, if that is fewer bytes than its queries and results, as far as the receive buffer goes:
+        the prompts of a part have equal room in it."""
         prompts = np.flatnonzero(shares.is_prompt)
         part = shares.part[prompts]
         room = self.config.pull_tokens // np.maximum(1, np.bincount(part))[part]
@@ -338,10 +366,11 @@ class TokenLake:
         prompt, holder = np.nonzero(cheaper & (in_buffer <= room[:, None]))
         return Pulled(prompts[prompt], holder)
 
-    def _match(self, runs, shares, tokens, pulled, num_parts: int) -> Column:
+    def _assign(self, runs, shares, tokens, pulled, num_parts: int) -> Column:
         """[parts] the instance of each (§5): parts and instances matched so that the fewest bytes
-        travel. An instance saves what its part exchanges with itself. Fresh KV between the parts of
-        a prompt depends on pairs of parts, and is left out."""
+        travel, which are all that a part exchanges with holders and homes, less what it exchanges
+        with its own instance. Fresh KV between the parts of a prompt depends on pairs of parts, and
+        is left out."""
         N = len(self.instances)
         share_bytes = (tokens > 0) * (shares.rows * self.query_bytes)[:, None]
         share_bytes[pulled] = tokens[pulled] * self.kv_bytes
@@ -353,26 +382,29 @@ class TokenLake:
         np.add.at(exchanged, (part, runs.home), runs.rows * runs.puts * self.kv_bytes)
         cost = exchanged.sum(1, keepdims=True) - exchanged
         _, best = linear_sum_assignment(cost)
-        # The even split's parts are made by home: every row is computed where its KV will live.
-        # That is left for a gain only that takes longer to send than an exchange takes anyway.
+        # In the even split part i has the rows whose KV will live at instance i. To compute them
+        # elsewhere takes an exchange more, to put their KV: worth it only if it saves more bytes
+        # than cross a link while the smallest exchange lasts.
         if num_parts == N and not (runs.puts * (runs.home != part)).any():
-            by_home = np.arange(N)
-            gain = cost[by_home, by_home].sum() - cost[by_home, best].sum()
-            if gain <= self.exchange_bytes:
-                return by_home
+            own = np.arange(N)
+            saved = cost[own, own].sum() - cost[own, best].sum()
+            if saved <= self.exchange_bytes:
+                return own
         return best
 
     def _take_replicas_at_hand(self, shares, old) -> OldReads:
-        """A replica where the share is computed is read instead of the chosen one: nothing has to
-        travel. (Matching does not count on it: that saved few bytes and cost much planning.)"""
+        """If the instance that computes a share has a replica, that is read: nothing travels. (When
+        parts are assigned this is not counted on: to do so saved 1 to 7 % of the bytes with the
+        dynamic program and PD, none with the even split, and cost a third of the planning time.)"""
         reads = old.replicated
         at_hand = old.candidates[
             np.arange(len(reads.share)), shares.instance[reads.share]
         ]
-        return self._reading(old, np.where(at_hand >= 0, at_hand, reads.slot))
+        return self._read_in(old, np.where(at_hand >= 0, at_hand, reads.slot))
 
     def _plan_old(self, shares, old, pulled) -> OldKV:
-        """What travels of old KV to the shares that pull it, but for what is at hand there."""
+        """What travels of old KV to the shares that pull it. That was decided before it was known
+        where they are computed: what is there already does not travel."""
         _, S, C = self.balancer.sizes
         pulls = np.zeros(old.tokens.shape, bool)
         pulls[pulled] = True
@@ -393,7 +425,7 @@ class TokenLake:
 
     def _pair(self, runs, by_instance) -> FreshPairs:
         """Who reads fresh KV: a run reads what the runs of its request put, from the first one up
-        to itself. Takes runs by request, gives their numbers by instance."""
+        to itself. Takes runs by request, numbers them by instance."""
         run = np.arange(len(by_instance))
         first = np.searchsorted(runs.request_id, runs.request_id)  # of its request
         count = run - first + 1
@@ -405,7 +437,7 @@ class TokenLake:
 
     def _plan_fresh(self, runs, shares, pairs, ships, copies):
         """Where fresh KV meets its readers, and the transfer plan, in which copies travel too."""
-        fresh_rows = self._write_fresh(runs)
+        fresh_rows = self._place_fresh(runs)
         siblings, sibling = self._choose_siblings(runs, shares, pairs, ships)
         moves = self._move(runs, shares, fresh_rows, siblings, copies)
         fresh = self._meet(runs, pairs, fresh_rows, sibling, moves)
@@ -413,8 +445,8 @@ class TokenLake:
         writes = select(writes, runs.puts > 0)
         return fresh, TransferPlan(writes, moves, len(self.instances))
 
-    def _write_fresh(self, runs) -> FreshRows:
-        """What lives elsewhere waits in staging, behind the slots."""
+    def _place_fresh(self, runs) -> FreshRows:
+        """New KV is written at home if that is here, else in staging, behind the slots."""
         _, S, C = self.balancer.sizes
         at_home = slab_row(runs.slot, S, C) + runs.position % C
         staged = runs.rows * runs.puts * (runs.home != runs.instance)
@@ -422,31 +454,36 @@ class TokenLake:
         return FreshRows(at_home, np.where(staged > 0, in_staging, at_home), staged)
 
     def _choose_siblings(self, runs, shares, pairs, ships):
-        """Of fresh KV that is neither written nor put where its reader is computed: either readers'
-        rows travel to its home, or it comes to their share, as a sibling's. It comes if that is
-        fewer bytes, but not to a decode, nor where rows go to its home anyway. → Siblings, and of
-        each pair the sibling that brings its KV: −1 where none does."""
+        """Fresh KV that neither is computed nor will live where its reader is: who travels?
+
+        Either the reader's rows go to its home (where it is put anyway), or it comes to the
+        reader's share, as a sibling's. All that a share reads at one home comes or none. It comes
+        if it is fewer bytes than the share's queries and results, but not to a decode, nor from a
+        home to which the share's rows go for old KV. → Siblings, and of each pair the entry there
+        that brings its KV: [pairs], −1 where none does."""
         reader, writer = pairs
         N = len(self.instances)
         B = len(runs.rows)
         far = runs.instance[reader] != runs.instance[writer]
         away = np.flatnonzero(far & (runs.instance[reader] != runs.home[writer]))
+        # Pairs whose KV would come together: of the same writer, to the same share.
         key = runs.share[reader[away]] * B + writer[away]
-        key, option = np.unique(key, return_inverse=True)
-        share, written = np.divmod(key, B)
-        # All that a share reads at one home comes or none: rows that go there read it all.
-        home = runs.home[written]
-        trip, of_trip = np.unique(share * N + home, return_inverse=True)
-        tokens = np.bincount(of_trip, runs.rows[written], len(trip))[of_trip]
+        deliveries, delivery_of_pair = np.unique(key, return_inverse=True)
+        share, sender = np.divmod(deliveries, B)
+        # And what would come from one home to one share, or none of it.
+        home = runs.home[sender]
+        trips, trip = np.unique(share * N + home, return_inverse=True)
+        tokens = np.bincount(trip, runs.rows[sender], len(trips)).astype(np.int64)[trip]
         cheaper = tokens * self.kv_bytes < shares.rows[share] * self.query_bytes
         comes = cheaper & shares.is_prompt[share] & ~ships[share, home]
         sibling = np.full(len(reader), -1)
-        sibling[away] = np.where(comes, np.cumsum(comes) - 1, -1)[option]
-        return Siblings(share[comes], written[comes]), sibling
+        number = np.where(comes, np.cumsum(comes) - 1, -1)  # among those that come
+        sibling[away] = number[delivery_of_pair]
+        return Siblings(share[comes], sender[comes]), sibling
 
     def _move(self, runs, shares, fresh_rows, siblings, copies):
-        """New KV to siblings and to its home, and copies. Siblings come first: so the n-th of them
-        is the n-th move, which says where it lies in the receive buffer."""
+        """Fresh KV to siblings, new KV to its home, and copies. Siblings come first: so the n-th of
+        them is the n-th move, and `_meet` finds where it lies in the receive buffer."""
         _, S, C = self.balancer.sizes
         staged = np.flatnonzero(fresh_rows.staged)
         to_sibling = select(runs, siblings.writer)
@@ -475,8 +512,11 @@ class TokenLake:
         )
 
     def _meet(self, runs, pairs, fresh_rows, sibling, moves):
-        """FreshReads. Computed on one instance, a pair meets there. Else it does at the home of the
-        KV, where this was written or a move has brought it by then; or it came as a sibling's."""
+        """FreshReads: where each reader meets what it reads, and where that lies.
+
+        computed on one instance       there: HERE, in its slot or in staging
+        KV was sent to the reader      at the reader: SIBLING
+        else                           at the KV's home: HERE if it was computed there, else LATE"""
         reader, writer = pairs
         far = runs.instance[reader] != runs.instance[writer]
         instance = np.where(far, runs.home[writer], runs.instance[reader])
@@ -492,18 +532,20 @@ class TokenLake:
     # ── its steps: what comes of it ──
 
     def _all_ships(self, runs, ships, fresh) -> Column:
-        """[B, N] whether a run's rows travel to an instance: to old KV, where its share reads some,
-        and to fresh KV."""
+        """[B, N] whether a run's rows travel to an instance: where its share reads old KV ([G, N]),
+        and where it meets fresh KV."""
         ships = ships[runs.share]
         away = (fresh.place != SIBLING) & (fresh.instance != runs.instance[fresh.reader])
         ships[fresh.reader[away], fresh.instance[away]] = True
         return ships
 
     def _loads(self, runs, shares, tokens, pulled, fresh):
-        """[N] attention done at each instance, for the balance (§4.3), and [N] tokens of cache read
-        at each holder, once a request, as §7.2 counts."""
+        """[N] attention that each instance does, rows × tokens, for the balance (§4.3); and [N]
+        tokens of cache that are read at each, once a request, as §7.2 counts."""
         load = shares.weight @ tokens
-        moved = shares.weight[pulled.share] * tokens[pulled]  # it is read where it comes
+        moved = (
+            shares.weight[pulled.share] * tokens[pulled]
+        )  # what is pulled is read where it comes
         np.subtract.at(load, pulled.holder, moved)
         np.add.at(load, shares.instance[pulled.share], moved)
         fresh_pairs = runs.rows[fresh.reader] * runs.rows[fresh.writer]
@@ -545,8 +587,9 @@ class TokenLake:
         return self.pool.query(q_buf)
 
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
-        """The buffer for new K and V of those rows: `kv_buf.write(layer, k, v)`, [T, Hkv, D] each.
-        Rows of `batch` that only want logits of published tokens are not put."""
+        """The buffer for new K and V of the rows that this instance computes: `kv_buf.write(layer,
+        k, v)`, [T, Hkv, D] each. Rows of published tokens, which only give logits, are not put.
+        (`batch` is the paper's; the plan knows.)"""
         return KVBuffer(transfer_plan, self.index, self.pool.num_rows, self.pool.device)
 
     def put(self, kv_buf):
@@ -555,7 +598,8 @@ class TokenLake:
 
 
 def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
-    """The part of each run, by batch: one of DoP k is cut into k of about equal rows."""
+    """The part of each run, by batch. One of DoP k is cut into k parts of about equal rows: a run
+    falls into the part in which its first row does."""
     parts = []
     first = 0
     for batch, dop in zip(batches, dops):
@@ -583,16 +627,17 @@ def dynamic_program(
 
         f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
 
-    time(i, dop) → [i] integer times of the batches j..i, j < i; FORBIDDEN rules one out. None if
-    nothing is allowed."""
+    so a batch's time counts for each of its requests. time(i, dop) → [i] integers: entry j is the
+    time of the batch of requests j+1 to i, counted from 1; FORBIDDEN rules it out. None if nothing
+    is allowed."""
     best = np.full((R + 1, N + 1), FORBIDDEN)
-    best[0] = 0
+    best[0] = 0  # for any k: instances may stay idle
     best_first = np.zeros((R + 1, N + 1), np.int64)
     best_dop = np.zeros((R + 1, N + 1), np.int64)
     for i in range(1, R + 1):
         for dop in range(1, N + 1):
             times = time(i, dop)
-            # Sums of allowed times stay below FORBIDDEN.
+            # A sum of R allowed times stays below FORBIDDEN.
             allowed = (times < FORBIDDEN // (R + 1)) & (times <= (slo or FORBIDDEN))
             cost = np.where(allowed, times, 0) * np.arange(i, 0, -1)
             total = best[:i, : N + 1 - dop] + cost[:, None]  # [j, instances before]
@@ -615,8 +660,9 @@ def dynamic_program(
 
 
 class TimePredictor:
-    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·context + e·KiB sent. Integers,
-    so that ranks agree: a roofline at first; what rank 0 has `fitted` counts once all have it."""
+    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB sent. Integers, so
+    that ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
+    is used once all ranks have it (run_cluster.py)."""
 
     def __init__(self, lake):
         shape = lake.llama_config
@@ -636,13 +682,15 @@ class TimePredictor:
         return a + b * rows + c * pairs + e * kib
 
     def split_time(self, rows, pairs, dop: int):
-        """ps of rows split evenly over `dop` instances: fresh KV goes to half of the siblings."""
+        """ps of rows split evenly over `dop` instances. A row's fresh KV goes to the instances with
+        later rows: to half of the others, on average."""
         kib = rows * self.bytes_per_row * (dop - 1) // 2048
         return self.time(-(-rows // dop), -(-pairs // dop), -(-kib // dop))
 
     def measured(self, features, seconds: float):
-        """An iteration with `features` [N, 3]; in lock-step the slowest instance counts. Every 32,
-        a least squares fit of the last 256, but for the first 8, without negative terms."""
+        """Takes an iteration with `features` [N, 3], of which the instance that should be the
+        slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
+        below 0; the first 8, which warm up, are left out."""
         slowest = features[np.argmax(self.time(*features.T))].tolist()
         self.count += 1
         if self.count > 8:
@@ -671,18 +719,18 @@ class Policy(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows that run together."""
+    """Requests that run together, in the scheduler's words."""
 
-    items: list[tuple[Request, int]]  # how many of each request
+    items: list[tuple[Request, int]]  # and how many rows of each
     dop: int
 
 
 class Scheduler:
-    """Continuous batching, chunked prefill (§6), stateless. In queue and iteration, who needs the
-    fewest rows goes first, but nobody is passed by many (`urgency`). policy: `even` gives every
-    instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic program; `pd:PxD`
-    keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms between tokens,
-    kept by fewer prompt rows where that is possible at all."""
+    """Continuous batching, chunked prefill (§6). In the queue and in an iteration, the request that
+    needs the fewest rows goes first, but as others pass it, it comes to be the first (`patience`).
+    policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
+    dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
+    tbt_slo: ms between tokens; fewer prompt rows keep it, where that is possible at all."""
 
     def __init__(self, lake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
         self.lake = lake
@@ -703,20 +751,22 @@ class Scheduler:
             request.order = self._arrived
         insort(self.waiting, request, key=attrgetter("order"))
 
-    def urgency(self, request, done: int) -> int:
-        """The lowest goes first: rows to compute, less a part of a chunk per later request."""
+    def patience(self, request, done: int) -> int:
+        """Who has the least goes first: rows to compute, less a part of a chunk for each request
+        that came later."""
         later = self._arrived - (request.order or 0)
         rows_per_arrival = max(1, self.lake.config.chunk_tokens // AGEING)
         return len(request.tokens) - done - later * rows_per_arrival
 
     def schedule(self) -> tuple[list[list[Run]], list[int]]:
-        """Batches for the next iteration and their DoPs, their slots reserved; when all are pinned,
-        the last admitted is preempted."""
+        """Batches of runs for the next iteration, and their DoPs. Their slots are reserved; if all
+        slots are pinned, the last admitted requests are preempted."""
         self._admit()
         batches = self._batches_within_slo()
-        whole = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
-        reserved = self._reserve(batches, even=whole)
-        if whole:
+        # One batch over all instances is the even split.
+        even = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
+        reserved = self._reserve(batches, even)
+        if even:
             return self._split_by_instance(reserved)
         runs = [
             [run for request, _ in batch.items for run in reserved.get(request.id, ())]
@@ -727,7 +777,9 @@ class Scheduler:
     # ── admission ──
 
     def _admit(self):
-        """Admits the most urgent of the first to come, but for who awaits a prefix in progress."""
+        """Of the first max_batch that wait, admits those with the least patience, as long as there
+        is room: nobody passes one that has none. One whose next segment is being prefilled by
+        another waits for that."""
         balancer = self.balancer
         most = self.lake.config.max_batch
         if len(self.running) == most:
@@ -735,11 +787,11 @@ class Scheduler:
         promised = sum(map(self._growth, self.running))
         first = [(balancer.match(request), request) for request in self.waiting[:most]]
 
-        def urgency(candidate):
+        def by_patience(candidate):
             matched, request = candidate
-            return self.urgency(request, matched * balancer.segment_tokens)
+            return self.patience(request, matched * balancer.segment_tokens)
 
-        for matched, request in sorted(first, key=urgency):
+        for matched, request in sorted(first, key=by_patience):
             if balancer.awaited(request, matched):
                 continue
             if len(self.running) == most or not balancer.fits(request, matched, promised):
@@ -751,13 +803,15 @@ class Scheduler:
             self.running.append(request)
 
     def _growth(self, request) -> int:
-        """Slots that it still takes for the rest of its prompt, and a segment of its answer."""
+        """Slots that a request still takes for the rest of its prompt, and a segment of its answer.
+        Its last token takes none: it is never fed to the model."""
         longer = len(request.tokens) + self.balancer.segment_tokens
         end = min(longer, request.max_tokens - 1)
         return self.balancer.num_segments(end) - request.num_slots
 
     def _preempt(self):
-        """The last admitted starts over: what it published stays, and it will hit it."""
+        """The last admitted request starts over. What it published stays cached, so it hits
+        that."""
         request = self.running.pop()
         self.balancer.release(request)
         self.counters["preemptions"] += 1
@@ -766,8 +820,9 @@ class Scheduler:
     # ── which rows, in which batches ──
 
     def _batches_within_slo(self) -> list[Batch]:
-        """The most prompt rows, in 16ths of a chunk, that keep the SLO while decodes wait, and one
-        at least, or prompts would starve. If not even decodes alone keep it, it is dropped."""
+        """Batches with the most prompt rows, in sixteenths of a chunk, with which the slowest keeps
+        the SLO while decodes wait; with one at least, or prompts would starve. If not even decodes
+        alone keep it, the SLO is dropped for this iteration."""
         chunk = self.lake.config.chunk_tokens
         batches, time = self._form_batches(chunk)
         decodes_wait = any(request.remaining == 1 for request in self.running)
@@ -784,15 +839,16 @@ class Scheduler:
         return self._form_batches(max(1, sizes[kept - 1]))[0]
 
     def _form_batches(self, budget: int) -> tuple[list[Batch], int]:
-        """Batches with `budget` prompt rows per instance that has any, and the time of the slowest,
-        in ps."""
+        """Batches with `budget` prompt rows for each instance that is to have any, and the time of
+        the slowest, in ps."""
         N = len(self.lake.instances)
+        # What needs one row runs as a decode does: also a prompt of which one is left.
         decodes = [(request, 1) for request in self.running if request.remaining == 1]
         own_for_decodes = self.policy.kind == "dp" and N > 1 and bool(decodes)
         for_prompts = self.policy.prefills or N - own_for_decodes
         prompts = self._choose_prompt_rows(budget * for_prompts)
         items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-        # [items + 1, 2] rows, and rows × tokens, of the first items.
+        # [items + 1, 2] rows, and rows × tokens that a row sees on average, of the first items.
         ridge = self.lake.ridge
         work = [(rows, max(rows, ridge) * (r.done + rows // 2)) for r, rows in items]
         upto = np.cumsum([(0, 0), *work], 0)
@@ -817,7 +873,7 @@ class Scheduler:
     def _choose_prompt_rows(self, budget: int) -> list[tuple[Request, int]]:
         """`budget` prompt rows in all, the most urgent requests first."""
         prompts = []
-        for request in sorted(self.running, key=lambda r: self.urgency(r, r.done)):
+        for request in sorted(self.running, key=lambda r: self.patience(r, r.done)):
             if request.remaining > 1 and budget > 0:
                 rows = min(request.remaining, budget)
                 prompts.append((request, rows))
@@ -840,14 +896,15 @@ class Scheduler:
             times = self.predictor.split_time(rows, pairs, dop)
             return np.where(forbidden, FORBIDDEN, times)
 
+        # If nothing keeps the SLO, it is dropped (§6.2).
         sizes = len(upto) - 1, len(self.lake.instances)
         return dynamic_program(time, *sizes, self.slo) or dynamic_program(time, *sizes)
 
     # ── slots for them ──
 
     def _reserve(self, batches: list[Batch], even: bool) -> dict[int, list[Run]]:
-        """Runs of the running requests, by request id, in slots of their own. If these run out, the
-        last admitted is preempted: never one whose rows are reserved, those are older."""
+        """Runs of the running requests, by request id, and slots for them, the first admitted
+        first. If slots run out, the last admitted is preempted: it has none of these yet."""
         rows = {request.id: n for batch in batches for request, n in batch.items}
         most = self._most_rows(sum(rows.values())) if even else UNLIMITED
         planned = [0] * len(self.lake.instances)
@@ -864,18 +921,20 @@ class Scheduler:
         return reserved
 
     def _most_rows(self, total: int) -> int:
-        """Of an instance in the even split: an even share and a little. Small shares keep whole
-        segments together, as few rows take as long as a few more."""
+        """That an instance may have in the even split: an even share and a sixteenth. If that is
+        few rows, a whole segment more, as more rows then take no longer. (LakeConfig.staging allows
+        for both.)"""
         even = -(-total // len(self.lake.instances))
         with_a_segment = min(even + self.lake.config.segment_tokens, FEW_ROWS)
         return max(even + even // EVEN_SLACK, with_a_segment)
 
     def _split_by_instance(self, reserved: dict[int, list[Run]]):
-        """The even split: a batch for each instance, of the rows whose KV will live there."""
+        """The even split: a batch for each instance, of the rows that the balancer prefers there,
+        which is at the home of their segments where there is room."""
         N = len(self.lake.instances)
         batches: list[list[Run]] = [[] for _ in range(N)]
         for run in chain.from_iterable(reserved.values()):
-            batches[run.instance].append(run)
+            batches[run.preferred].append(run)
         return batches, [1] * N
 
     # ── afterwards ──
@@ -900,6 +959,8 @@ class Scheduler:
         return ended
 
     def _count(self, query_plan):
+        """Adds the plan to the counters of the report. `again`: rows computed before a
+        preemption."""
         for run, local in zip(query_plan.runs, query_plan.local.tolist()):
             put = run.rows * run.puts
             again = min(run.request.peak - run.position, run.rows)

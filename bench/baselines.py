@@ -54,7 +54,7 @@ class Transfer:
 
 
 def by_arrival(request: Request, done: int) -> int:
-    """In place of Scheduler.urgency: first come, first served."""
+    """In place of Scheduler.patience: first come, first served."""
     return request.order or 0
 
 
@@ -62,7 +62,7 @@ class Fleet:
     """Lakes, a scheduler for each, and as long as there is one lake nothing to route."""
 
     in_order = (
-        False  # of arrival, as conventional engines serve; else by Scheduler.urgency
+        False  # of arrival, as conventional engines serve; else by Scheduler.patience
     )
 
     def __init__(self, lakes: list[TokenLake], make_scheduler=Scheduler):
@@ -76,7 +76,7 @@ class Fleet:
     def serve_in_order(self):
         self.in_order = True
         for scheduler in self.schedulers:
-            scheduler.urgency = by_arrival
+            scheduler.patience = by_arrival
 
     def fits(self, request: Request) -> bool:
         """Whether the smallest lake can hold it at all, when it is empty."""
@@ -398,7 +398,7 @@ def make_fleet(
     **options,
 ) -> Fleet:
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
-    `tokenlake:pd:1x3`), `router`, or `pd:PxD`; all serve by urgency, with `:fcfs` behind the name
+    `tokenlake:pd:1x3`), `router`, or `pd:PxD`; all serve by patience, with `:fcfs` behind the name
     in order of arrival. config is that of one instance; slo: ms between tokens, which schedulers
     keep (not those of `pd:PxD`). Raises ValueError for another policy."""
     if policy.endswith(":fcfs"):

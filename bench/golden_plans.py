@@ -1,7 +1,9 @@
-"""Do plans stay as they are? A few hundred seeded scenes, and the digest of all that is planned in each.
+"""Do plans stay as they are? A few hundred seeded scenes, and the digest of all that is planned in
+each.
 
     python bench/golden_plans.py            # compares with bench/golden_plans.json
-    python bench/golden_plans.py --record   # writes it: only in a commit that says why a plan changed
+    python bench/golden_plans.py --record   # writes it: only in a commit that says why a plan
+    changed
 
 A scene is a lake of 1 to 8 instances without tensors: scheduler and balancer as they are, requests
 with shared prefixes and repeated prompts, a policy, a placement, a size of segment, slots that run

@@ -58,7 +58,7 @@ class Replay:
             if runs is None:
                 said = f"the requests of {timestamp} ms need more than {N * S} segments"
                 raise ValueError(said)
-            away = [run for run in runs if run.puts and run.instance != run.slot // S]
+            away = [run for run in runs if run.puts and run.preferred != run.slot // S]
             self.put_tokens += sum(run.rows for run in away)
         for request in requests:
             balancer.commit(request, request.remaining)
