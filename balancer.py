@@ -28,6 +28,9 @@ Rows are *committed* after the iteration that wrote all their layers. Then the s
 fill are published: from the next iteration on others can hit them. A segment is evicted only when
 nobody pins it, leaves first: see `PrefixTree`.
 
+At the end stand two things that need no tensors either: the paper's dynamic program, and the reader
+of traces.
+
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
 """
@@ -615,6 +618,58 @@ def variation(windows) -> float | None:
     """Coefficient of variation over instances, the mean over windows in which there is any load."""
     values = [float(w.std() / w.mean()) for w in windows if w.any()]
     return sum(values) / len(values) if values else None
+
+
+# ── batches (§6.2): which requests run together, on how many instances ───────────────────────────
+
+FORBIDDEN = 1 << 60  # ps, longer than anything takes
+
+
+class BatchRange(NamedTuple):
+    """A batch of consecutive items, first to end − 1, and its DoP."""
+
+    first: int
+    end: int
+    dop: int
+
+
+def dynamic_program(
+    time, R: int, N: int, slo: int | None = None
+) -> list[BatchRange] | None:
+    """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
+
+        f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
+
+    so a batch's time counts for each of its requests. time(i, dop) → [i] integers: entry j is the
+    time of the batch of requests j+1 to i, counted from 1; FORBIDDEN rules it out. None if nothing
+    is allowed."""
+    best = np.full((R + 1, N + 1), FORBIDDEN)
+    best[0] = 0  # for any k: instances may stay idle
+    best_first = np.zeros((R + 1, N + 1), np.int64)
+    best_dop = np.zeros((R + 1, N + 1), np.int64)
+    for i in range(1, R + 1):
+        for dop in range(1, N + 1):
+            times = time(i, dop)
+            # A sum of R allowed times stays below FORBIDDEN.
+            allowed = (times < FORBIDDEN // (R + 1)) & (times <= (slo or FORBIDDEN))
+            cost = np.where(allowed, times, 0) * np.arange(i, 0, -1)
+            total = best[:i, : N + 1 - dop] + cost[:, None]  # [j, instances before]
+            total = np.where(allowed[:, None], total, FORBIDDEN)
+            better = np.flatnonzero(total.min(0) < best[i, dop:])
+            k = dop + better
+            best[i, k] = total.min(0)[better]
+            best_first[i, k] = total.argmin(0)[better]
+            best_dop[i, k] = dop
+    if best[R, N] == FORBIDDEN:
+        return None
+    batches = []
+    i = R
+    k = N
+    while i:
+        batches.insert(0, BatchRange(int(best_first[i, k]), i, int(best_dop[i, k])))
+        i = batches[0].first
+        k -= batches[0].dop
+    return batches
 
 
 # ── traces: the requests that come ───────────────────────────────────────────────────────────────

@@ -504,8 +504,8 @@ class Pool:
         cluster,
         groups: list,
         llama_config,
-        config,
-        staging: int,
+        config: LakeConfig,
+        num_instances: int,
         dtype,
         device,
     ):
@@ -515,7 +515,8 @@ class Pool:
         self.heads_per_kv = llama_config.num_heads // heads
         self.scale = 1.0 / llama_config.head_dim**0.5
         # Rows of slots, then staging. Zeros are never read: spans end where the tokens do.
-        self.num_rows = config.slots * config.segment_tokens + staging
+        self.num_rows = config.slots * config.segment_tokens
+        self.num_rows += config.staging(num_instances)
         shape = llama_config.num_layers, self.num_rows, heads, llama_config.head_dim
         self.k = torch.zeros(shape, dtype=dtype, device=self.device)
         self.v = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -673,7 +674,7 @@ class Cluster:
     def find_device(self, wanted: str) -> tuple[torch.device, int]:
         """This rank's device for `auto`, `cpu` or `cuda`, and its memory in bytes: a CPU's whole
         memory, what is free of a GPU's. Ranks take a machine's GPUs in turn. Raises ValueError when
-        there is none. """
+        there is none."""
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "--device cuda: no CUDA device is visible; cpu or auto is expected"

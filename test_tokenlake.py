@@ -463,7 +463,8 @@ def test_exchanges_over_nccl():
     try:
         cluster = pool.Cluster()
         group = dist.new_group([0], backend="nccl")
-        made = pool.Pool(cluster, [group, group], LlamaConfig(), 4, 8, 0, torch.float32, "cuda")
+        made = pool.Pool(cluster, [group, group], LlamaConfig(), LakeConfig(8, 4), 1, torch.float32,
+                         "cuda")
         rows = torch.randn(7, 3, device="cuda")
         assert not made.pinned
         assert torch.equal(made._exchange(rows, [7], [7], group)(), rows)

@@ -10,20 +10,18 @@ The scheduler says which rows run together, the engine writes Q and new KV into 
 knows where the cache is. Over one instance a lake never communicates: that is a conventional one.
 
 The scheduler binds no request to an instance: any row can run anywhere. So the *even split* gives
-every instance about the same rows, decode and prefill mixed, and those of one prompt on k instances
-are sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP)
-and fixed PD are here to compare: as all ranks wait for the slowest in each layer, the even split
-wins.
+every instance about the same rows, decode and prefill mixed; those of one prompt on k instances are
+sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP) and
+fixed PD are here to compare: as all ranks wait for the slowest in each layer, the even split wins.
 
-Every rank plans for all, so nobody has to be told: with the same trace, clock and sampled tokens
-the same calls of `schedule` and `gen_plans` decide the same on each. A digest of the plan and its
-tokens crosses before the first exchange of data; a rank that has another stops all (pool.py:
-`plan_digest`).
+Every rank plans for all: with the same trace, clock and sampled tokens the same calls decide the
+same on each. A digest of the plan and its tokens crosses before the first exchange of data, and a
+rank that has another stops all (`plan_digest`).
 
-Where does a query row go? The balancer proposes where it is computed, at the home of its segment;
-the scheduler forms batches; `_assign` decides. From there it travels to all instances that hold old
-KV of its request, but for those whose KV comes to it instead (`_ship_or_pull`), and to where it
-meets fresh KV of other instances (`_meet`): `_all_ships` has both.
+Where does a query row go? The balancer proposes the home of its segment, the scheduler forms
+batches, and `_assign` decides where it is computed. From there it travels to all instances that
+hold old KV of its request, but for those whose KV comes to it instead (`_ship_or_pull`), and to
+where it meets fresh KV of other instances (`_meet`).
 
 Notation: N instances · S slots per instance · C tokens per segment · T rows · H query heads ·
 Hkv KV heads · D head dim. A table of a plan has an entry for each
@@ -49,7 +47,8 @@ is computed, for its logits, and its KV goes nowhere. Rows and reads are positio
 
 Slots 0 to 9 are at instance 0. Slot 0 has positions 0–3 of all requests, slot 10 positions 4–7 of
 requests 0 and 2; 4–7 of request 1 and every run's own rows are fresh. So run 0 travels to instance
-1, too, and runs 2 and 3 to instance 0. No KV has to move. """
+1, too, and runs 2 and 3 to instance 0. No KV has to move.
+"""
 
 from bisect import bisect_left, insort
 from collections import Counter
@@ -61,34 +60,37 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment, nnls
 
-from balancer import Balancer, PrefixTree, Request, Run
+from balancer import (
+    FORBIDDEN,
+    Balancer,
+    BatchRange,
+    PrefixTree,
+    Request,
+    Run,
+    dynamic_program,
+)
 from kernels import Column, ranges, select, starts, starts_in_groups
 from pool import EVEN_SLACK, HERE, LATE, PULL, PUT, REPLICA, SIBLING
 from pool import Cluster, KVBuffer, LakeConfig, LakeError, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
-# An instance is taken for an A100 in bf16, in FLOP/s and B/s: for what attends as fast as it reads,
-# and for times until some are measured.
+# An instance is taken for an A100 in bf16, in FLOP/s and B/s, until its times are measured.
 FLOPS = 312e12
 BANDWIDTH = 2.04e12
 LINK = 300e9
-EXCHANGE_SECONDS = (
-    10e-6  # that even the smallest exchange takes: NCCL over NVLink, roughly
-)
+EXCHANGE_SECONDS = 10e-6  # of the smallest exchange: assumed, as in bench/simulate.py
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
 RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
 RUN_FIELDS += ["request.done", "request.held_row"]
 
-FORBIDDEN = 1 << 60  # ps, longer than anything takes
 UNLIMITED = 1 << 60  # rows
-# Fewer rows take no less time, as the weights have to be read anyway: FLOPS / BANDWIDTH are 153
-# with two bytes a weight, and a power of two is near enough.
+# Fewer rows take no less time, as the weights have to be read: FLOPS / BANDWIDTH is 153 rows with
+# two bytes a weight, and a power of two is near enough.
 FEW_ROWS = 128
-# For each request that comes after it, one seems a sixteenth of a chunk shorter. In overload 86 %
-# of the requests then keep their SLO, with a quarter 67 %; with a 64th 89 %, but some wait much
-# longer (bench/NOTES.md).
+# A request seems a sixteenth of a chunk shorter for each that came after it. In overload 86 % then
+# keep their SLO; 67 % with a quarter; 89 % with a 64th, but some wait longer (bench/NOTES.md).
 AGEING = 16
 
 
@@ -114,7 +116,7 @@ class OldReads(NamedTuple):
 
     tables: list[Column]  # [G] global slots of the segments of the share's request
     unreplicated: (
-        Column  # [G, N] tokens that a share reads at an instance, without choice
+        Column  # [G, N] tokens read at an instance, of segments without a choice
     )
     replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
     candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
@@ -122,16 +124,14 @@ class OldReads(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """An entry is a share and an instance whose old KV comes to it: its rows do not go there. Also
-    an index into [G, N]."""
+    """An entry is a share, and an instance whose old KV comes to it. Also an index into [G, N]."""
 
     share: Column
     holder: Column
 
 
 class FreshPairs(NamedTuple):
-    """An entry is a pair of runs of one request: the reader reads what the writer puts, which is
-    the same run or an earlier one."""
+    """An entry is a pair of runs of a request: one reads what the other, itself or before it, puts."""
 
     reader: Column
     writer: Column
@@ -154,8 +154,8 @@ class FreshRows(NamedTuple):
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
-    Every rank makes all lakes, in the same order; one that is no instance of a lake has its control
-    plane only."""
+    Every rank makes all lakes, in one order; of those that it is not in it has the control plane.
+    """
 
     def __init__(
         self,
@@ -194,10 +194,7 @@ class TokenLake:
             groups = cluster.new_groups(instances, torch.device(device), 2)
         if cluster and cluster.rank in instances:
             self.index = instances.index(cluster.rank)
-            staging = config.staging(N)
-            self.pool = Pool(
-                cluster, groups, llama_config, config, staging, dtype, device
-            )
+            self.pool = Pool(cluster, groups, llama_config, config, N, dtype, device)
 
     # ── the control plane's calls ──
 
@@ -232,9 +229,9 @@ class TokenLake:
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
-        at most one each, so that the fewest bytes travel. To be called once an iteration: it makes
-        replicas and adds to loads. Raises LakeError if the DoPs ask for more instances than there
-        are, or the tree is another lake's."""
+        at most one each, so that the fewest bytes travel. Call it once an iteration: it makes replicas
+        and adds to loads. LakeError if the DoPs ask for too many instances, or the tree is another's.
+        """
         self._check(batches, dops, tree)
         # Copies travel with an iteration's layers, and an idle one has none.
         copies = self.balancer.replicate() if any(batches) else {}
@@ -260,22 +257,16 @@ class TokenLake:
         pairs = self._pair(runs, by_instance)
         runs = select(runs, by_instance)
         instance = shares.instance[runs.share]
-        runs = runs._replace(
-            instance=instance, first_row=starts_in_groups(runs.rows, instance)
-        )
+        first_row = starts_in_groups(runs.rows, instance)
+        runs = runs._replace(instance=instance, first_row=first_row)
         fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, ships, copies)
         load, reads = self._loads(runs, shares, old.tokens, pulled, fresh)
         self.balancer.observe(load)
-        query_plan = QueryPlan(
-            [given[i] for i in order[by_instance].tolist()],
-            runs,
-            self._plan_old(shares, old, pulled),
-            fresh,
-            self._all_ships(runs, ships, fresh),
-            reads,
-            load,
-            self.balancer.sizes,
-        )
+        given = [given[i] for i in order[by_instance].tolist()]
+        old = self._plan_old(shares, old, pulled)
+        ships = self._all_ships(runs, ships, fresh)
+        sizes = self.balancer.sizes
+        query_plan = QueryPlan(given, runs, old, fresh, ships, reads, load, sizes)
         return query_plan, transfer_plan, groups
 
     # ── its steps: runs, shares and the old KV that they read ──
@@ -283,10 +274,11 @@ class TokenLake:
     def _check(self, batches: list[list[Run]], dops: list[int], tree):
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
-        too_few = any(batch and dop < 1 for batch, dop in zip(batches, dops))
-        if too_few or sum(dops) > len(self.instances):
-            said = f"DoPs {dops}: one at least for each batch, and no more than instances"
-            raise LakeError(said)
+        enough = all(dop > 0 for batch, dop in zip(batches, dops) if batch)
+        if not enough or sum(dops) > len(self.instances):
+            raise LakeError(
+                f"DoPs {dops}: one at least for each batch, no more than instances"
+            )
 
     def _tabulate(self, given: list[Run], parts):
         """The order of runs by request and position, the runs in this order, and the shares."""
@@ -344,8 +336,7 @@ class TokenLake:
         return old._replace(replicated=replicated, tokens=tokens)
 
     def _choose_replicas(self, shares, old) -> OldReads:
-        """A replica of each segment with several, by the load so far and that of all other reads of
-        this iteration (§4.4)."""
+        """A replica of each segment with several, by the load so far and all other reads (§4.4)."""
         load = self.balancer.load + shares.weight @ old.unreplicated
         cost = self.config.segment_tokens * shares.weight[old.replicated.share]
         return self._read_in(
@@ -485,30 +476,20 @@ class TokenLake:
         """Fresh KV to siblings, new KV to its home, and copies. Siblings come first: so the n-th of
         them is the n-th move, and `_meet` finds where it lies in the receive buffer."""
         _, S, C = self.balancer.sizes
+        _, written, _ = fresh_rows
+        sibling = select(runs, siblings.writer)
+        sibling_row = written[siblings.writer]
+        reader = shares.instance[siblings.share]
         staged = np.flatnonzero(fresh_rows.staged)
-        to_sibling = select(runs, siblings.writer)
-        to_home = select(runs, staged)
+        new = select(runs, staged)
+        home_row = fresh_rows.at_home[staged]
         filled, copied = np.array([*copies.items()], np.int64).reshape(-1, 2).T
-        target = shares.instance[siblings.share]
-        source_row = fresh_rows.written[siblings.writer]
+        filled_row = slab_row(filled, S, C)
+        copied_row = slab_row(copied, S, C)
         return Moves.of(
-            (PULL, to_sibling.instance, source_row, target, -1, to_sibling.rows),
-            (
-                PUT,
-                to_home.instance,
-                fresh_rows.written[staged],
-                to_home.home,
-                fresh_rows.at_home[staged],
-                to_home.rows,
-            ),
-            (
-                REPLICA,
-                copied // S,
-                slab_row(copied, S, C),
-                filled // S,
-                slab_row(filled, S, C),
-                C,
-            ),
+            (PULL, sibling.instance, sibling_row, reader, -1, sibling.rows),
+            (PUT, new.instance, written[staged], new.home, home_row, new.rows),
+            (REPLICA, copied // S, copied_row, filled // S, filled_row, C),
         )
 
     def _meet(self, runs, pairs, fresh_rows, sibling, moves):
@@ -588,8 +569,7 @@ class TokenLake:
 
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
         """The buffer for new K and V of the rows that this instance computes: `kv_buf.write(layer,
-        k, v)`, [T, Hkv, D] each. Rows of published tokens, which only give logits, are not put.
-        (`batch` is the paper's; the plan knows.)"""
+        k, v)`, [T, Hkv, D] each. (`batch` is the paper's; here the plan says which are put.)"""
         return KVBuffer(transfer_plan, self.index, self.pool.num_rows, self.pool.device)
 
     def put(self, kv_buf):
@@ -610,53 +590,6 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
 
 
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────────
-
-
-class BatchRange(NamedTuple):
-    """A batch of consecutive items, first to end − 1, and its DoP."""
-
-    first: int
-    end: int
-    dop: int
-
-
-def dynamic_program(
-    time, R: int, N: int, slo: int | None = None
-) -> list[BatchRange] | None:
-    """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
-
-        f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
-
-    so a batch's time counts for each of its requests. time(i, dop) → [i] integers: entry j is the
-    time of the batch of requests j+1 to i, counted from 1; FORBIDDEN rules it out. None if nothing
-    is allowed."""
-    best = np.full((R + 1, N + 1), FORBIDDEN)
-    best[0] = 0  # for any k: instances may stay idle
-    best_first = np.zeros((R + 1, N + 1), np.int64)
-    best_dop = np.zeros((R + 1, N + 1), np.int64)
-    for i in range(1, R + 1):
-        for dop in range(1, N + 1):
-            times = time(i, dop)
-            # A sum of R allowed times stays below FORBIDDEN.
-            allowed = (times < FORBIDDEN // (R + 1)) & (times <= (slo or FORBIDDEN))
-            cost = np.where(allowed, times, 0) * np.arange(i, 0, -1)
-            total = best[:i, : N + 1 - dop] + cost[:, None]  # [j, instances before]
-            total = np.where(allowed[:, None], total, FORBIDDEN)
-            better = np.flatnonzero(total.min(0) < best[i, dop:])
-            k = dop + better
-            best[i, k] = total.min(0)[better]
-            best_first[i, k] = total.argmin(0)[better]
-            best_dop[i, k] = dop
-    if best[R, N] == FORBIDDEN:
-        return None
-    batches = []
-    i = R
-    k = N
-    while i:
-        batches.insert(0, BatchRange(int(best_first[i, k]), i, int(best_dop[i, k])))
-        i = batches[0].first
-        k -= batches[0].dop
-    return batches
 
 
 class TimePredictor:
@@ -752,8 +685,7 @@ class Scheduler:
         insort(self.waiting, request, key=attrgetter("order"))
 
     def patience(self, request, done: int) -> int:
-        """Who has the least goes first: rows to compute, less a part of a chunk for each request
-        that came later."""
+        """Who has the least goes first: rows to compute, less some for each request that came later."""
         later = self._arrived - (request.order or 0)
         rows_per_arrival = max(1, self.lake.config.chunk_tokens // AGEING)
         return len(request.tokens) - done - later * rows_per_arrival
@@ -810,8 +742,7 @@ class Scheduler:
         return self.balancer.num_segments(end) - request.num_slots
 
     def _preempt(self):
-        """The last admitted request starts over. What it published stays cached, so it hits
-        that."""
+        """The last admitted request starts over, and hits what it published."""
         request = self.running.pop()
         self.balancer.release(request)
         self.counters["preemptions"] += 1
@@ -839,8 +770,7 @@ class Scheduler:
         return self._form_batches(max(1, sizes[kept - 1]))[0]
 
     def _form_batches(self, budget: int) -> tuple[list[Batch], int]:
-        """Batches with `budget` prompt rows for each instance that is to have any, and the time of
-        the slowest, in ps."""
+        """Batches with `budget` prompt rows for each instance that has any; the slowest one's ps."""
         N = len(self.lake.instances)
         # What needs one row runs as a decode does: also a prompt of which one is left.
         decodes = [(request, 1) for request in self.running if request.remaining == 1]
@@ -929,8 +859,7 @@ class Scheduler:
         return max(even + even // EVEN_SLACK, with_a_segment)
 
     def _split_by_instance(self, reserved: dict[int, list[Run]]):
-        """The even split: a batch for each instance, of the rows that the balancer prefers there,
-        which is at the home of their segments where there is room."""
+        """The even split: a batch for each instance, of the runs that the balancer prefers there."""
         N = len(self.lake.instances)
         batches: list[list[Run]] = [[] for _ in range(N)]
         for run in chain.from_iterable(reserved.values()):
@@ -959,8 +888,7 @@ class Scheduler:
         return ended
 
     def _count(self, query_plan):
-        """Adds the plan to the counters of the report. `again`: rows computed before a
-        preemption."""
+        """Adds the plan to the counters. `again`: rows computed once before a preemption."""
         for run, local in zip(query_plan.runs, query_plan.local.tolist()):
             put = run.rows * run.puts
             again = min(run.request.peak - run.position, run.rows)
