@@ -98,7 +98,7 @@ class PrefixTree:
     `Balancer.release` unpins the leaf first. So in the LRU a child is always older than its parent,
     and the oldest of all is a leaf."""
 
-    def __init__(self, half_life: int = 128):
+    def __init__(self, half_life=128):
         self.root = Segment(
             b"", None, {}
         )  # of no tokens; its heat is the sum of all hits
@@ -116,9 +116,7 @@ class PrefixTree:
         ones, and can be bisected."""
         return bisect_left(ids, True, key=lambda id: id not in self.segments)
 
-    def insert(
-        self, id: bytes, parent: Segment | None, instance: int, slot: int
-    ) -> Segment:
+    def insert(self, id: bytes, parent: Segment | None, instance, slot) -> Segment:
         parent = parent or self.root
         segment = Segment(id, parent, {instance: slot}, depth=parent.depth + 1)
         self.segments[id] = segment
@@ -138,7 +136,7 @@ class PrefixTree:
             self.pin(segment)
         self.root.heat += len(segments)
 
-    def heaviest(self, count: int, above: float = 0.0) -> list[Segment]:
+    def heaviest(self, count, above=0.0) -> list[Segment]:
         """The `count` most read over `above`, by best-first search: no child is over its parent."""
         found: list[Segment] = []
         heap = [(0.0, b"", self.root)]
@@ -244,7 +242,7 @@ class Run:
         return self.position + self.rows == len(self.request.tokens)
 
 
-def least_loaded(load: list[int], preferred: int, limit: int) -> int:
+def least_loaded(load: list[int], preferred, limit) -> int:
     """The preferred instance if its load is within the limit, else the least loaded one, of equals
     the first after it."""
     if load[preferred] <= limit:
@@ -261,11 +259,11 @@ class Balancer:
 
     def __init__(
         self,
-        num_instances: int,
-        slots: int,
-        segment_tokens: int,
-        placement: str = "stripe",
-        replicate_factor: float = 3.0,
+        num_instances,
+        slots,
+        segment_tokens,
+        placement="stripe",
+        replicate_factor=3.0,
     ):
         N = num_instances
         self.num_instances = N
@@ -316,14 +314,14 @@ class Balancer:
         self.extend_ids(request)
         return self.tree.match(request.ids)
 
-    def awaited(self, request, matched: int) -> bool:
+    def awaited(self, request, matched) -> bool:
         """Whether the next segment is being prefilled by another request: better wait for it."""
         return matched < len(request.ids) and request.ids[matched] in self.in_progress
 
-    def num_segments(self, tokens: int) -> int:
+    def num_segments(self, tokens) -> int:
         return -(-tokens // self.segment_tokens)
 
-    def fits(self, request, matched: int, promised: int) -> bool:
+    def fits(self, request, matched, promised) -> bool:
         """Whether slots for the rest of the prompt can be had besides those promised to others."""
         evictable = len(self.tree.lru) + len(self.tree.extras)
         # Matched segments are not there to be evicted: admission pins them.
@@ -331,7 +329,7 @@ class Balancer:
         available = sum(map(len, self.free)) + evictable
         return available - promised >= self.num_segments(len(request.tokens)) - matched
 
-    def admit(self, request, matched: int):
+    def admit(self, request, matched):
         """Pins what matched. Even if that is all, one row is computed again: to have its logits."""
         request.segments = [self.tree.segments[id] for id in request.ids[:matched]]
         self.tree.hit(request.segments)
@@ -349,7 +347,7 @@ class Balancer:
         for id in request.ids[matched:]:
             self.in_progress.setdefault(id, request)
 
-    def commit(self, request, rows: int):
+    def commit(self, request, rows):
         """The rows are written: publishes the segments that they fill."""
         C = self.segment_tokens
         held = self.held[request.held_row]
@@ -368,7 +366,7 @@ class Balancer:
             request.segments.append(segment)
             self._stop_awaiting(request, segment.id)
 
-    def _publish(self, request, index: int) -> Segment:
+    def _publish(self, request, index):
         """A segment of a request enters the tree where it is; if its id is there already, ours is
         freed and the request reads the other."""
         id = request.ids[index]
@@ -417,10 +415,10 @@ class Balancer:
     def reserve(
         self,
         request,
-        rows: int,
+        rows,
         planned: list[int],
         tails: list[int],
-        most: int,
+        most,
     ) -> list[Run] | None:
         """Runs for the next `rows` tokens, in slots where their segments will live; None if all
         slots are pinned (the request keeps what was reserved for it). planned [N]: rows planned so
@@ -449,7 +447,7 @@ class Balancer:
         planned[:] = rows_at
         return runs
 
-    def _next_run(self, request, position: int, count: int, rows_at, most: int) -> Run:
+    def _next_run(self, request, position, count, rows_at, most):
         """Up to `count` rows of a segment: as many as its home has room for; if it has none, all,
         at the instance with the fewest."""
         index = position // self.segment_tokens
@@ -461,7 +459,7 @@ class Balancer:
         puts = index >= len(request.segments)
         return Run(request, position, rows, instance, slot, puts, request.decoding)
 
-    def _home(self, request, index: int, rows: int, rows_at, tails, most: int) -> int:
+    def _home(self, request, index, rows, rows_at, tails, most):
         """Where a new segment should live. `hash`: where its id says, as in the paper; `stripe`: a
         first child one instance after its parent, so that a long prefix is read evenly from all,
         others by hash. Open tails go where they are fewest: their decodes are computed there."""
@@ -483,7 +481,7 @@ class Balancer:
             home = int.from_bytes(request.ids[index][:8], "little") % N
         return least_loaded(rows_at, home, most - rows)
 
-    def _allocate(self, home: int, try_others: bool = True) -> int | None:
+    def _allocate(self, home, try_others=True):
         """A free slot at home, or else where most are free (if others are to be tried); or else one
         that is evicted, wherever it is; None if all are pinned."""
         free = self.free[home]
@@ -553,7 +551,7 @@ class Balancer:
                 if helps and wants and target not in segment.replicas:
                     yield segment, target
 
-    def _add_replica(self, segment, slot: int):
+    def _add_replica(self, segment, slot):
         segment.replicas[slot // self.slots] = slot
         self.replicas_max = max(self.replicas_max, len(segment.replicas))
         self.tree.extras[slot] = segment
@@ -633,9 +631,7 @@ class BatchRange(NamedTuple):
     dop: int
 
 
-def dynamic_program(
-    time, R: int, N: int, slo: int | None = None
-) -> list[BatchRange] | None:
+def dynamic_program(time, R, N, slo: int | None = None) -> list[BatchRange] | None:
     """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
 
         f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
@@ -686,15 +682,15 @@ class Field(NamedTuple):
     default: object = None
 
 
-def _is_integer(value, lowest: int, end: int) -> bool:
+def _is_integer(value, lowest, end):
     return type(value) is int and lowest <= value < end
 
 
-def _is_time(value) -> bool:
+def _is_time(value):
     return type(value) in (int, float) and 0 <= value < 2**53
 
 
-def _are_ids(value) -> bool:
+def _are_ids(value):
     return (
         isinstance(value, list) and value and all(_is_integer(i, 0, 2**63) for i in value)
     )
@@ -736,7 +732,7 @@ class TraceLine:
         """Tokens of prompt and answer."""
         return self.input_length + self.output_length
 
-    def arrive(self, vocab_size: int, block: int, seed: int) -> Request:
+    def arrive(self, vocab_size, block, seed) -> Request:
         """Makes its request. A hash id's block of tokens comes from a generator seeded by
         (seed, id)."""
         if self.input_ids is not None:
@@ -779,7 +775,7 @@ def read_trace(
     return lines
 
 
-def _read_fields(text, where: str) -> dict:
+def _read_fields(text, where) -> dict:
     """The known fields of a line, each as it must be."""
     try:
         raw = json.loads(text)
@@ -803,7 +799,7 @@ def _read_fields(text, where: str) -> dict:
     return fields
 
 
-def _make_line(index: int, where: str, fields: dict, previous, scale: int) -> TraceLine:
+def _make_line(index, where, fields: dict, previous, scale) -> TraceLine:
     """A line from its fields. hash_ids has to fit input_length; input_ids cannot be scaled."""
     input_ids = fields.get("input_ids")
     hash_ids = fields.get("hash_ids")

@@ -82,7 +82,7 @@ def starts_in_groups(lengths, group):
     return first - first[np.searchsorted(group, group)]
 
 
-def split_lengths(lengths, size: int):
+def split_lengths(lengths, size):
     """Cuts each length [n] into sections of `size`, the last one maybe shorter. Returns owner (the
     length it is of), offset in it, and length of each section: 3 × [sections]."""
     counts = -(-lengths // size)
@@ -154,7 +154,7 @@ def cut_tiles(spans) -> KVSpans:
     return KVSpans(spans.run[span], first_row, length, spans.position[span] + offset)
 
 
-def cut_blocks(runs, tiles, max_rows: int) -> Blocks:
+def cut_blocks(runs, tiles, max_rows) -> Blocks:
     """Blocks of at most so many rows."""
     num_tiles = np.bincount(tiles.run, minlength=len(runs.rows))
     first_tile = starts(num_tiles)
@@ -165,10 +165,10 @@ def cut_blocks(runs, tiles, max_rows: int) -> Blocks:
     return Blocks(first_row, rows, position, first_tile[run], end_tile[run])
 
 
-def cut_pieces(blocks, programs: int):
+def cut_pieces(blocks, programs):
     """Pieces of even a few blocks are to be about as many as `programs`. Returns them, and the
     block of each: [pieces]. A block that reads nothing has one, too: it writes that its rows are
-    empty. """
+    empty."""
     num_tiles = blocks.end_tile - blocks.first_tile
     max_tiles = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // programs))
     block, offset, _ = split_lengths(np.maximum(num_tiles, 1), max_tiles)
@@ -223,7 +223,7 @@ class Work:
     ones. programs: pieces that are to be there at least, if long blocks can be cut."""
 
     def __init__(
-        self, runs: QueryRuns, spans: KVSpans, heads_per_kv: int, device="cpu", programs=1
+        self, runs: QueryRuns, spans: KVSpans, heads_per_kv, device="cpu", programs=1
     ):
         # A power of two, with room for all heads of a row and, up to MAX_LANES, for the longest
         # run.
@@ -271,7 +271,7 @@ class Work:
                 batches.append(self._pad(select(pieces, chosen), kv_rows[key], position))
         return batches
 
-    def _pad(self, pieces, kv_rows, kv_positions) -> PaddedBatch:
+    def _pad(self, pieces, kv_rows, kv_positions):
         """A batch of pieces (columns are [b, 1]), whose KV rows and positions are padded: [b,
         n]."""
         row = np.arange(pieces.rows.max())
@@ -286,14 +286,14 @@ class Work:
         return PaddedBatch(*(torch.from_numpy(x).to(self.pieces.device) for x in arrays))
 
 
-def next_power_of_2(n: int) -> int:
+def next_power_of_2(n) -> int:
     return 1 << (n - 1).bit_length()
 
 
 # ── partial attention ────────────────────────────────────────────────────────────────────────────
 
 
-def use_triton(x, backend: str) -> bool:
+def use_triton(x, backend) -> bool:
     """`auto`: Triton on a GPU, but for float64 and for heads over 512 bytes, of which shared memory
     does not hold two tiles."""
     if backend != "auto":
@@ -432,7 +432,7 @@ if triton is not None:
     LOG2E = tl.constexpr(1.4426950408889634)
     LN2 = tl.constexpr(0.6931471805599453)
 
-    def _column(table, name: str):
+    def _column(table, name):
         """A column of a table, by the name that the host has for it."""
         return tl.constexpr(table._fields.index(name))
 
@@ -581,9 +581,7 @@ if triton is not None:
         tl.store(OutLSE + row * H + h, lse, mask=is_head)
 
 
-def attention_config(
-    lanes: int, heads: int, kv_heads: int, head_dim: int, itemsize: int
-) -> dict:
+def attention_config(lanes, heads, kv_heads, head_dim, itemsize) -> dict:
     """Compile-time arguments and launch options of `_partial_attention_kernel`: 16 lanes are
     decode, more are prefill. Of s stages, s − 1 tiles of K and V lie in shared memory (one more
     where wgmma reads them), besides the lanes' q and p: an A100 has 163 KB, an H100 227."""

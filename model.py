@@ -110,10 +110,10 @@ class ConfigFile:
         self.rope = rope
         self.values = self.values | rope
 
-    def require(self, ok, said: str):
+    def require(self, ok, said):
         require(ok, self.file, said)
 
-    def get(self, key: str, kind: type, default=None):
+    def get(self, key, kind: type, default=None):
         """The value of a key: a positive number, true or false, or a string. null is absent."""
         value = self.values.get(key)
         if value is None:
@@ -222,7 +222,7 @@ def tensor_shapes(config) -> dict[str, tuple]:
     return shapes
 
 
-def random_weights(config, seed: int, dtype, device) -> dict[str, torch.Tensor]:
+def random_weights(config, seed, dtype, device) -> dict[str, torch.Tensor]:
     """Seeded weights, the same numbers for every dtype and device. Queries and keys get thrice the
     usual scale: attention is then peaky, so that a lost or doubled segment shows in the output."""
     rng = torch.Generator().manual_seed(seed)
@@ -287,7 +287,7 @@ def load_weights(folder: Path, config, dtype, device) -> dict[str, torch.Tensor]
 # ── the model ────────────────────────────────────────────────────────────────────────────────────
 
 
-def causal_attend(layer: int, q, k, v):
+def causal_attend(layer, q, k, v):
     """Attention of one sequence alone: row t sees rows 0..t.
     q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's, so that the oracle shares no code with
     what it is to check."""
@@ -352,13 +352,13 @@ class Llama:
             x = x[wanted]
         return F.linear(self._norm(x, "model.norm"), self.head)
 
-    def _linear(self, x, name: str):
+    def _linear(self, x, name):
         return F.linear(x, self.weights[name + ".weight"])
 
-    def _heads(self, x, name: str):  # [T, hidden] → [T, heads, D]
+    def _heads(self, x, name):  # [T, hidden] → [T, heads, D]
         return self._linear(x, name).unflatten(-1, (-1, self.config.head_dim))
 
-    def _norm(self, x, name: str):
+    def _norm(self, x, name):
         return F.rms_norm(
             x, x.shape[-1:], self.weights[name + ".weight"], self.config.rms_norm_eps
         )
@@ -369,9 +369,7 @@ class Llama:
         positions = torch.arange(len(tokens), device=self.device)
         return self.forward(ids, positions, causal_attend, rows)
 
-    def score_gap(
-        self, sampler, tokens: list[int], num_prompt: int, request_id: int
-    ) -> float:
+    def score_gap(self, sampler, tokens: list[int], num_prompt, request_id) -> float:
         """The oracle in one forward: how far, at worst, the score of a served token is below the
         best one, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: every
         token has the best score; but for ties it is the one that recomputation gives. The higher

@@ -67,7 +67,7 @@ SIBLING = 3  # fresh KV of another share of the request, in the receive buffer o
 NUM_PLACES = 4
 
 
-def slab_row(slot, S: int, C: int):
+def slab_row(slot, S, C):
     """First slab row of the segment in a global slot: of all slots, those of its instance count."""
     return (slot % S) * C
 
@@ -89,7 +89,7 @@ class LakeConfig:
     chunk_tokens: int = 64  # prompt rows per instance and iteration, on average at most
     max_batch: int = 32  # running requests in the whole lake
 
-    def staging(self, num_instances: int) -> int:
+    def staging(self, num_instances) -> int:
         """Slab rows for new KV that lives elsewhere, at most all that an instance computes: its
         chunk, all decodes, and what the even split allows above that."""
         if num_instances == 1:
@@ -131,7 +131,7 @@ class Moves(NamedTuple):
         first[order] = starts_in_groups(rows, target)
         return first
 
-    def rows_between(self, N: int) -> Column:
+    def rows_between(self, N) -> Column:
         """[N, N] rows, by source and target."""
         trip = self.source * N + self.target
         return np.bincount(trip, self.rows, N * N).astype(np.int64).reshape(N, N)
@@ -255,13 +255,13 @@ class QueryPlan:
         counts = -(-self.old.tokens // self.sizes[2])
         return SegmentReads.of(self.old.tables, counts, self.old.replicas)
 
-    def spans_read_at(self, index: int) -> ReadSpans:
+    def spans_read_at(self, index) -> ReadSpans:
         """What rows read at an instance: its own rows, and those that travel there."""
         columns = zip(self._old_spans(index), self._fresh_spans(index))
         spans = ReadSpans(*map(np.concatenate, columns))
         return select(spans, np.argsort(spans.run, kind="stable"))
 
-    def _old_spans(self, index: int) -> ReadSpans:
+    def _old_spans(self, index):
         _, S, C = self.sizes
         reads = self.segment_reads
         pulled = self.old.pulled
@@ -285,7 +285,7 @@ class QueryPlan:
         length = np.minimum(self.old.tokens[reads.share[read]] - position, C)
         return ReadSpans(run, place[read], row[read], length, position)
 
-    def _fresh_spans(self, index: int) -> ReadSpans:
+    def _fresh_spans(self, index):
         fresh = select(self.fresh, self.fresh.instance == index)
         rows = self.run_table.rows[fresh.writer]
         position = self.run_table.position[fresh.writer]
@@ -352,7 +352,7 @@ def plan_leaves(value):
 class InstanceMoves:
     """One instance's side of an iteration's moves: slab rows that leave, and where others land."""
 
-    def __init__(self, moves, num_instances: int, index: int, device):
+    def __init__(self, moves, num_instances, index, device):
         between = moves.rows_between(num_instances)
         self.active = bool(between.any())
         # [N] rows to each instance, and from each.
@@ -380,7 +380,7 @@ class InstanceMoves:
 class KVBuffer:
     """Where the engine leaves K and V of this instance's new rows. num_rows: those of the slab."""
 
-    def __init__(self, plan, index: int, num_rows: int, device):
+    def __init__(self, plan, index, num_rows, device):
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
         if last >= num_rows:
@@ -398,7 +398,7 @@ class KVBuffer:
         self.moves = InstanceMoves(plan.moves, plan.num_instances, index, device)
         self.layer = self.k = self.v = None
 
-    def write(self, layer: int, k, v):
+    def write(self, layer, k, v):
         """k, v [T, Hkv, D] of the rows that this instance computes."""
         self.layer = layer
         self.k = k
@@ -416,7 +416,7 @@ class QueryBuffer:
     A source gives one for each row that reads something there, in the order of its rows. `parts`
     lists for each own row the results that `merge` is to join."""
 
-    def __init__(self, plan, index: int, pool):
+    def __init__(self, plan, index, pool):
         N = plan.sizes[0]
         runs = plan.run_table
         spans = plan.spans_read_at(index)
@@ -447,7 +447,7 @@ class QueryBuffer:
         self.layer = self.q = None
 
     @staticmethod
-    def _work(plan, spans, pool, arriving: bool = False):
+    def _work(plan, spans, pool, arriving=False):
         """Work of the runs that read the spans, and these runs. Their query rows are among this
         instance's own, or `arriving` one after another."""
         readers, run = np.unique(spans.run, return_inverse=True)
@@ -463,11 +463,11 @@ class QueryBuffer:
         return work, readers
 
     @staticmethod
-    def _rows(runs, chosen: Column) -> Column:
+    def _rows(runs, chosen: Column):
         """The rows of some runs, among those of the instance that computes them."""
         return ranges(runs.first_row[chosen], runs.rows[chosen])
 
-    def _merge_table(self, sources: list[Column]) -> Column:
+    def _merge_table(self, sources: list[Column]):
         """[T, sources that give any] number of the result, −1 where a source has none for a row."""
         sources = [rows for rows in sources if len(rows)]
         parts = np.full((self.num_rows, len(sources)), -1, np.int64)
@@ -477,7 +477,7 @@ class QueryBuffer:
             before += len(rows)
         return parts
 
-    def write(self, layer: int, q):
+    def write(self, layer, q):
         """q [T, H, D] of the rows that this instance computes."""
         self.layer = layer
         self.q = q
@@ -505,7 +505,7 @@ class Pool:
         groups: list,
         llama_config,
         config: LakeConfig,
-        num_instances: int,
+        num_instances,
         dtype,
         device,
     ):
@@ -532,7 +532,7 @@ class Pool:
         self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
         self.in_flight = InFlight()
 
-    def _exchange(self, rows, sends, receives, group) -> Callable:
+    def _exchange(self, rows, sends, receives, group):
         """Sends rows [sum(sends), …], which are by target. Returns a function that waits for those
         that come: [sum(receives), …], by source."""
         if self.pinned:  # gloo moves host memory
@@ -555,7 +555,7 @@ class Pool:
 
         return wait
 
-    def move(self, layer: int, moves) -> Callable:
+    def move(self, layer, moves) -> Callable:
         """Slab rows travel. Returns a function that waits for those that come, writes those into
         the slab that belong there, and returns all as k, v [n, Hkv, D]. If none travel, all ranks
         skip it."""
@@ -611,7 +611,7 @@ class Pool:
         o, lse = (torch.cat(parts) for parts in zip(*partials))
         return merge(o, lse, buffer.parts)[0].to(buffer.q.dtype)
 
-    def _ship(self, buffer) -> Callable | None:
+    def _ship(self, buffer):
         """Rows of Q leave for the holders. Returns a function that waits for those that arrive,
         None if none travel at all."""
         if not buffer.active:
@@ -657,7 +657,7 @@ class Cluster:
     """The ranks of this job (one without torchrun), and what they say to each other: over gloo, on
     the CPU."""
 
-    def __init__(self, timeout: float = 300.0):
+    def __init__(self, timeout=300.0):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -671,7 +671,7 @@ class Cluster:
             self.store = dist.distributed_c10d._get_default_store()
             self.store.set(f"iteration/{self.rank}", "0")
 
-    def find_device(self, wanted: str) -> tuple[torch.device, int]:
+    def find_device(self, wanted) -> tuple[torch.device, int]:
         """This rank's device for `auto`, `cpu` or `cuda`, and its memory in bytes: a CPU's whole
         memory, what is free of a GPU's. Ranks take a machine's GPUs in turn. Raises ValueError when
         there is none."""
@@ -714,7 +714,7 @@ class Cluster:
             raise SetupError(errors[0])
         return result
 
-    def require_same(self, text: str, what: str):
+    def require_same(self, text, what):
         """Raises ValueError unless all have the same text: machines have other files, defaults."""
         digest = hashlib.blake2b(text.encode("utf-8", "replace")).digest()
         digests = self.gather_objects(digest)
@@ -726,7 +726,7 @@ class Cluster:
         """Every rank's integers: [size][len(values)]."""
         return self._begin_gather(values)()
 
-    def _begin_gather(self, values: list[int]) -> Callable:
+    def _begin_gather(self, values: list[int]):
         """The same, not waited for: returns a function that does."""
         mine = torch.tensor(values, dtype=torch.int64)
         gathered = mine.repeat(self.size, 1)
@@ -740,7 +740,7 @@ class Cluster:
 
         return wait
 
-    def announce(self, digest: bytes, stop: bool, fault: bool = False):
+    def announce(self, digest: bytes, stop, fault=False):
         """Sends the digest of this rank's next plan, and its flags; `confirm` waits for all."""
         self.iteration += 1
         if self.store:
@@ -780,7 +780,7 @@ class Cluster:
             )
             raise LakeError(f"iteration {self.iteration}: {said}") from None
 
-    def _who_is_behind(self) -> str:
+    def _who_is_behind(self):
         try:
             self.store.set_timeout(timedelta(seconds=5))
             keys = [f"iteration/{rank}" for rank in range(self.size)]
@@ -793,7 +793,7 @@ class Cluster:
         ]
         return f"behind: rank {', '.join(behind)}" if behind else "all had begun it"
 
-    def new_groups(self, instances: list[int], device, count: int) -> list:
+    def new_groups(self, instances: list[int], device, count) -> list:
         """Process groups over a lake's ranks, made by all: NCCL if each has a GPU of its own, else
         gloo."""
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1

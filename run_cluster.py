@@ -63,7 +63,7 @@ class OptionType(NamedTuple):
     allows: Callable
     expected: str
 
-    def __call__(self, text: str):
+    def __call__(self, text):
         with contextlib.suppress(ValueError):
             value = self.convert(text)
             if self.allows(value):
@@ -71,7 +71,7 @@ class OptionType(NamedTuple):
         raise argparse.ArgumentTypeError(f"{text!r}: {self.expected} is expected")
 
 
-def one_of(*names: str) -> OptionType:
+def one_of(*names) -> OptionType:
     return OptionType(str, names.__contains__, "one of " + ", ".join(names))
 
 
@@ -160,7 +160,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 # ── set-up: what the user gave is checked, and made ──────────────────────────────────────────────
 
 
-def demo_trace(num_requests: int, vocab_size: int, seed: int):
+def demo_trace(num_requests, vocab_size, seed):
     """Sessions of three turns behind three system prompts, some more popular than others."""
     rng = np.random.default_rng((seed, 1))
     start = 0.0
@@ -180,7 +180,7 @@ def demo_trace(num_requests: int, vocab_size: int, seed: int):
         yield json.dumps(line)
 
 
-def prepare(options, cluster, device, memory: int):
+def prepare(options, cluster, device, memory):
     """Checks what the user gave → (lines, LakeConfig, Llama). memory: bytes of the smallest device.
     (`said`, here and elsewhere: the message if what follows is not so.)"""
     for name in OUTPUTS:
@@ -214,7 +214,7 @@ def open_trace(options, config) -> list[TraceLine]:
         raise ValueError(f"--trace {options.trace}: {error.strerror}") from None
 
 
-def check_policy(name: str, num_ranks: int):
+def check_policy(name, num_ranks):
     policy = Policy.parse(name)
     wanted = policy.prefills + policy.decodes or num_ranks
     said = f"{wanted} instances, there are {num_ranks}; as many are expected"
@@ -229,7 +229,7 @@ def choose_dtype(options, config, device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def size_lake(options, config, dtype, device, cluster, memory: int):
+def size_lake(options, config, dtype, device, cluster, memory):
     """The LakeConfig, with as many slots as are wanted or as there is room for."""
     on_gpu = device.type == "cuda"
     C = options.segment_tokens or (512 if options.model and on_gpu else 16)
@@ -262,7 +262,7 @@ def size_lake(options, config, dtype, device, cluster, memory: int):
     return replace(lake_config, slots=slots)
 
 
-def check_lines(lines, config, lake_config, num_ranks: int):
+def check_lines(lines, config, lake_config, num_ranks):
     """Raises ValueError for a token that is not in the vocabulary, and for a request that is longer
     than the model's positions or than the pool."""
     V = config.vocab_size
@@ -334,7 +334,7 @@ class Engine:
         )  # a barrier: the clock starts when every rank is here
         self.started = time.monotonic_ns()
 
-    def step(self, pause: float = 0.0) -> tuple[dict[int, int], list[Request]]:
+    def step(self, pause=0.0) -> tuple[dict[int, int], list[Request]]:
         """One iteration: plan, agree, compute, exchange tokens, publish. With nothing to run it
         sleeps, `pause` seconds at most. Returns the sampled tokens by request id and the requests
         that ended. Raises LakeError, Stopped."""
@@ -400,7 +400,7 @@ class Engine:
         tokens = self.sampler.sample(logits, keys)
         return {request.id: token for request, token in zip(requests, tokens)}
 
-    def _measure(self, plan, transfer_plan, now: int):
+    def _measure(self, plan, transfer_plan, now):
         """Counts the iteration. Rank 0 fits the time predictor to it, and the others receive its
         fit."""
         predictor = self.scheduler.predictor
@@ -414,7 +414,7 @@ class Engine:
         if self.cluster.rank == 0:
             predictor.measured(features, (now - self.clock) / 1e9)
 
-    def _exchange_tokens(self, plan, tokens: dict[int, int], now: int) -> dict[int, int]:
+    def _exchange_tokens(self, plan, tokens: dict[int, int], now) -> dict[int, int]:
         """The tokens of all requests that sample, from the ranks that computed them; with them
         come rank 0's clock and fit."""
         predictor = self.scheduler.predictor
@@ -449,7 +449,7 @@ class Engine:
         return {id: gap for part in parts for id, gap in part.items()}
 
 
-def profiler(folder: Path, after: int):
+def profiler(folder: Path, after):
     """Writes a profile of this rank for Perfetto: functions by name, operators, kernels. It covers
     eight iterations (a `step` ends one) after so many others: each takes megabytes, and a second to
     write."""
@@ -486,7 +486,7 @@ class Server:
             (self.scaled_ns(line.timestamp), line.index) for line in first_turns
         ]
 
-    def scaled_ns(self, trace_ms: float) -> int:
+    def scaled_ns(self, trace_ms) -> int:
         return int(trace_ms * 1e6 / self.options.speed)
 
     def serve(self, file, bar, on_iteration):
@@ -546,7 +546,7 @@ def ratio(part, whole):
     return part / whole if whole else None
 
 
-def summarise_records(records: list[dict], clock: int) -> dict:
+def summarise_records(records: list[dict], clock) -> dict:
     """Of finished requests, as vLLM's and SGLang's serving benchmarks name it. clock [ns]."""
     inputs = sum(record["input_length"] for record in records)
     cached = sum(record["cached_tokens"] for record in records)

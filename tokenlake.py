@@ -309,7 +309,7 @@ class TokenLake:
         )
         return order, runs, shares
 
-    def _find_old(self, runs, shares, tables) -> OldReads:
+    def _find_old(self, runs, shares, tables):
         """Old KV by the tables of the shares' requests. Replicas are not chosen yet."""
         _, S, C = self.balancer.sizes
         counts = -(-shares.old_tokens // C)
@@ -325,7 +325,7 @@ class TokenLake:
         np.subtract.at(tokens, (reads.share, reads.slot // S), C)
         return OldReads(tables, tokens, reads, candidates, tokens)
 
-    def _read_in(self, old, slots) -> OldReads:
+    def _read_in(self, old, slots):
         """Old KV, with the replicated segments read in these slots: [h]."""
         if not len(slots):
             return old
@@ -335,7 +335,7 @@ class TokenLake:
         np.add.at(tokens, (replicated.share, slots // S), C)
         return old._replace(replicated=replicated, tokens=tokens)
 
-    def _choose_replicas(self, shares, old) -> OldReads:
+    def _choose_replicas(self, shares, old):
         """A replica of each segment with several, by the load so far and all other reads (§4.4)."""
         load = self.balancer.load + shares.weight @ old.unreplicated
         cost = self.config.segment_tokens * shares.weight[old.replicated.share]
@@ -343,7 +343,7 @@ class TokenLake:
             old, self.balancer.choose_replicas(old.candidates, cost, load)
         )
 
-    def _ship_or_pull(self, shares, tokens) -> Pulled:
+    def _ship_or_pull(self, shares, tokens):
         """A decode ships its row. A prompt (a fully cached one, too) pulls what a holder has for
         it, if that is fewer bytes than its queries and results, as far as the receive buffer goes:
         the prompts of a part have equal room in it."""
@@ -357,7 +357,7 @@ class TokenLake:
         prompt, holder = np.nonzero(cheaper & (in_buffer <= room[:, None]))
         return Pulled(prompts[prompt], holder)
 
-    def _assign(self, runs, shares, tokens, pulled, num_parts: int) -> Column:
+    def _assign(self, runs, shares, tokens, pulled, num_parts):
         """[parts] the instance of each (§5): parts and instances matched so that the fewest bytes
         travel, which are all that a part exchanges with holders and homes, less what it exchanges
         with its own instance. Fresh KV between the parts of a prompt depends on pairs of parts, and
@@ -383,7 +383,7 @@ class TokenLake:
                 return own
         return best
 
-    def _take_replicas_at_hand(self, shares, old) -> OldReads:
+    def _take_replicas_at_hand(self, shares, old):
         """If the instance that computes a share has a replica, that is read: nothing travels. (When
         parts are assigned this is not counted on: to do so saved 1 to 7 % of the bytes with the
         dynamic program and PD, none with the even split, and cost a third of the planning time.)"""
@@ -414,7 +414,7 @@ class TokenLake:
 
     # ── its steps: fresh KV, with runs by instance ──
 
-    def _pair(self, runs, by_instance) -> FreshPairs:
+    def _pair(self, runs, by_instance):
         """Who reads fresh KV: a run reads what the runs of its request put, from the first one up
         to itself. Takes runs by request, numbers them by instance."""
         run = np.arange(len(by_instance))
@@ -436,7 +436,7 @@ class TokenLake:
         writes = select(writes, runs.puts > 0)
         return fresh, TransferPlan(writes, moves, len(self.instances))
 
-    def _place_fresh(self, runs) -> FreshRows:
+    def _place_fresh(self, runs):
         """New KV is written at home if that is here, else in staging, behind the slots."""
         _, S, C = self.balancer.sizes
         at_home = slab_row(runs.slot, S, C) + runs.position % C
@@ -512,7 +512,7 @@ class TokenLake:
 
     # ── its steps: what comes of it ──
 
-    def _all_ships(self, runs, ships, fresh) -> Column:
+    def _all_ships(self, runs, ships, fresh):
         """[B, N] whether a run's rows travel to an instance: where its share reads old KV ([G, N]),
         and where it meets fresh KV."""
         ships = ships[runs.share]
@@ -614,13 +614,13 @@ class TimePredictor:
         a, b, c, e = self.coefficients
         return a + b * rows + c * pairs + e * kib
 
-    def split_time(self, rows, pairs, dop: int):
+    def split_time(self, rows, pairs, dop):
         """ps of rows split evenly over `dop` instances. A row's fresh KV goes to the instances with
         later rows: to half of the others, on average."""
         kib = rows * self.bytes_per_row * (dop - 1) // 2048
         return self.time(-(-rows // dop), -(-pairs // dop), -(-kib // dop))
 
-    def measured(self, features, seconds: float):
+    def measured(self, features, seconds):
         """Takes an iteration with `features` [N, 3], of which the instance that should be the
         slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
         below 0; the first 8, which warm up, are left out."""
@@ -643,7 +643,7 @@ class Policy(NamedTuple):
     decodes: int = 0
 
     @classmethod
-    def parse(cls, name: str) -> "Policy":
+    def parse(cls, name) -> "Policy":
         """`auto` (which is `even`), `even`, `dp` or `pd:PxD`."""
         kind, _, counts = name.partition(":")
         if kind == "pd":
@@ -665,7 +665,7 @@ class Scheduler:
     dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
     tbt_slo: ms between tokens; fewer prompt rows keep it, where that is possible at all."""
 
-    def __init__(self, lake, eos: tuple = (), policy: str = "auto", tbt_slo=None):
+    def __init__(self, lake, eos: tuple = (), policy="auto", tbt_slo=None):
         self.lake = lake
         self.balancer = lake.balancer
         self.eos = eos
@@ -684,7 +684,7 @@ class Scheduler:
             request.order = self._arrived
         insort(self.waiting, request, key=attrgetter("order"))
 
-    def patience(self, request, done: int) -> int:
+    def patience(self, request, done) -> int:
         """Who has the least goes first: rows to compute, less some for each request that came later."""
         later = self._arrived - (request.order or 0)
         rows_per_arrival = max(1, self.lake.config.chunk_tokens // AGEING)
@@ -734,7 +734,7 @@ class Scheduler:
             self.waiting.remove(request)
             self.running.append(request)
 
-    def _growth(self, request) -> int:
+    def _growth(self, request):
         """Slots that a request still takes for the rest of its prompt, and a segment of its answer.
         Its last token takes none: it is never fed to the model."""
         longer = len(request.tokens) + self.balancer.segment_tokens
@@ -769,7 +769,7 @@ class Scheduler:
             return batches
         return self._form_batches(max(1, sizes[kept - 1]))[0]
 
-    def _form_batches(self, budget: int) -> tuple[list[Batch], int]:
+    def _form_batches(self, budget) -> tuple[list[Batch], int]:
         """Batches with `budget` prompt rows for each instance that has any; the slowest one's ps."""
         N = len(self.lake.instances)
         # What needs one row runs as a decode does: also a prompt of which one is left.
@@ -790,7 +790,7 @@ class Scheduler:
             slowest = max(slowest, self.predictor.split_time(rows, pairs, dop))
         return batches, slowest
 
-    def _divide(self, upto, num_decodes: int) -> list[BatchRange]:
+    def _divide(self, upto, num_decodes) -> list[BatchRange]:
         """The policy's batches; decodes come first among the items. upto: see `_form_batches`."""
         whole = [BatchRange(0, len(upto) - 1, len(self.lake.instances))]
         if self.policy.kind == "pd":
@@ -800,7 +800,7 @@ class Scheduler:
             return self._divide_by_dynamic_program(upto, num_decodes) or whole
         return whole
 
-    def _choose_prompt_rows(self, budget: int) -> list[tuple[Request, int]]:
+    def _choose_prompt_rows(self, budget) -> list[tuple[Request, int]]:
         """`budget` prompt rows in all, the most urgent requests first."""
         prompts = []
         for request in sorted(self.running, key=lambda r: self.patience(r, r.done)):
@@ -810,9 +810,7 @@ class Scheduler:
                 budget -= rows
         return prompts
 
-    def _divide_by_dynamic_program(
-        self, upto, num_decodes: int
-    ) -> list[BatchRange] | None:
+    def _divide_by_dynamic_program(self, upto, num_decodes) -> list[BatchRange] | None:
         """A batch is of one kind, decodes have DoP 1, and prompts a chunk per instance at most."""
 
         def time(i, dop):
@@ -832,7 +830,7 @@ class Scheduler:
 
     # ── slots for them ──
 
-    def _reserve(self, batches: list[Batch], even: bool) -> dict[int, list[Run]]:
+    def _reserve(self, batches: list[Batch], even) -> dict[int, list[Run]]:
         """Runs of the running requests, by request id, and slots for them, the first admitted
         first. If slots run out, the last admitted is preempted: it has none of these yet."""
         rows = {request.id: n for batch in batches for request, n in batch.items}
@@ -850,7 +848,7 @@ class Scheduler:
                 reserved[request.id] = runs
         return reserved
 
-    def _most_rows(self, total: int) -> int:
+    def _most_rows(self, total):
         """That an instance may have in the even split: an even share and a sixteenth. If that is
         few rows, a whole segment more, as more rows then take no longer. (LakeConfig.staging allows
         for both.)"""
