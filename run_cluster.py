@@ -90,6 +90,7 @@ POLICY = OptionType(
     "auto, even, dp or pd:PxD",
 )
 FLAG = None  # given or not
+CHOICES = None  # --help names them
 
 # fmt: off
 # Name, type, what a value is called in --help, help, default.
@@ -97,16 +98,16 @@ OPTIONS = [
     ("--trace", PATH, "FILE", "JSON lines; default: a multi-turn demo", None),
     ("--num-requests", COUNT, "K", "serve the first K lines (demo: 48)", None),
     ("--seed", NATURAL, "N", "of the weights, the demo, a trace's tokens, and sampling", 0),
-    ("--trace-scale", DIVISOR, "F", "divide the trace's lengths and its 512-token block by F", None),
+    ("--trace-scale", DIVISOR, "F", "divide a trace's lengths and its 512-token block by F", None),
     ("--model", PATH, "DIR", "Hugging Face folder of a Llama", None),
     ("--random-weights", FLAG, None, "with --model: read config.json alone", False),
-    ("--dtype", one_of(*DTYPES), "TYPE", "default: float32; on a GPU what --model says", None),
-    ("--device", one_of("auto", "cpu", "cuda"), "DEV", "auto (a GPU if any), cpu or cuda", "auto"),
+    ("--dtype", one_of(*DTYPES), CHOICES, "default: float32; on a GPU what --model says", None),
+    ("--device", one_of("auto", "cpu", "cuda"), CHOICES, "default: a GPU if any", "auto"),
     ("--temperature", UP_TO_A_MILLION, "T", "0 (the default) is greedy", 0.0),
     ("--stop-at-eos", FLAG, None, "the model's end token ends a request early", False),
     ("--segment-tokens", COUNT, "C", "default: 16; --model on a GPU: 512", None),
-    ("--slots", COUNT, "S", "segments per instance; default: half the memory (CPU: 32k tokens)", None),
-    ("--placement", one_of("stripe", "hash"), "P", "homes of segments: stripe or hash", "stripe"),
+    ("--slots", COUNT, "S", "segments per instance; default: half the memory (CPU: 32k)", None),
+    ("--placement", one_of("stripe", "hash"), CHOICES, "homes of segments", "stripe"),
     ("--replicate-factor", UP_TO_A_MILLION, "c", "of c·N·ln N hot segments (3; 0: none)", 3.0),
     ("--pull-tokens", NATURAL, "T", "of old KV that an instance pulls an iteration (16384)", 16384),
     ("--chunk-tokens", COUNT, "T", "prompt rows per instance and iteration (4 segments)", None),
@@ -127,11 +128,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.error = lambda message: require(False, message.removeprefix("argument "))
     add = parser.add_argument
-    for name, value, metavar, help, default in OPTIONS:
-        if value is FLAG:
+    for name, type, metavar, help, default in OPTIONS:
+        if type is FLAG:
             add(name, action="store_true", help=help)
         else:
-            add(name, type=value, metavar=metavar, help=help, default=default)
+            metavar = metavar or "{" + type.expected.removeprefix("one of ") + "}"
+            add(name, type=type, metavar=metavar, help=help, default=default)
     add(
         "--verify",
         action=argparse.BooleanOptionalAction,

@@ -131,7 +131,7 @@ class Pulled(NamedTuple):
 
 
 class FreshPairs(NamedTuple):
-    """An entry is a pair of runs of a request: one reads what the other, itself or before it, puts."""
+    """An entry is a pair of a request's runs: one reads what the other (or the same one) puts."""
 
     reader: Column
     writer: Column
@@ -229,8 +229,8 @@ class TokenLake:
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
-        at most one each, so that the fewest bytes travel. Call it once an iteration: it makes replicas
-        and adds to loads. LakeError if the DoPs ask for too many instances, or the tree is another's.
+        at most one each, so that the fewest bytes travel. Once an iteration: it makes replicas
+        and adds to loads. LakeError if the DoPs ask for too many instances, or for another's tree.
         """
         self._check(batches, dops, tree)
         # Copies travel with an iteration's layers, and an idle one has none.
@@ -685,7 +685,7 @@ class Scheduler:
         insort(self.waiting, request, key=attrgetter("order"))
 
     def patience(self, request, done) -> int:
-        """Who has the least goes first: rows to compute, less some for each request that came later."""
+        """Who has least goes first: rows to compute, less some for each request that came later."""
         later = self._arrived - (request.order or 0)
         rows_per_arrival = max(1, self.lake.config.chunk_tokens // AGEING)
         return len(request.tokens) - done - later * rows_per_arrival
@@ -770,7 +770,7 @@ class Scheduler:
         return self._form_batches(max(1, sizes[kept - 1]))[0]
 
     def _form_batches(self, budget) -> tuple[list[Batch], int]:
-        """Batches with `budget` prompt rows for each instance that has any; the slowest one's ps."""
+        """Batches with `budget` prompt rows per instance that has any, and the slowest one's ps."""
         N = len(self.lake.instances)
         # What needs one row runs as a decode does: also a prompt of which one is left.
         decodes = [(request, 1) for request in self.running if request.remaining == 1]
@@ -857,7 +857,7 @@ class Scheduler:
         return max(even + even // EVEN_SLACK, with_a_segment)
 
     def _split_by_instance(self, reserved: dict[int, list[Run]]):
-        """The even split: a batch for each instance, of the runs that the balancer prefers there."""
+        """The even split: a batch for each instance, of the runs that are preferred there."""
         N = len(self.lake.instances)
         batches: list[list[Run]] = [[] for _ in range(N)]
         for run in chain.from_iterable(reserved.values()):
