@@ -75,9 +75,8 @@ class Segment:
 
     id: bytes
     parent: "Segment | None"
-    replicas: dict[
-        int, int
-    ]  # instance → global slot; the first one lives as long as the segment
+    # Instance → global slot; the first one lives as long as the segment.
+    replicas: dict[int, int]
     children: dict[bytes, "Segment"] = field(default_factory=dict)
     pins: int = 0  # running requests that read it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
@@ -199,9 +198,8 @@ class Request:
     salt: str = ""  # requests with different salts share nothing
     num_prompt: int = field(init=False)
     done: int = 0  # tokens whose KV is in the pool
-    peak: int = (
-        0  # the most `done` has been: after a preemption, rows below it are computed again
-    )
+    # The most `done` has been: after a preemption, rows below it are computed again.
+    peak: int = 0
     ids: list[bytes] = field(default_factory=list)  # of the full segments among `tokens`
     segments: list[Segment] = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
@@ -229,9 +227,7 @@ class Run:
     request: Request
     position: int
     rows: int
-    preferred: (
-        int  # instance where the balancer would have it computed: the even split does
-    )
+    preferred: int  # instance where the even split computes it
     slot: int  # global slot of its segment
     puts: bool  # False: its KV is published already, only its logits are needed
     decode: bool
@@ -274,9 +270,7 @@ class Balancer:
         self.num_heavy = math.ceil(replicate_factor * N * math.log(N))
         self.tree = PrefixTree(HALF_LIFE * N)
         # Free slots by instance, taken from the end: the lowest first.
-        self.free = [
-            list(range((i + 1) * slots - 1, i * slots - 1, -1)) for i in range(N)
-        ]
+        self.free = [list(range(i * slots, (i + 1) * slots))[::-1] for i in range(N)]
         self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
         self.evictions = 0
         self.duplicates = 0
@@ -294,8 +288,7 @@ class Balancer:
     # ── a request's life: match, admit, reserve and commit by turns, release ──
 
     def extend_ids(self, request):
-        """Ids of the segments that `tokens` has filled since the last call (§4.1: a chained
-        hash)."""
+        """Ids of the segments that `tokens` has filled since the last call (§4.1: chained hashes)."""
         C = self.segment_tokens
         ids = request.ids
         for start in range(len(ids) * C, len(request.tokens) - C + 1, C):
@@ -354,9 +347,8 @@ class Balancer:
         # A segment is held from its first token on. Counted are those with tokens before, and, if a
         # fully cached prompt computes its last row again, all that were hit.
         counted = max(len(request.segments), self.num_segments(request.done))
-        for slot in request.table[
-            counted : self.num_segments(request.done + rows)
-        ].tolist():
+        end = self.num_segments(request.done + rows)
+        for slot in request.table[counted:end].tolist():
             held[slot // self.slots] += 1
         request.done += rows
         request.peak = max(request.peak, request.done)
@@ -472,9 +464,7 @@ class Balancer:
 
             return min(range(N), key=crowding)
         is_first_child = True
-        if (
-            0 < index == len(request.segments)
-        ):  # a parent that is not published has no children
+        if 0 < index == len(request.segments):  # else its parent has no children yet
             is_first_child = not request.segments[-1].children
         home = after_parent
         if self.placement == "hash" or index == 0 or not is_first_child:

@@ -206,13 +206,11 @@ class PaddedBatch(NamedTuple):
     first row of its own piece: another's might be NaN, and 0 × NaN is NaN."""
 
     query_rows: torch.Tensor  # [b, m]
-    partial_rows: (
-        torch.Tensor
-    )  # [b, m] where results go; those of padding behind the last row
+    # [b, m] where results go; those of padding behind the last row.
+    partial_rows: torch.Tensor
     kv_rows: torch.Tensor  # [b, n]
-    hidden: (
-        torch.Tensor
-    )  # [b, 1, m, n] what a query row does not see, the same for all heads
+    # [b, 1, m, n] what a query row does not see, the same for all heads.
+    hidden: torch.Tensor
 
 
 class Work:

@@ -384,9 +384,7 @@ class KVBuffer:
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
         if last >= num_rows:
-            said = (
-                f"instance {index} is to write slab row {last}, its slab has {num_rows}"
-            )
+            said = f"instance {index} is to write slab row {last}, its slab has {num_rows}"
             raise LakeError(said)
         self.rows, self.slab_rows = to_device(
             [
@@ -490,9 +488,8 @@ class QueryBuffer:
 class InFlight:
     """What one call leaves to the next."""
 
-    staged: InstanceMoves | None = (
-        None  # from `put` to `query`: moves of KV that it has written
-    )
+    # From `put` to `query`: moves of KV that it has written.
+    staged: InstanceMoves | None = None
     pull: Callable | None = None  # from one layer to the next: waits for old KV to arrive
 
 
@@ -775,9 +772,7 @@ class Cluster:
         try:
             return collective(*arguments, **options)
         except RuntimeError as error:
-            said = (
-                f"a rank was lost ({self._who_is_behind()}): {str(error).splitlines()[0]}"
-            )
+            said = f"a rank was lost ({self._who_is_behind()}): {str(error).splitlines()[0]}"
             raise LakeError(f"iteration {self.iteration}: {said}") from None
 
     def _who_is_behind(self):

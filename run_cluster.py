@@ -584,9 +584,8 @@ def summarise_pool(server) -> dict:
     bytes_of_ranks = server.cluster.gather_objects(lake.pool.bytes)
     first_iterations = range(0, len(engine.reads), CV_WINDOW)
     windows = [sum(engine.reads[first : first + CV_WINDOW]) for first in first_iterations]
-    whole = (
-        len(engine.reads) // CV_WINDOW
-    )  # the last, shorter one counts only if there is no other
+    # The last, shorter one counts only if there is no other.
+    whole = len(engine.reads) // CV_WINDOW
     sent = [line.request for line in server.lines if line.request]
     longest = engine.busy[1]
     summary = dict(
@@ -626,9 +625,8 @@ def summarise(server, gaps: dict | None, wrong: list, error: str | None) -> dict
     """summary.json. gaps: those of `verify`, by request id, None if it was not asked for."""
     summary = summarise_records(list(server.records.values()), server.engine.clock)
     summary |= summarise_pool(server)
-    gap = (
-        float(np.max([*gaps.values()])) if gaps else np.nan
-    )  # NaN also if one of them is
+    # NaN also if one of them is.
+    gap = float(np.max([*gaps.values()])) if gaps else np.nan
     return summary | dict(
         verified=None if gaps is None else len(gaps) - len(wrong),
         max_logit_gap=None if np.isnan(gap) else gap,
@@ -704,9 +702,8 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
         file = cluster.together(open_output, options.output, cluster)
         error = serve_and_report(server, file, on_iteration)
     except (SetupError, LakeError, KeyboardInterrupt) as problem:
-        error = (
-            problem if str(problem) else "stopped by a signal"
-        )  # an interrupt says nothing
+        # An interrupt says nothing.
+        error = problem if str(problem) else "stopped by a signal"
     finally:
         if error and cluster.speaks():
             print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)

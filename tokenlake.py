@@ -115,9 +115,8 @@ class OldReads(NamedTuple):
     """Old KV, and where the shares read it."""
 
     tables: list[Column]  # [G] global slots of the segments of the share's request
-    unreplicated: (
-        Column  # [G, N] tokens read at an instance, of segments without a choice
-    )
+    # [G, N] tokens read at an instance, of segments without a choice.
+    unreplicated: Column
     replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
     candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
     tokens: Column  # [G, N] that a share reads at an instance, these included
@@ -524,9 +523,8 @@ class TokenLake:
         """[N] attention that each instance does, rows × tokens, for the balance (§4.3); and [N]
         tokens of cache that are read at each, once a request, as §7.2 counts."""
         load = shares.weight @ tokens
-        moved = (
-            shares.weight[pulled.share] * tokens[pulled]
-        )  # what is pulled is read where it comes
+        # What is pulled is read where it comes.
+        moved = shares.weight[pulled.share] * tokens[pulled]
         np.subtract.at(load, pulled.holder, moved)
         np.add.at(load, shares.instance[pulled.share], moved)
         fresh_pairs = runs.rows[fresh.reader] * runs.rows[fresh.writer]

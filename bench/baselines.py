@@ -61,9 +61,8 @@ def by_arrival(request: Request, done: int) -> int:
 class Fleet:
     """Lakes, a scheduler for each, and as long as there is one lake nothing to route."""
 
-    in_order = (
-        False  # of arrival, as conventional engines serve; else by Scheduler.patience
-    )
+    # Of arrival, as conventional engines serve; else by Scheduler.patience.
+    in_order = False
 
     def __init__(self, lakes: list[TokenLake], make_scheduler=Scheduler):
         self.lakes = lakes
@@ -199,9 +198,8 @@ class Disaggregated(Fleet):
     def queue(self, lake: int, new: int) -> float:
         """Seconds until a prefill instance turns to a prompt with `new` rows."""
         scheduler = self.schedulers[lake]
-        passes = (
-            FORBIDDEN if self.in_order else new
-        )  # without order, the shortest goes first
+        # Without order, the shortest goes first.
+        passes = FORBIDDEN if self.in_order else new
         ahead = [(r, r.done) for r in scheduler.running]
         ahead += [(r, self._held(lake, r)) for r in scheduler.waiting]
         seconds = 0

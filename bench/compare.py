@@ -49,9 +49,7 @@ LOWEST = 1 / 256  # requests/s that are tried
 HIGHEST = 4096.0
 # Rates of the curves, times the best goodput.
 RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
-POINT_KEYS = (
-    "slo_attainment refused normalised_ttft tbt_ms hit_rate cache_load_cv".split()
-)
+POINT_KEYS = "slo_attainment refused normalised_ttft tbt_ms hit_rate cache_load_cv".split()
 SEGMENT = 8  # tokens, on real ranks; so are the blocks of their traces
 
 

@@ -35,9 +35,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before triton is imported, as the next line does
-    )
+    # Before triton is imported, as the next line does.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 

@@ -115,9 +115,7 @@ class Roofline:
         # The two all-reduces of a layer: of a row, and of any number of rows.
         self.reduce_row = 4 * model.hidden_size * itemsize * (tp - 1) / tp / gpu.link
         self.reduce_latency = 2 * ALPHA if tp > 1 else 0.0
-        self.token_bytes = (
-            2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
-        )
+        self.token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
         free_memory = 0.9 * gpu.memory * tp - itemsize * self.parameters
         self.capacity = int(free_memory / self.token_bytes)  # tokens
 
@@ -135,9 +133,8 @@ class Roofline:
         rows, load, sent_kib = features.T
         moves = len(transfer_plan.moves.kind) > 0
         pulls = len(query_plan.old.pulls.kind) > 0
-        exchanges = (
-            2 * query_plan.ships.any() + moves + pulls
-        )  # queries, and results back
+        # Queries, and results back.
+        exchanges = 2 * query_plan.ships.any() + moves + pulls
         sending = 1024 * sent_kib / self.link
         latency = exchanges * self.model.num_layers * ALPHA
         return np.maximum(self.compute(rows, load), sending) + latency
