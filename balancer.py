@@ -77,7 +77,7 @@ class Segment:
     parent: "Segment | None"
     # Instance → global slot; the first one lives as long as the segment.
     replicas: dict[int, int]
-    children: dict[bytes, "Segment"] = field(default_factory=dict)
+    children: dict = field(default_factory=dict)  # segments by id
     pins: int = 0  # running requests that read it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
     depth: int = 0  # segments on the path from the root to here
@@ -101,10 +101,10 @@ class PrefixTree:
         self.root = Segment(
             b"", None, {}
         )  # of no tokens; its heat is the sum of all hits
-        self.segments: dict[bytes, Segment] = {}
-        self.lru: OrderedDict[bytes, Segment] = OrderedDict()  # not pinned, oldest first
-        # Replicas but the first of each segment, by slot, by their last access or making.
-        self.extras: OrderedDict[int, Segment] = OrderedDict()
+        self.segments = {}  # by id
+        self.lru = OrderedDict()  # segments that are not pinned, by id, oldest first
+        # Segments by the slots of their replicas but the first, in order of last access or making.
+        self.extras = OrderedDict()
         self.extras_evicted = False  # since this was last looked at
         self.half_life = half_life
         self.clock = 0
@@ -137,7 +137,7 @@ class PrefixTree:
 
     def heaviest(self, count, above=0.0) -> list[Segment]:
         """The `count` most read over `above`, by best-first search: no child is over its parent."""
-        found: list[Segment] = []
+        found = []
         heap = [(0.0, b"", self.root)]
         while heap and len(found) <= count:
             _, _, segment = heapq.heappop(heap)
@@ -200,8 +200,8 @@ class Request:
     done: int = 0  # tokens whose KV is in the pool
     # The most `done` has been: after a preemption, rows below it are computed again.
     peak: int = 0
-    ids: list[bytes] = field(default_factory=list)  # of the full segments among `tokens`
-    segments: list[Segment] = field(default_factory=list)  # published and pinned
+    ids: list = field(default_factory=list)  # of the full segments among `tokens`
+    segments: list = field(default_factory=list)  # published and pinned
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
     held_row: int | None = None  # of Balancer.held, while it runs
@@ -255,11 +255,11 @@ class Balancer:
 
     def __init__(
         self,
-        num_instances,
-        slots,
-        segment_tokens,
-        placement="stripe",
-        replicate_factor=3.0,
+        num_instances: int,
+        slots: int,
+        segment_tokens: int,
+        placement: str = "stripe",
+        replicate_factor: float = 3.0,
     ):
         N = num_instances
         self.num_instances = N
@@ -271,17 +271,17 @@ class Balancer:
         self.tree = PrefixTree(HALF_LIFE * N)
         # Free slots by instance, taken from the end: the lowest first.
         self.free = [list(range(i * slots, (i + 1) * slots))[::-1] for i in range(N)]
-        self.in_progress: dict[bytes, Request] = {}  # prompt segments being prefilled
+        self.in_progress = {}  # id of a segment → request whose prompt fills it
         self.evictions = 0
         self.duplicates = 0
         self.copies = 0
         self.replicas_max = 1
         # [N] work done, recent iterations more.
         self.load = np.zeros(N, np.int64)
-        self.copying: dict[int, Segment] = {}  # slot → what this iteration copies there
+        self.copying = {}  # slot → segment that this iteration copies there
         # [running requests, N] segments with tokens written, by Request.held_row.
         self.held = np.zeros((0, N), np.int64)
-        self._free_held_rows: list[int] = []
+        self._free_held_rows = []
         self._rng = np.random.Generator(np.random.PCG64(0))
         self._index_replicas()
 
@@ -567,7 +567,7 @@ class Balancer:
 
     # ── choice (§4.4): which replica is read ──
 
-    def replicas_of(self, slots) -> tuple[np.ndarray, np.ndarray]:
+    def replicas_of(self, slots):
         """slots [n] of first replicas: which of them have others, [h] indices, and the slots of all
         their replicas, [h, N], −1 where there is none."""
         if self.tree.extras_evicted:
@@ -745,8 +745,8 @@ def read_trace(
 ) -> list[TraceLine]:
     """The first `limit` requests of a trace, checked; `source` yields its lines, bytes or text.
     Lengths are divided by `scale`. Raises ValueError: file:line, what is wrong, what is right."""
-    lines: list[TraceLine] = []
-    last_of_session: dict = {}
+    lines = []
+    last_of_session = {}
     texts = ((number, text) for number, text in enumerate(source, 1) if text.strip())
     for number, text in islice(texts, limit):
         where = f"{name}:{number}"

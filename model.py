@@ -149,7 +149,7 @@ class ConfigFile:
         self.require(low < high, "low_freq_factor must be less than high_freq_factor")
         return scaling
 
-    def heads(self) -> tuple[int, int, int]:
+    def heads(self):
         """Query heads, KV heads and head dim."""
         heads = self.get("num_attention_heads", int)
         kv_heads = self.get("num_key_value_heads", int, heads)
@@ -222,7 +222,7 @@ def tensor_shapes(config) -> dict[str, tuple]:
     return shapes
 
 
-def random_weights(config, seed, dtype, device) -> dict[str, torch.Tensor]:
+def random_weights(config, seed, dtype, device) -> dict:
     """Seeded weights, the same numbers for every dtype and device. Queries and keys get thrice the
     usual scale: attention is then peaky, so that a lost or doubled segment shows in the output."""
     rng = torch.Generator().manual_seed(seed)
@@ -255,7 +255,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_weights(folder: Path, config, dtype, device) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path, config, dtype, device) -> dict:
     """The weights of a folder. ValueError, besides those of `weight_files`: a missing, misshapen
     or unknown tensor, a damaged file."""
     shapes = tensor_shapes(config)

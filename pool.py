@@ -394,7 +394,6 @@ class KVBuffer:
             device,
         )
         self.moves = InstanceMoves(plan.moves, plan.num_instances, index, device)
-        self.layer = self.k = self.v = None
 
     def write(self, layer, k, v):
         """k, v [T, Hkv, D] of the rows that this instance computes."""
@@ -442,7 +441,6 @@ class QueryBuffer:
         self.sends = shipped[index].tolist()
         self.receives = shipped[:, index].tolist()
         self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
-        self.layer = self.q = None
 
     @staticmethod
     def _work(plan, spans, pool, arriving=False):
@@ -662,13 +660,13 @@ class Cluster:
         self.timeout = timedelta(seconds=timeout)
         self.iteration = 0
         self.store = None
-        self._announced: Callable | None = None
+        self._announced = None  # waits for what all ranks say, see `announce`
         if self.size > 1:
             dist.init_process_group("gloo", timeout=self.timeout)
             self.store = dist.distributed_c10d._get_default_store()
             self.store.set(f"iteration/{self.rank}", "0")
 
-    def find_device(self, wanted) -> tuple[torch.device, int]:
+    def find_device(self, wanted):
         """This rank's device for `auto`, `cpu` or `cuda`, and its memory in bytes: a CPU's whole
         memory, what is free of a GPU's. Ranks take a machine's GPUs in turn. Raises ValueError when
         there is none."""
@@ -719,7 +717,7 @@ class Cluster:
             said = f"rank {odd[0]} has other {what} than rank 0; the same is expected"
             raise ValueError(said)
 
-    def gather_integers(self, values: list[int]) -> list[list[int]]:
+    def gather_integers(self, values: list[int]) -> list:
         """Every rank's integers: [size][len(values)]."""
         return self._begin_gather(values)()
 

@@ -305,7 +305,7 @@ class EndOfIteration(NamedTuple):
     tokens: list[int]  # of each request that samples: 0 where another rank computes it
 
     @classmethod
-    def gather(cls, cluster, mine: "EndOfIteration") -> list["EndOfIteration"]:
+    def gather(cls, cluster, mine) -> list:
         """Every rank's, by rank."""
         every = cluster.gather_integers([mine.clock, *mine.fit, *mine.tokens])
         end = 1 + len(mine.fit)
@@ -336,7 +336,7 @@ class Engine:
         )  # a barrier: the clock starts when every rank is here
         self.started = time.monotonic_ns()
 
-    def step(self, pause=0.0) -> tuple[dict[int, int], list[Request]]:
+    def step(self, pause=0.0):
         """One iteration: plan, agree, compute, exchange tokens, publish. With nothing to run it
         sleeps, `pause` seconds at most. Returns the sampled tokens by request id and the requests
         that ended. Raises LakeError, Stopped."""
@@ -478,9 +478,9 @@ class Server:
         self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
         sampler = Sampler(options.temperature, options.seed)
         self.engine = Engine(cluster, self.lake, self.scheduler, model, sampler)
-        self.records: dict[int, dict] = {}  # of finished requests, by request id
+        self.records = {}  # of finished requests, by request id
         # By request id: rank 0's ns since the start, of its arrival and its tokens.
-        self.times: dict[int, list[int]] = {}
+        self.times = {}
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
         # A heap of (time, request id): sorted, as the lines are.
         first_turns = [line for line in lines if not line.previous]
@@ -737,7 +737,7 @@ def serve_and_report(server, file, on_iteration) -> str | None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: setattr(engine, "stop", True))
     error = gaps = None
-    wrong: list[int] = []
+    wrong = []
     if first and options.profile is not None:
         engine.profile = profiler(options.output, options.profile)
     num_lines = len(server.lines)
@@ -760,7 +760,7 @@ def serve_and_report(server, file, on_iteration) -> str | None:
     return error
 
 
-def verify_all(server, bar) -> tuple[dict[int, float], list[int], str | None]:
+def verify_all(server, bar):
     """Gaps of the finished requests, those that differ, and what is wrong."""
     finished = sorted(server.records)
     bar.set_description("verifying")

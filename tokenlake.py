@@ -604,7 +604,7 @@ class TimePredictor:
         seconds = weights, linear / FLOPS, attention / FLOPS, 1024 / LINK
         self.fitted = [round(x * 1e12) for x in seconds]
         self.coefficients = self.fitted
-        self.samples: list[tuple] = []
+        self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
         self.count = 0
 
     def time(self, rows, pairs, kib):
@@ -670,10 +670,10 @@ class Scheduler:
         self.policy = Policy.parse(policy)
         self.slo = tbt_slo and max(1, int(min(tbt_slo, 1e9) * 1e9))  # ps
         self.predictor = TimePredictor(lake)
-        self.waiting: list[Request] = []  # by arrival
-        self.running: list[Request] = []  # by admission, the last one last
-        self.cached_tokens: dict[int, int] = {}  # by request id, at its first admission
-        self.counters: Counter = Counter()
+        self.waiting = []  # requests by arrival
+        self.running = []  # requests by admission, the last one last
+        self.cached_tokens = {}  # by request id, at its first admission
+        self.counters = Counter()
         self._arrived = 0
 
     def add(self, request):
@@ -688,7 +688,7 @@ class Scheduler:
         rows_per_arrival = max(1, self.lake.config.chunk_tokens // AGEING)
         return len(request.tokens) - done - later * rows_per_arrival
 
-    def schedule(self) -> tuple[list[list[Run]], list[int]]:
+    def schedule(self):
         """Batches of runs for the next iteration, and their DoPs. Their slots are reserved; if all
         slots are pinned, the last admitted requests are preempted."""
         self._admit()
@@ -767,7 +767,7 @@ class Scheduler:
             return batches
         return self._form_batches(max(1, sizes[kept - 1]))[0]
 
-    def _form_batches(self, budget) -> tuple[list[Batch], int]:
+    def _form_batches(self, budget):
         """Batches with `budget` prompt rows per instance that has any, and the slowest one's ps."""
         N = len(self.lake.instances)
         # What needs one row runs as a decode does: also a prompt of which one is left.
@@ -835,7 +835,7 @@ class Scheduler:
         most = self._most_rows(sum(rows.values())) if even else UNLIMITED
         planned = [0] * len(self.lake.instances)
         tails = self.balancer.open_tails(self.running)
-        reserved: dict[int, list[Run]] = {}
+        reserved = {}
         while len(reserved) < len(self.running):
             request = self.running[len(reserved)]
             own = rows.get(request.id, 0)
@@ -857,7 +857,7 @@ class Scheduler:
     def _split_by_instance(self, reserved: dict[int, list[Run]]):
         """The even split: a batch for each instance, of the runs that are preferred there."""
         N = len(self.lake.instances)
-        batches: list[list[Run]] = [[] for _ in range(N)]
+        batches = [[] for _ in range(N)]
         for run in chain.from_iterable(reserved.values()):
             batches[run.preferred].append(run)
         return batches, [1] * N
