@@ -536,9 +536,10 @@ class Balancer:
         targets = sorted(range(N), key=lambda i: (not self.free[i], self.load[i]))
         for segment in self.tree.heaviest(self.num_heavy, enough):
             for target in targets:
-                helps = any(overloaded[i] for i in segment.replicas)
+                if target in segment.replicas:
+                    continue
                 wants = segment.heat > enough * len(segment.replicas)
-                if helps and wants and target not in segment.replicas:
+                if wants and any(overloaded[i] for i in segment.replicas):
                     yield segment, target
 
     def _add_replica(self, segment, slot):
@@ -707,6 +708,7 @@ class TraceLine:
 
     index: int  # request id: which request of the trace, from 0
     where: str  # file:line
+    session_id: str | int | None
     previous: "TraceLine | None" = field(repr=False)  # of the session
     timestamp: float  # ms
     think_ms: float
@@ -806,6 +808,7 @@ def _make_line(index, where, fields: dict, previous, scale) -> TraceLine:
     return TraceLine(
         index,
         where,
+        fields["session_id"],
         previous,
         fields["timestamp"],
         fields["think_ms"],

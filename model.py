@@ -91,8 +91,7 @@ class LlamaConfig:
 
 class ConfigFile:
     """The values of a config.json, checked as they are asked for. Raises ValueError naming file and
-    key. RoPE's parameters stand in an object of their own, `rope_parameters` or `rope_scaling`, and
-    are found like the others."""
+    key. RoPE's parameters stand in an object of their own, `rope_parameters` or `rope_scaling`."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -108,14 +107,14 @@ class ConfigFile:
         said = f"rope parameters are {rope!r}; an object is expected"
         self.require(isinstance(rope, dict), said)
         self.rope = rope
-        self.values = self.values | rope
 
     def require(self, ok, said):
         require(ok, self.file, said)
 
-    def get(self, key, kind: type, default=None):
-        """The value of a key: a positive number, true or false, or a string. null is absent."""
-        value = self.values.get(key)
+    def get(self, key, kind: type, default=None, source=None):
+        """The value of a key: a positive number, true or false, or a string. null is absent. source:
+        what it is looked up in, the whole file by default."""
+        value = (self.values if source is None else source).get(key)
         if value is None:
             value = default
         if kind is float and type(value) is int:
@@ -132,7 +131,8 @@ class ConfigFile:
 
     def require_supported(self):
         """Whatever would change what is computed has the only value that this code implements."""
-        values = {"model_type": None} | self.values  # the model_type is to be there
+        # The model_type is to be there.
+        values = {"model_type": None} | self.values | self.rope
         for key, only in SUPPORTED.items():
             value = values.get(key, only)
             said = f"{key} {value!r} is not supported (only {only!r} is)"
@@ -144,7 +144,7 @@ class ConfigFile:
         self.require(kind in ("default", "llama3"), said)
         if kind == "default":
             return None
-        scaling = tuple(self.get(key, float) for key in LLAMA3_SCALING)
+        scaling = tuple(self.get(key, float, source=self.rope) for key in LLAMA3_SCALING)
         _, low, high, _ = scaling
         self.require(low < high, "low_freq_factor must be less than high_freq_factor")
         return scaling
@@ -185,7 +185,7 @@ def load_config(folder: Path) -> LlamaConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=file.get("rms_norm_eps", float, 1e-6),
-        rope_theta=file.get("rope_theta", float, 10_000.0),
+        rope_theta=file.get("rope_theta", float, 10_000.0, file.values | file.rope),
         rope_scaling=rope_scaling,
         tie_word_embeddings=file.get("tie_word_embeddings", bool, False),
         max_positions=file.get("max_position_embeddings", int, 2048),

@@ -250,6 +250,11 @@ class QueryPlan:
         return np.fromiter(chain.from_iterable(tokens), np.int64)
 
     @cached_property
+    def samples(self) -> Column:
+        """[B] whether a run's last row is its request's last, which gives the next token."""
+        return np.fromiter((run.samples for run in self.runs), bool, len(self.runs))
+
+    @cached_property
     def segment_reads(self) -> SegmentReads:
         """All old KV that is read. Made when it is asked for, as planning can do without."""
         counts = -(-self.old.tokens // self.sizes[2])
@@ -321,9 +326,9 @@ class TransferPlan:
 
 def plan_digest(iteration: int, query_plan, transfer_plan: TransferPlan) -> bytes:
     """16 bytes that two ranks share only if they planned the same, for the same tokens: all that
-    the plans are made of, and the inputs of the planned rows."""
+    the plans are made of, the inputs of the planned rows, and which of them sample."""
     digest = hashlib.blake2b(repr(iteration).encode(), digest_size=16)
-    derived = query_plan.token_ids, query_plan.segment_reads.slot
+    derived = query_plan.token_ids, query_plan.samples, query_plan.segment_reads.slot
     for leaf in plan_leaves((query_plan, derived, transfer_plan)):
         digest.update(leaf)
     return digest.digest()
@@ -343,7 +348,7 @@ def plan_leaves(value):
         for item in value:
             yield from plan_leaves(item)
     else:
-        yield repr(value).encode()
+        yield f"{value!r}|".encode()
 
 
 # ── an instance's part in it ─────────────────────────────────────────────────────────────────────

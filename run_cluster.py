@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace, variation
-from kernels import ranges, starts, to_device
+from kernels import ranges, select, starts, to_device
 from model import (
     Llama,
     LlamaConfig,
@@ -387,7 +387,7 @@ class Engine:
 
         table = plan.run_table
         own = np.flatnonzero(table.instance == lake.index)
-        sampling = [i for i in own.tolist() if plan.runs[i].samples]
+        sampling = own[plan.samples[own]].tolist()
         ids, positions, last_rows = to_device(
             [
                 plan.token_ids[ranges(starts(table.rows)[own], table.rows[own])],
@@ -420,18 +420,16 @@ class Engine:
         """The tokens of all requests that sample, from the ranks that computed them; with them
         come rank 0's clock and fit."""
         predictor = self.scheduler.predictor
-        runs = zip(plan.runs, plan.run_table.instance.tolist())
-        samples = [(run.request.id, instance) for run, instance in runs if run.samples]
-        mine = [tokens.get(id, 0) for id, _ in samples]
+        sampling = select(plan.run_table, plan.samples)
+        ids = sampling.request_id.tolist()
+        mine = [tokens.get(id, 0) for id in ids]
         end = EndOfIteration(now, predictor.fitted, mine)
         every = EndOfIteration.gather(self.cluster, end)
         self.clock = every[0].clock
         predictor.coefficients = every[0].fit
-        ranks = self.lake.instances
-        return {
-            id: every[ranks[instance]].tokens[i]
-            for i, (id, instance) in enumerate(samples)
-        }
+        ranks = [self.lake.instances[instance] for instance in sampling.instance]
+        sampled = [every[rank].tokens[i] for i, rank in enumerate(ranks)]
+        return dict(zip(ids, sampled))
 
     def verify(self, requests: list[Request], progress) -> dict[int, float]:
         """The gap in logits of each request (Llama.score_gap), each recomputed by one rank; after a

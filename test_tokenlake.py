@@ -657,6 +657,17 @@ def test_config_is_refused_by_name(tmp_path, change, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_rope_parameters_are_no_other_keys(tmp_path):
+    """What stands in RoPE's object counts for RoPE alone; llama3's numbers are looked for there."""
+    rope = dict(rope_type="default", rope_theta=5e5, head_dim=64, vocab_size=99, hidden_size=None)
+    config = load_config(save_model(tmp_path / "m", dict(rope_parameters=rope)))
+    assert (config.rope_theta, config.head_dim, config.vocab_size) == (5e5, 8, 64)
+    outside = dict(LLAMA3, original_max_position_embeddings=None)
+    with pytest.raises(ValueError, match="original_max_position_embeddings is None"):
+        load_config(save_model(tmp_path / "n", dict(
+            rope_scaling=outside, original_max_position_embeddings=32)))
+
+
 def test_config_defaults(tmp_path):
     config = load_config(save_model(tmp_path / "m", dict(num_key_value_heads="drop",
                                                          head_dim=None, eos_token_id=5)))
@@ -1435,7 +1446,8 @@ def test_the_digest_covers_every_leaf_of_a_plan():
         assert digest == pool.plan_digest(7, plan, transfer) != pool.plan_digest(8, plan, transfer)
         for where, other in altered(plan, "query"):
             seen.add(where)
-            vars(other).update(segment_reads=plan.segment_reads, token_ids=plan.token_ids)
+            vars(other).update(segment_reads=plan.segment_reads, token_ids=plan.token_ids,
+                               samples=plan.samples)
             assert pool.plan_digest(7, other, transfer) != digest, where
         for where, other in altered(transfer, "transfer"):
             seen.add(where)
@@ -1454,7 +1466,12 @@ def test_the_digest_covers_every_leaf_of_a_plan():
                 run.request.tokens[position] += 1
                 assert pool.plan_digest(7, replace(plan), transfer) != digest
                 run.request.tokens[position] -= 1
+            if run.samples:  # with a token more it would not
+                run.request.tokens.append(0)
+                assert pool.plan_digest(7, replace(plan), transfer) != digest
+                run.request.tokens.pop()
         assert pool.plan_digest(7, replace(plan), transfer) == digest
+        assert plan.samples.tolist() == [run.samples for run in plan.runs]
     names = {f"query.run_table.{name}" for name in pool.RunTable._fields}
     names |= {f"query.old.{name}" for name in ("tokens", "replicas.share", "replicas.segment",
                                                "replicas.slot")}
@@ -2466,7 +2483,18 @@ def other_seed(rank, seen):
     run_cluster.parse_options = parse_options
 
 
-@pytest.mark.parametrize("prelude", ["other_seed", "other_weights"])
+def other_sessions(rank, seen):
+    """Rank 1 reads the same lines, but has another session for the first."""
+    original = run_cluster.read_trace
+
+    def read_trace(source, *arguments):
+        lines = original(source, *arguments)
+        lines[0].session_id = rank
+        return lines
+    run_cluster.read_trace = read_trace
+
+
+@pytest.mark.parametrize("prelude", ["other_seed", "other_weights", "other_sessions"])
 def test_ranks_started_otherwise_are_refused(tmp_path, prelude):
     results = Job(["--num-requests", 3], 3, prelude).finish()
     assert [status for status, *_ in results] == [2, 2, 2]
