@@ -560,7 +560,7 @@ class Balancer:
             len(segments)
         )
         # [segments with others, N] global slot of each of its replicas, −1 where there is none.
-        self._replica_slots = np.full((len(segments), N), -1, np.int64)
+        self._replica_slots = np.full((len(segments), N), -1, np.int32)
         for row, segment in enumerate(segments):
             for instance, slot in segment.replicas.items():
                 if slot not in self.copying:
@@ -581,7 +581,7 @@ class Balancer:
         `candidates` [h, N], the less loaded of two random ones → [h] global slot. Adds the costs
         [h] to load [N]: for speed, N reads choose by the same load, then it is updated."""
         N = len(load)
-        number = (candidates >= 0).cumsum(1)  # of replicas up to an instance
+        number = (candidates >= 0).cumsum(1, np.int32)  # of replicas up to an instance
         count = number[:, -1]
         first = self._rng.integers(count)
         other = self._rng.integers(np.maximum(count - 1, 1))
