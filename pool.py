@@ -8,8 +8,7 @@ primitives over `torch.distributed` connect the slabs, per layer:
 
 and a layer runs in this order on every rank, so that exchanges hide behind attention:
 
-    0  my new K, V → my slab: to its slot, or if it lives elsewhere to *staging*, rows behind the
-    slots
+    0  my new K, V → my slab: to its slot, or if it lives elsewhere to *staging*, behind the slots
     1  query: my rows leave for the holders of what they read  ──▶  others' rows come to me
     2  move: new KV and copies leave; so does old KV that is pulled for the next layer
     3  my rows × KV that lies here already
@@ -441,10 +440,10 @@ class QueryBuffer:
         # A run's rows arrive if it reads something here, all of it HERE or LATE. They come by the
         # instance that sends them, one's run after run: as runs are ordered.
         self.arrived, _ = self._work(plan, select(spans, ~own), pool, arriving=True)
-        shipped = plan.rows_shipped()
-        self.active = bool(shipped.any())
-        self.sends = shipped[index].tolist()
-        self.receives = shipped[:, index].tolist()
+        between = plan.rows_shipped()
+        self.active = bool(between.any())
+        self.sends = between[index].tolist()
+        self.receives = between[:, index].tolist()
         self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
 
     @staticmethod
