@@ -16,7 +16,8 @@ next:
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
-is read. `python balancer.py --trace FILE` shows what each is worth.
+is read, if none lies where the rows are computed. `python balancer.py --trace FILE` shows what each
+is worth.
 
 Every rank runs this and has to decide the same, so nobody asks anybody. There are no sets and no
 `hash()`, whose order differs between processes; random draws come from one seeded generator; and
@@ -53,18 +54,20 @@ import numpy as np
 # When to copy. None of these has to be exact: they were varied in replays on 8 instances, homes by
 # hash, of Mooncake's conversation trace, unless another is named; CV and copies were looked at.
 
-# An instance is overloaded from 11/10 of the mean load on. With 1/1, 11/10, 3/2 and 2/1 the CV of
-# bench/workloads.py's toolagent, three hot prefixes, is 0.04, 0.04, 0.12 and 0.35: higher is
-# uneven. The conversation trace, with one hot block, makes 134, 49, 7 copies for the same CV: lower
-# is waste.
+# An instance is overloaded from 11/10 of the mean load on. Higher leaves loads with several hot
+# prefixes uneven, lower copies for nothing:
+#
+#                             1/1    11/10   3/2    2/1
+#     toolagent (CV)          0.04   0.04    0.12   0.35    three hot prefixes (bench/workloads.py)
+#     conversation (copies)   134    49      7              one hot block; the CV is the same
 OVERLOAD = (11, 10)
-# Loads lose an eighth in each iteration, so half in five. If they lose a quarter, the CV is 0.14
-# with twice as many copies; with a 64th it is 0.16 with a third of them.
+# Loads lose an eighth in each iteration, so half in five: the CV is 0.15. If they lose a quarter,
+# it is 0.14 with twice as many copies; with a 64th it is 0.16 with a third of them.
 LOAD_FADE = 8
 # Heat is halved after 16 admissions for each instance. After 4, copies are nine times as many and
 # the CV is the same; later than 16, neither changes, but a prefix stays hot for longer.
 HALF_LIFE = 16
-# Replicas take a sixteenth of all slots at most. On that trace there are never so many: it keeps a
+# Copies take a sixteenth of all slots at most. On that trace there are never so many: it keeps a
 # pool of few slots from filling up with copies.
 REPLICA_SLOTS = 16
 
@@ -93,9 +96,9 @@ class Segment:
 class PrefixTree:
     """All published segments (§4.1), the global LRU of what may leave, and what is read most.
 
-    A parent never leaves before its child. Whoever pins a child pins its parents, too, and
-    `Balancer.release` unpins the leaf first. So in the LRU a child is always older than its parent,
-    and the oldest of all is a leaf."""
+    A parent never leaves before its child. Whoever pins a segment pins all before it, and
+    `Balancer.release` unpins the leaf first. So a child enters the LRU before its parent, and the
+    oldest of all is a leaf."""
 
     def __init__(self, half_life=128):
         self.root = Segment(
@@ -227,7 +230,8 @@ class Run:
     request: Request
     position: int
     rows: int
-    preferred: int  # instance where the even split computes it
+    # Instance that is proposed for it: its home, if that has room for more rows.
+    preferred: int
     slot: int  # global slot of its segment
     puts: bool  # False: its KV is published already, only its logits are needed
     decode: bool
@@ -249,8 +253,8 @@ def least_loaded(load: list[int], preferred, limit) -> int:
 
 class Balancer:
     """The pool's bookkeeping. replicate_factor: c of the ceil(c·N·ln N) heavy hitters that may be
-    copied. With so many read evenly by all, N instances are balanced whatever is read most (§4.3);
-    in a Monte Carlo over random homes of the others, the busiest instance has 1.3 times the mean
+    copied. If so many are read evenly from all, N instances are balanced whatever the others are
+    (§4.3): in a Monte Carlo over random homes of these, the busiest instance has 1.3 times the mean
     load for c = 3, and 1.6 times for c = 1."""
 
     def __init__(
@@ -288,7 +292,8 @@ class Balancer:
     # ── a request's life: match, admit, reserve and commit by turns, release ──
 
     def extend_ids(self, request):
-        """Ids of the segments that `tokens` has filled since the last call (§4.1: chained hashes)."""
+        """Ids of the segments that `tokens` has filled since the last call (§4.1: chained
+        hashes)."""
         C = self.segment_tokens
         ids = request.ids
         for start in range(len(ids) * C, len(request.tokens) - C + 1, C):
@@ -344,8 +349,8 @@ class Balancer:
         """The rows are written: publishes the segments that they fill."""
         C = self.segment_tokens
         held = self.held[request.held_row]
-        # A segment is held from its first token on. Counted are those with tokens before, and, if a
-        # fully cached prompt computes its last row again, all that were hit.
+        # A segment is held from its first token on; those with earlier tokens are counted. (The max
+        # is for C = 1, where the last segment of a fully cached prompt has no token before `done`.)
         counted = max(len(request.segments), self.num_segments(request.done))
         end = self.num_segments(request.done + rows)
         for slot in request.table[counted:end].tolist():
@@ -464,7 +469,9 @@ class Balancer:
 
             return min(range(N), key=crowding)
         is_first_child = True
-        if 0 < index == len(request.segments):  # else its parent has no children yet
+        if (
+            0 < index == len(request.segments)
+        ):  # a parent not yet published has no children
             is_first_child = not request.segments[-1].children
         home = after_parent
         if self.placement == "hash" or index == 0 or not is_first_child:
@@ -486,9 +493,10 @@ class Balancer:
     # ── replication (§4.3): heavy hitters of overloaded instances are copied ──
 
     def replicate(self) -> dict[int, int]:
-        """Copies for this iteration, which can be read from the next one on: global slot that is
-        filled → global slot that is copied. N at most. As its heat stays above what the last
-        replica is worth, a segment that every request hits ends up everywhere."""
+        """Copies for this iteration, N at most, which can be read from the next one on: global slot
+        that is filled → global slot that is copied. A short prefix that all requests hit ends up
+        everywhere, as long as instances that have it are overloaded. Of a long one each segment is
+        a smaller part of all hits, and gets fewer replicas, or none (see `_wanted_copies`)."""
         N, S, _ = self.sizes
         were_copying = self.copying
         self.copying = {}
@@ -523,10 +531,10 @@ class Balancer:
         """Segments that want a replica, the most read first, and an instance for it: those with
         free slots first, then the least loaded. The caller adds replicas in between.
 
-        A segment wants one while each of those that it has takes more than `enough` hits, where
-        num_heavy · enough = root.heat / N, an even share of all hits. So if all num_heavy segments
-        met at one instance with what each replica takes, they would not weigh more than that share.
-        Under a steady load copying stops."""
+        A replica takes heat / replicas of a segment's hits. That is `enough` if it is 1/num_heavy
+        of the hits that each instance has when all have the same, root.heat / N: then one replica
+        of each heavy hitter, all on one instance, would be no more than its share. So under a
+        steady load copying stops."""
         N = self.num_instances
         limit, whole = OVERLOAD
         overloaded = self.load * (whole * N) > self.load.sum() * limit

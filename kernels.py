@@ -10,7 +10,7 @@ and for any partition of S into parts (each wherever it likes)
 
 so a row's attention over a cache in pieces is a weighted mean of what the pieces return: the one
 fact the pool rests on. `partial_attention` gives (o, lse) of rows over spans of a slab, `merge`
-joins parts. Both subtract the running maximum before exp (the textbook form overflows). An empty
+joins parts. Both subtract a maximum before exp (the textbook form overflows). An empty
 part is written, too: as o = 0 and lse = −inf, never as NaN.
 
 What is to be done is said by two tables, and cut for the hardware into three more:
@@ -19,8 +19,9 @@ What is to be done is said by two tables, and cut for the hardware into three mo
                                                                       ├─▶ pieces: a block over some
     KVSpans ────▶ tiles: at most 64 rows of one span ─────────────────┘   of its tiles
 
-A program takes a piece and a KV head. A block is one piece; but if blocks are too few to keep a GPU
-busy, long ones are cut into several, whose results are merged.
+A program takes a piece and a KV head. A block is one piece; but one that is much longer than an
+even part of all tiles is cut into several, whose results are merged: so a few long ones keep a GPU
+busy.
 
 Two implementations: Triton, and PyTorch for CPUs and float64. Left out: Hopper's copy engine (TMA).
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
@@ -77,7 +78,7 @@ def starts(lengths):
 
 
 def starts_in_groups(lengths, group):
-    """The same, but in each group from 0 on. group [n], of each stretch, ascends."""
+    """Where each stretch begins within its group; group [n] ascends."""
     first = starts(lengths)
     return first - first[np.searchsorted(group, group)]
 
@@ -92,9 +93,9 @@ def split_lengths(lengths, size):
 
 
 def to_device(arrays, device) -> list:
-    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. (An
-    entry of pieces and tiles has a multiple of 16 bytes, so all tables begin at one: the kernel is
-    compiled for such pointers.)"""
+    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for.
+    (Entries of pieces and tiles are 48 and 32 bytes, so each table in the copy begins where 16
+    divides: the kernel is compiled for such pointers.)"""
     flat = torch.from_numpy(
         np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
     )
@@ -165,12 +166,11 @@ def cut_blocks(runs, tiles, max_rows) -> Blocks:
     return Blocks(first_row, rows, position, first_tile[run], end_tile[run])
 
 
-def cut_pieces(blocks, programs):
-    """Pieces of even a few blocks are to be about as many as `programs`. Returns them, and the
-    block of each: [pieces]. A block that reads nothing has one, too: it writes that its rows are
-    empty."""
+def cut_pieces(blocks, wanted_pieces):
+    """Pieces, about as many as are wanted where long blocks can be cut; and the block of each:
+    [pieces]. A block that reads nothing has one, too: it writes that its rows are empty."""
     num_tiles = blocks.end_tile - blocks.first_tile
-    max_tiles = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // programs))
+    max_tiles = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // wanted_pieces))
     block, offset, _ = split_lengths(np.maximum(num_tiles, 1), max_tiles)
     whole = select(blocks, block)
     first_tile = whole.first_tile + offset
@@ -216,13 +216,12 @@ class PaddedBatch(NamedTuple):
 class Work:
     """What `partial_attention` is to do: made on the host in each iteration, used by every layer.
 
-    A row of a run sees the keys of its spans at positions up to its own. Its result, partial row p,
-    is the p-th of all rows of the runs in order: P = sum(rows). A run without spans gives empty
-    ones. programs: pieces that are to be there at least, if long blocks can be cut."""
+    A row of a run sees the keys of its spans at positions up to its own. Its result is the p-th of
+    P = sum(rows), the rows of all runs in order. A run without spans gives empty results. Pieces
+    write *partial rows*: P, or more where a block was cut; then `parts` says how they are merged.
+    runs: QueryRuns, spans: KVSpans. wanted_pieces: about how many, if long blocks can be cut."""
 
-    def __init__(
-        self, runs: QueryRuns, spans: KVSpans, heads_per_kv, device="cpu", programs=1
-    ):
+    def __init__(self, runs, spans, heads_per_kv, device="cpu", wanted_pieces=1):
         # A power of two, with room for all heads of a row and, up to MAX_LANES, for the longest
         # run.
         wanted = min(int(runs.rows.max(initial=1)) * heads_per_kv, MAX_LANES)
@@ -231,11 +230,9 @@ class Work:
         )
         tiles = cut_tiles(spans)
         blocks = cut_blocks(runs, tiles, self.lanes // heads_per_kv)
-        pieces, block = cut_pieces(blocks, programs)
+        pieces, block = cut_pieces(blocks, wanted_pieces)
         parts = partials_of_rows(blocks, pieces, block)
-        self.num_rows = int(
-            pieces.rows.sum()
-        )  # P before the pieces of a block are merged
+        self.num_partials = int(pieces.rows.sum())
         self._host = pieces, tiles
         # The kernel loads a tile ahead: there is an empty one behind the last.
         tile_rows = np.pad(np.stack(tiles, 1), ((0, 1), (0, 0)))
@@ -277,7 +274,7 @@ class Work:
         query_positions = pieces.position + row
         arrays = (
             np.where(is_row, pieces.first_row + row, pieces.first_row),
-            np.where(is_row, pieces.partial + row, self.num_rows),
+            np.where(is_row, pieces.partial + row, self.num_partials),
             kv_rows,
             kv_positions[:, None, None] > query_positions[:, None, :, None],
         )
@@ -321,9 +318,9 @@ def partial_attention(q, k, v, work, scale, backend: str = "auto"):
 def _attend_with_triton(q, k, v, work, scale):
     _, H, D = q.shape
     Hkv = k.shape[1]
-    o = torch.empty(work.num_rows, H, D, dtype=torch.float32, device=q.device)
-    lse = torch.empty(work.num_rows, H, dtype=torch.float32, device=q.device)
-    if work.num_rows:
+    o = torch.empty(work.num_partials, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(work.num_partials, H, dtype=torch.float32, device=q.device)
+    if work.num_partials:
         config = attention_config(work.lanes, H, Hkv, D, k.element_size())
         _partial_attention_kernel[len(work.pieces), Hkv](
             q.contiguous(), k, v, work.pieces, work.tiles, o, lse, scale, **config
@@ -336,8 +333,8 @@ def _attend_with_torch(q, k, v, work, scale):
     _, H, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     # One row more than there are, for what padding gives.
-    o = torch.zeros(work.num_rows + 1, H, D, dtype=wide, device=q.device)
-    lse = torch.full((work.num_rows + 1, H), -math.inf, dtype=wide, device=q.device)
+    o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
+    lse = torch.full((work.num_partials + 1, H), -math.inf, dtype=wide, device=q.device)
     for batch in work.padded:
         o[batch.partial_rows], lse[batch.partial_rows] = _attend_batch(
             q, k, v, batch, scale, wide

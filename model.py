@@ -112,8 +112,8 @@ class ConfigFile:
         require(ok, self.file, said)
 
     def get(self, key, kind: type, default=None, source=None):
-        """The value of a key: a positive number, true or false, or a string. null is absent. source:
-        what it is looked up in, the whole file by default."""
+        """The value of a key: a positive number, true or false, or a string. null is absent. It is
+        looked up in source, by default the whole file."""
         value = (self.values if source is None else source).get(key)
         if value is None:
             value = default

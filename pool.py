@@ -3,16 +3,18 @@
 Every rank holds one *slab*: the segments that live with it, as rows of K and V per layer. Two
 primitives over `torch.distributed` connect the slabs, per layer:
 
-    query   rows of Q go to the KV, partial results (O, LSE) come back: two `all_to_all_single`
-    move    rows of KV go, to their home, to a replica, to rows that pull them: one of these
+    query   rows of Q go to the KV, and partial results (O, LSE) come back
+    move    rows of KV go: to their home, to a replica, or to rows that pull them
 
-and a layer runs in this order on every rank, so that exchanges hide behind attention:
+Each way is one `all_to_all_single`. A layer runs in this order on every rank, so that exchanges
+hide behind attention:
 
     0  my new K, V → my slab: to its slot, or if it lives elsewhere to *staging*, behind the slots
     1  query: my rows leave for the holders of what they read  ──▶  others' rows come to me
-    2  move: new KV and copies leave; so does old KV that is pulled for the next layer
-    3  my rows × KV that lies here already
-    4  the moves have landed: my rows × what they brought
+    2  move: new KV and copies leave; so does old KV that is pulled for the next layer (in the first
+       layer, also for this one)
+    3  my rows × KV that lies here already (HERE)
+    4  what has come by now: my rows × what was moved (LATE, SIBLING) and pulled (PULLED)
     5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved: so this comes last
     6  merge: a row's partial results from here and from all holders
 
@@ -23,7 +25,7 @@ Moves have a process group of their own, and begin after the layer's queries, so
 query. Left out: RDMA; a lost rank ends the run.
 
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · S slots per instance ·
-C tokens per segment · B runs (of a request's rows) · G shares (of a request, at an instance).
+C tokens per segment · B runs · G shares (the runs of one request at one instance).
 """
 
 import hashlib
@@ -61,18 +63,21 @@ MOVE_KINDS = ("put", "replica", "pull")
 # Places of KV that rows read at an instance.
 HERE = 0  # in its slab or staging, before the moves of a layer land
 LATE = 1  # in its slab, once they have
-PULLED = 2  # old KV, in the receive buffer of pulls
-SIBLING = 3  # fresh KV of another share of the request, in the receive buffer of moves
+PULLED = 2  # old KV that was pulled, in the receive buffer of `OldKV.pulls`
+# Fresh KV of another share of the request, pulled too, in the receive buffer of
+# `TransferPlan.moves`.
+SIBLING = 3
 NUM_PLACES = 4
 
 
 def slab_row(slot, S, C):
-    """First slab row of the segment in a global slot: of all slots, those of its instance count."""
+    """First row, in its own instance's slab, of the segment in a global slot: instance · S +
+    slot."""
     return (slot % S) * C
 
 
-# In the even split an instance may have 1/16 more rows than an even share: so a segment is seldom
-# cut in two. More would make the slowest instance slower by as much.
+# In the even split an instance may have an even share and a sixteenth of it, so that a segment is
+# seldom cut in two. An iteration may become longer by as much.
 EVEN_SLACK = 16
 
 
@@ -85,12 +90,13 @@ class LakeConfig:
     placement: str = "stripe"  # or "hash"
     replicate_factor: float = 3.0  # c of c·N·ln N heavy hitters
     pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration, at most
-    chunk_tokens: int = 64  # prompt rows per instance and iteration, on average at most
+    chunk_tokens: int = 64  # prompt rows per instance and iteration, at most, on average
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances) -> int:
-        """Slab rows for new KV that lives elsewhere, at most all that an instance computes: its
-        chunk, all decodes, and what the even split allows above that."""
+        """Slab rows for new KV whose home is elsewhere. That may be all that an instance computes:
+        its chunk, all decodes, and the excess over an even share that Scheduler._most_rows allows.
+        """
         if num_instances == 1:
             return 0
         rows = self.chunk_tokens + self.max_batch
@@ -101,8 +107,8 @@ class LakeConfig:
 
 
 class Moves(NamedTuple):
-    """An entry is a move: rows of KV that travel from one instance to another. A plan's moves stand
-    in this order: fresh KV to siblings, new KV to its home, copies."""
+    """An entry is a move: rows of KV that travel from one instance to another. In a TransferPlan
+    they stand in this order: fresh KV to siblings, new KV to its home, copies."""
 
     kind: Column  # PUT, REPLICA or PULL
     source: Column  # instance
@@ -113,8 +119,8 @@ class Moves(NamedTuple):
 
     @classmethod
     def of(cls, *parts: tuple) -> "Moves":
-        """Parts one after another. A part's columns: a number for all its moves, or one for
-        each."""
+        """Parts one after another. A part has the six columns in order, each an array or one number
+        for all."""
         columns = [
             np.stack(np.broadcast_arrays(*map(np.atleast_1d, part))) for part in parts
         ]
@@ -146,8 +152,8 @@ class RunTable(NamedTuple):
     puts: Column  # 0: its segment is published already, the row only wants its logits
     decode: Column
     home: Column  # instance of that slot: where its KV will live
-    share: Column
-    instance: Column | None = None  # that computes it: after matching
+    share: Column  # its number
+    instance: Column | None = None  # that computes it, once it is known
     first_row: Column | None = None  # among the rows that the instance computes
 
 
@@ -161,8 +167,8 @@ class SegmentReads(NamedTuple):
 
     @classmethod
     def of(cls, tables: list, counts: Column, replicas=None):
-        """Of each share's table the first entries, as many as `counts` [G] says. Where one of them
-        is in `replicas`, that slot is read instead."""
+        """The first counts[g] segments of each share g: in the slots of its table, or, where
+        `replicas` has that segment of that share, in the slot that it says."""
         share = np.repeat(np.arange(len(counts)), counts)
         segment = ranges(np.zeros_like(counts), counts)
         some = np.flatnonzero(counts)
@@ -223,8 +229,8 @@ class OldKV:
 class QueryPlan:
     """Who computes which rows, and how these meet the KV they read: the same on every rank.
 
-    Runs are in order of the instances that compute them, then of requests, then of positions. What
-    an instance computes of a request is a *share*: runs one after another."""
+    Runs are in order of the instances that compute them, then of requests, then of positions. All
+    runs of one request that one instance computes are a *share*: they stand side by side."""
 
     # [B] the Run objects; `run_table` has all of them as columns.
     runs: list = field(metadata={"digest": False})
@@ -232,8 +238,11 @@ class QueryPlan:
     old: OldKV
     fresh: FreshReads  # of KV that is written in the iteration
     ships: Column  # [B, N] whether a run's rows travel to an instance
-    reads: Column  # [N] tokens of old KV read at each instance, once a request (§7.2)
-    load: Column  # [N] attention done at each, rows × tokens; what is memory-bound weighs more
+    # [N] tokens of old KV that each instance gives to readers, once a request (§7.2). Pulled ones
+    # count where they come from.
+    reads: Column
+    # [N] attention done at each, rows × tokens; fewer rows than `TokenLake.ridge` count as so many.
+    load: Column
     sizes: tuple[int, int, int]  # N, S, C
 
     @property
@@ -276,6 +285,7 @@ class QueryPlan:
         instance = reads.slot // S
         place = np.full(len(reads.slot), HERE)
         row = slab_row(reads.slot, S, C)
+        # (Entries of a share stand side by side, from its segment 0 on.)
         travels = np.searchsorted(reads.share, pulled.share) + pulled.segment
         instance[travels] = self.run_table.instance[first_run[pulled.share]]
         place[travels] = PULLED
@@ -325,7 +335,7 @@ class TransferPlan:
 
 def plan_digest(iteration: int, query_plan, transfer_plan: TransferPlan) -> bytes:
     """16 bytes that two ranks share only if they planned the same, for the same tokens: all that
-    the plans are made of, the inputs of the planned rows, and which of them sample."""
+    the plans are made of, the inputs of the planned rows, and which runs sample."""
     digest = hashlib.blake2b(repr(iteration).encode(), digest_size=16)
     derived = query_plan.token_ids, query_plan.samples, query_plan.segment_reads.slot
     for leaf in plan_leaves((query_plan, derived, transfer_plan)):
@@ -335,7 +345,7 @@ def plan_digest(iteration: int, query_plan, transfer_plan: TransferPlan) -> byte
 
 def plan_leaves(value):
     """The bytes of everything in a plan. Each array comes behind its shape and type, so that no two
-    plans have the same."""
+    plans have the same bytes."""
     if isinstance(value, Column):
         yield f"{value.shape}{value.dtype}".encode()
         yield np.ascontiguousarray(value)
@@ -384,7 +394,7 @@ class InstanceMoves:
 class KVBuffer:
     """Where the engine leaves K and V of this instance's new rows. num_rows: those of the slab."""
 
-    def __init__(self, plan, index, num_rows, device):
+    def __init__(self, plan: TransferPlan, index, num_rows, device):
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
         if last >= num_rows:
@@ -414,17 +424,17 @@ class QueryBuffer:
 
         HERE │ LATE │ PULLED │ SIBLING │ holder 0 │ holder 1 │ …
 
-    A source gives one for each row that reads something there, in the order of its rows. `parts`
+    A source gives one result for each row that reads something there, in order of the rows. `parts`
     lists for each own row the results that `merge` is to join."""
 
-    def __init__(self, plan, index, pool):
+    def __init__(self, plan: QueryPlan, index, pool: "Pool"):
         N = plan.sizes[0]
         runs = plan.run_table
         spans = plan.spans_read_at(index)
         mine = runs.instance == index
         own = mine[spans.run]
         self.works = []
-        sources = []  # of each, the own row of each result
+        sources = []  # for each: which own row each of its results belongs to
         for place in range(NUM_PLACES):
             there = select(spans, own & (spans.place == place))
             work, readers = self._work(plan, there, pool)
@@ -437,8 +447,8 @@ class QueryBuffer:
         self.num_rows = int(runs.rows[mine].sum())
         parts = self._merge_table(sources + leave)
         self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
-        # A run's rows arrive if it reads something here, all of it HERE or LATE. They come by the
-        # instance that sends them, one's run after run: as runs are ordered.
+        # A run is shipped here exactly if it has a span here, which is HERE or LATE. Rows arrive by
+        # sender, and a sender's in order of runs. Runs are ordered by instance: so by run in all.
         self.arrived, _ = self._work(plan, select(spans, ~own), pool, arriving=True)
         between = plan.rows_shipped()
         self.active = bool(between.any())
@@ -448,8 +458,8 @@ class QueryBuffer:
 
     @staticmethod
     def _work(plan, spans, pool, arriving=False):
-        """Work of the runs that read the spans, and these runs. Their query rows are among this
-        instance's own, or `arriving` one after another."""
+        """The Work of all runs that read these spans, and the numbers of these runs. Their query
+        rows are this instance's own; or, `arriving`, one run's after the other's."""
         readers, run = np.unique(spans.run, return_inverse=True)
         runs = select(plan.run_table, readers)
         first_row = starts(runs.rows) if arriving else runs.first_row
@@ -458,7 +468,7 @@ class QueryBuffer:
             KVSpans(run, spans.first_row, spans.length, spans.position),
             pool.heads_per_kv,
             pool.device,
-            pool.programs,
+            pool.wanted_pieces,
         )
         return work, readers
 
@@ -513,7 +523,7 @@ class Pool:
         heads = llama_config.num_kv_heads
         self.heads_per_kv = llama_config.num_heads // heads
         self.scale = 1.0 / llama_config.head_dim**0.5
-        # Rows of slots, then staging. Zeros are never read: spans end where the tokens do.
+        # Rows of slots, then staging. Unwritten rows are never read: spans end where the tokens do.
         self.num_rows = config.slots * config.segment_tokens
         self.num_rows += config.staging(num_instances)
         shape = llama_config.num_layers, self.num_rows, heads, llama_config.head_dim
@@ -521,20 +531,20 @@ class Pool:
         self.v = torch.zeros(shape, dtype=dtype, device=self.device)
         self.query_group, self.move_group = groups or (None, None)
         on_gpu = self.device.type == "cuda"
-        self.pinned = bool(groups) and on_gpu and dist.get_backend(groups[0]) == "gloo"
-        # Even one decode is to fill a GPU: four programs for each multiprocessor, and a piece of
-        # `Work` is a program for each KV head.
+        self.via_host = bool(groups) and on_gpu and dist.get_backend(groups[0]) == "gloo"
+        # Even one decode is to fill a GPU with four programs per multiprocessor. A piece of `Work`
+        # is a program for each KV head.
         busy = 1
         if on_gpu:
             busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-        self.programs = -(-busy // heads)
+        self.wanted_pieces = -(-busy // heads)
         self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
         self.in_flight = InFlight()
 
     def _exchange(self, rows, sends, receives, group):
         """Sends rows [sum(sends), …], which are by target. Returns a function that waits for those
         that come: [sum(receives), …], by source."""
-        if self.pinned:  # gloo moves host memory
+        if self.via_host:  # gloo moves host memory
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             rows = host.copy_(rows)
         received = rows.new_empty(sum(receives), *rows.shape[1:])
@@ -699,8 +709,9 @@ class Cluster:
         return objects
 
     def together(self, step, *arguments):
-        """`step(*arguments)` on every rank. If any fails, raises SetupError on all, in the words of
-        the lowest. A rank whose own error is no ValueError (no user's mistake) raises that."""
+        """`step(*arguments)` on every rank. If any fails, raises SetupError on all, with the
+        message of the lowest that failed. A rank whose own error is no ValueError (so no user's
+        mistake) raises that instead."""
         result = problem = None
         try:
             result = step(*arguments)

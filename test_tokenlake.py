@@ -284,7 +284,7 @@ def test_what_a_kernel_reads_is_aligned(monkeypatch):
     for _ in range(30):
         lengths = rng.integers(1, 400, size=3)
         work = make_work([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths, [0, 1, 2], [0, 500, 1000],
-                    lengths, [0, 0, 0], 1, programs=int(rng.integers(1, 30)))
+                    lengths, [0, 0, 0], 1, wanted_pieces=int(rng.integers(1, 30)))
         for tensor in (work.pieces, work.tiles, work.parts):
             assert not tensor.numel() or tensor.storage_offset() * 8 % 16 == 0
 
@@ -385,9 +385,9 @@ def test_long_blocks_are_cut_into_pieces():
     spans = [(0, 0, 64 * 40, 0), (1, 5000, 64 * 6 + 1, 0), (2, 9000, 64, 0)]
     runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]
     whole = make_work(*zip(*runs), *zip(*spans), 2)
-    assert not len(whole.parts) and whole.num_rows == 26
+    assert not len(whole.parts) and whole.num_partials == 26
     for programs, most in ((2, 24), (6, 8), (10**6, 4)):
-        work = make_work(*zip(*runs), *zip(*spans), 2, programs=programs)
+        work = make_work(*zip(*runs), *zip(*spans), 2, wanted_pieces=programs)
         first, rows, partial, position, begin, end = work.pieces.T
         counts = [-(-n // most) for n in (40, 7, 1)] + [1]
         assert len(first) == sum(counts) and (end - begin).max() == most
@@ -397,7 +397,7 @@ def test_long_blocks_are_cut_into_pieces():
         at = sum(counts[:number])
         listed = torch.stack([partial[at:at + n] + i for i in range(len(parts))])
         assert (parts[:, :n] == listed).all() and (parts[:, n:] == -1).all()
-        assert sorted(work.parts[work.parts >= 0].tolist()) == [*range(work.num_rows)]
+        assert sorted(work.parts[work.parts >= 0].tolist()) == [*range(work.num_partials)]
     assert not work.tiles[-1].any()  # what the kernel loads ahead is there
 
 
@@ -466,7 +466,7 @@ def test_exchanges_over_nccl():
         made = pool.Pool(cluster, [group, group], LlamaConfig(), LakeConfig(8, 4), 1, torch.float32,
                          "cuda")
         rows = torch.randn(7, 3, device="cuda")
-        assert not made.pinned
+        assert not made.via_host
         assert torch.equal(made._exchange(rows, [7], [7], group)(), rows)
     finally:
         dist.destroy_process_group()

@@ -6,29 +6,32 @@
       gen_plans(batches, DoPs, tree)                   init_transfer(batch, transfer_plan) → kv_buf
           → query_plan, transfer_plan, groups          put(kv_buf)
 
-The scheduler says which rows run together, the engine writes Q and new KV into buffers, and neither
-knows where the cache is. Over one instance a lake never communicates: that is a conventional one.
+The engine writes Q and new KV into buffers and never knows where the cache is. Over one instance a
+lake never communicates: then it is a conventional, private cache.
 
-The scheduler binds no request to an instance: any row can run anywhere. So the *even split* gives
-every instance about the same rows, decode and prefill mixed; those of one prompt on k instances are
-sequence parallelism. The paper's dynamic program over batches and degrees of parallelism (DoP) and
-fixed PD are here to compare: as all ranks wait for the slowest in each layer, the even split wins.
+The scheduler binds no request to an instance: any row can run anywhere. By default (the *even
+split*) it takes the balancer's proposal for each, near its segment and about as many rows for every
+instance, decode and prefill mixed; rows of one prompt on k instances are sequence parallelism. The
+paper's dynamic program over batches and degrees of parallelism (DoP) and fixed PD are here to
+compare: as all ranks wait for the slowest in each layer, the even split wins.
 
-Every rank plans for all: with the same trace, clock and sampled tokens the same calls decide the
-same on each. A digest of the plan and its tokens crosses before the first exchange of data, and a
-rank that has another stops all (`plan_digest`).
+Every rank plans for all: with the same trace, clock, time predictor and sampled tokens the same
+calls decide the same on each. A digest of the plan and its tokens crosses before the first exchange
+of data, and a rank that has another stops all (`plan_digest`).
 
-Where does a query row go? The balancer proposes the home of its segment, the scheduler forms
-batches, and `_assign` decides where it is computed. From there it travels to all instances that
-hold old KV of its request, but for those whose KV comes to it instead (`_ship_or_pull`), and to
-where it meets fresh KV of other instances (`_meet`).
+Where does a query row go? The balancer says where its segment lives, and proposes to compute it
+there, or, if that instance has rows enough, where the fewest are. The even split makes a part of
+what is proposed for each instance; the other schedulers cut batches by rows. `_assign` decides
+which instance computes which part. From there a row travels to all instances that hold *old* KV of
+its request, but for those whose KV comes to it instead (`_ship_or_pull`), and to where it meets
+*fresh* KV, written in this iteration by other instances (`_meet`).
 
 Notation: N instances · S slots per instance · C tokens per segment · T rows · H query heads ·
 Hkv KV heads · D head dim. A table of a plan has an entry for each
 
     run         rows of a request within one segment: [B]
-    part        a batch of DoP k is cut into k parts; an instance computes one of them at most
-    share       all rows that a part has of one request. They read the same old KV: [G]
+    part        a batch of DoP k is cut into k; an instance computes one at most, of all batches
+    share       all rows that a part has of one request: they read the same old KV, [G]
     instance    [N]
     replicated  read of a segment that has several replicas: [h]
 
@@ -45,9 +48,9 @@ is computed, for its logits, and its KV goes nowhere. Rows and reads are positio
          2        1  8            1  slot 11  0–3, 4–7      8
          3        2  7            1  –        0–3           4–7
 
-Slots 0 to 9 are at instance 0. Slot 0 has positions 0–3 of all requests, slot 10 positions 4–7 of
-requests 0 and 2; 4–7 of request 1 and every run's own rows are fresh. So run 0 travels to instance
-1, too, and runs 2 and 3 to instance 0. No KV has to move.
+Slots 0 to 9 are at instance 0. Slot 0 has positions 0–3 of all requests, slot 1 8–9 of request 0,
+slot 10 4–7 of requests 0 and 2. Fresh are the rows of runs 0 to 2; run 3 finds its own row in slot
+10. So run 0 travels to instance 1, too, and runs 2 and 3 to instance 0. No KV has to move.
 """
 
 from bisect import bisect_left, insort
@@ -75,7 +78,7 @@ from pool import Cluster, KVBuffer, LakeConfig, LakeError, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
-# An instance is taken for an A100 in bf16, in FLOP/s and B/s, until its times are measured.
+# An A100 in bf16, in FLOP/s and B/s. TimePredictor replaces it by what is measured, others do not.
 FLOPS = 312e12
 BANDWIDTH = 2.04e12
 LINK = 300e9
@@ -101,8 +104,8 @@ class Shares(NamedTuple):
     """An entry is a share: what a part has of one request. By part and request."""
 
     part: Column
-    request: Column  # the first run of its request, in the order by request
-    first_run: Column  # its own, in the same order
+    first_of_request: Column  # the first run of its request: stands for the request
+    first_run: Column  # its own; both in the order by request
     held_row: Column  # of its request, in Balancer.held
     rows: Column  # how many
     weight: Column  # or `ridge`, if they are fewer: attention takes as long
@@ -115,8 +118,7 @@ class OldReads(NamedTuple):
     """Old KV, and where the shares read it."""
 
     tables: list[Column]  # [G] global slots of the segments of the share's request
-    # [G, N] tokens read at an instance, of segments without a choice.
-    unreplicated: Column
+    unreplicated: Column  # [G, N] tokens of segments without others, read at an instance
     replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
     candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
     tokens: Column  # [G, N] that a share reads at an instance, these included
@@ -153,8 +155,7 @@ class FreshRows(NamedTuple):
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
-    Every rank makes all lakes, in one order; of those that it is not in it has the control plane.
-    """
+    Every rank makes all lakes, in one order; of the others' it has but the control plane."""
 
     def __init__(
         self,
@@ -218,7 +219,6 @@ class TokenLake:
             rows += new
         memory = shape.num_layers * self.kv_bytes * tokens
         compute = shape.num_layers * 4.0 * shape.num_heads * shape.head_dim * pairs
-        # The ideal time T of N instances is this / (N · flops): N cancels.
         linear = 2.0 * shape.num_linear_parameters * rows
         memory_share = memory / (memory + linear / flops * bandwidth)
         return max(memory_share, compute / (compute + linear))
@@ -228,11 +228,10 @@ class TokenLake:
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
-        at most one each, so that the fewest bytes travel. Once an iteration: it makes replicas
-        and adds to loads. LakeError if the DoPs ask for too many instances, or for another's tree.
-        """
+        at most one each. To be called once an iteration: it makes replicas and adds to loads.
+        LakeError: the DoPs ask for more instances than there are, or the tree is another lake's."""
         self._check(batches, dops, tree)
-        # Copies travel with an iteration's layers, and an idle one has none.
+        # Copies travel layer by layer with the rows: an iteration without rows makes none.
         copies = self.balancer.replicate() if any(batches) else {}
         given = list(chain.from_iterable(batches))
         parts = parts_of_runs(batches, dops)
@@ -240,17 +239,17 @@ class TokenLake:
         order, runs, shares = self._tabulate(given, parts)
         tables = [given[i].request.table for i in order[shares.first_run].tolist()]
         # Replicas are chosen first, by load alone: what a part would send depends on them.
-        old = self._find_old(runs, shares, tables)
-        old = self._choose_replicas(shares, old)
-        pulled = self._ship_or_pull(shares, old.tokens)
-        instance_of_part = self._assign(runs, shares, old.tokens, pulled, sum(dops))
+        old_reads = self._find_old(runs, shares, tables)
+        old_reads = self._choose_replicas(shares, old_reads)
+        pulled = self._ship_or_pull(shares, old_reads.tokens)
+        instance_of_part = self._assign(runs, shares, old_reads.tokens, pulled, sum(dops))
         groups = [instance_of_part[part].tolist() for part in parts]
         # Only now is it known where a share is computed, and so which replica is at hand there.
         shares = shares._replace(instance=instance_of_part[shares.part])
-        old = self._take_replicas_at_hand(shares, old)
-        ships = old.tokens > 0
-        ships[pulled] = False
-        ships[np.arange(len(ships)), shares.instance] = False
+        old_reads = self._take_replicas_at_hand(shares, old_reads)
+        share_ships = old_reads.tokens > 0
+        share_ships[pulled] = False
+        share_ships[np.arange(len(share_ships)), shares.instance] = False
         # From here on runs are by instance, request and position.
         by_instance = np.argsort(shares.instance[runs.share], kind="stable")
         pairs = self._pair(runs, by_instance)
@@ -258,14 +257,14 @@ class TokenLake:
         instance = shares.instance[runs.share]
         first_row = starts_in_groups(runs.rows, instance)
         runs = runs._replace(instance=instance, first_row=first_row)
-        fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, ships, copies)
-        load, reads = self._loads(runs, shares, old.tokens, pulled, fresh)
+        fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, share_ships, copies)
+        load, reads = self._loads(runs, shares, old_reads.tokens, pulled, fresh)
         self.balancer.observe(load)
-        given = [given[i] for i in order[by_instance].tolist()]
-        old = self._plan_old(shares, old, pulled)
-        ships = self._all_ships(runs, ships, fresh)
+        run_objects = [given[i] for i in order[by_instance].tolist()]
+        old = self._plan_old(shares, old_reads, pulled)
+        ships = self._all_ships(runs, share_ships, fresh)
         sizes = self.balancer.sizes
-        query_plan = QueryPlan(given, runs, old, fresh, ships, reads, load, sizes)
+        query_plan = QueryPlan(run_objects, runs, old, fresh, ships, reads, load, sizes)
         return query_plan, transfer_plan, groups
 
     # ── its steps: runs, shares and the old KV that they read ──
@@ -295,14 +294,13 @@ class TokenLake:
         share_rows = np.bincount(share, rows, len(first_run)).astype(np.int64)
         shares = Shares(
             part=part[first_run],
-            request=first[first_run],
+            first_of_request=first[first_run],
             first_run=first_run,
             held_row=held_row[first_run],
             rows=share_rows,
             weight=np.maximum(share_rows, self.ridge),
-            # A fully cached prompt (a multiple of C tokens) computes its last row once more, for
-            # its logits. `done` stops before that row, but its KV is in the pool: it puts nothing,
-            # and reads itself there.
+            # A fully cached prompt (a multiple of C tokens) computes its last row once more, for its
+            # logits. It puts nothing: its KV is in the pool, though `done` stops before it.
             old_tokens=done[first_run] + (puts[first_run] == 0),
             is_prompt=decode[first_run] == 0,
         )
@@ -316,12 +314,13 @@ class TokenLake:
         tokens *= C
         # The last old segment may not be full. If so, the request's first run writes on in it.
         missing = counts * C - shares.old_tokens
-        tokens[np.arange(len(counts)), runs.home[shares.request]] -= missing
-        deepest = self.balancer.deepest_replicated  # the others need not be listed
+        tokens[np.arange(len(counts)), runs.home[shares.first_of_request]] -= missing
+        deepest = self.balancer.deepest_replicated  # what lies deeper has no replicas
         reads = SegmentReads.of(tables, np.minimum(counts, deepest))
         replicated, candidates = self.balancer.replicas_of(reads.slot)
         reads = select(reads, replicated)
         np.subtract.at(tokens, (reads.share, reads.slot // S), C)
+        # No replica is chosen yet: `tokens` lacks them until `_read_in`.
         return OldReads(tables, tokens, reads, candidates, tokens)
 
     def _read_in(self, old, slots):
@@ -343,9 +342,9 @@ class TokenLake:
         )
 
     def _ship_or_pull(self, shares, tokens):
-        """A decode ships its row. A prompt (a fully cached one, too) pulls what a holder has for
-        it, if that is fewer bytes than its queries and results, as far as the receive buffer goes:
-        the prompts of a part have equal room in it."""
+        """A decode ships its row. A prompt's share pulls what a holder has for it, if that is fewer
+        bytes than its queries and results (so not with one row). An instance pulls `pull_tokens` at
+        most, the prompts of its part an equal share of that each."""
         prompts = np.flatnonzero(shares.is_prompt)
         part = shares.part[prompts]
         room = self.config.pull_tokens // np.maximum(1, np.bincount(part))[part]
@@ -357,10 +356,9 @@ class TokenLake:
         return Pulled(prompts[prompt], holder)
 
     def _assign(self, runs, shares, tokens, pulled, num_parts):
-        """[parts] the instance of each (§5): parts and instances matched so that the fewest bytes
-        travel, which are all that a part exchanges with holders and homes, less what it exchanges
-        with its own instance. Fresh KV between the parts of a prompt depends on pairs of parts, and
-        is left out."""
+        """[parts] the instance of each (§5), matched so that the fewest bytes travel: all that a
+        part exchanges with holders and homes, less what it does with its own instance. Fresh KV
+        between parts of a prompt depends on pairs of parts, and is left out."""
         N = len(self.instances)
         share_bytes = (tokens > 0) * (shares.rows * self.query_bytes)[:, None]
         share_bytes[pulled] = tokens[pulled] * self.kv_bytes
@@ -372,9 +370,9 @@ class TokenLake:
         np.add.at(exchanged, (part, runs.home), runs.rows * runs.puts * self.kv_bytes)
         cost = exchanged.sum(1, keepdims=True) - exchanged
         _, best = linear_sum_assignment(cost)
-        # In the even split part i has the rows whose KV will live at instance i. To compute them
-        # elsewhere takes an exchange more, to put their KV: worth it only if it saves more bytes
-        # than cross a link while the smallest exchange lasts.
+        # If part i has only rows whose KV will live at instance i (the even split, as long as no
+        # home is full), no `put` is needed. Any other assignment adds that exchange in each layer:
+        # it has to save more bytes than cross a link while the smallest exchange lasts.
         if num_parts == N and not (runs.puts * (runs.home != part)).any():
             own = np.arange(N)
             saved = cost[own, own].sum() - cost[own, best].sum()
@@ -446,11 +444,12 @@ class TokenLake:
     def _choose_siblings(self, runs, shares, pairs, ships):
         """Fresh KV that neither is computed nor will live where its reader is: who travels?
 
-        Either the reader's rows go to its home (where it is put anyway), or it comes to the
-        reader's share, as a sibling's. All that a share reads at one home comes or none. It comes
-        if it is fewer bytes than the share's queries and results, but not to a decode, nor from a
-        home to which the share's rows go for old KV. → Siblings, and of each pair the entry there
-        that brings its KV: [pairs], −1 where none does."""
+        Either the reader's rows go to the KV's home (it is put there anyway), or the instance that
+        computes it sends it to the reader's share, too: as a sibling's. That is decided for all
+        that a share would read at one home, since rows that go there for one run find the others.
+        It is sent if it is fewer bytes than the share's queries and results, unless its rows go to
+        that home for old KV anyway. → Siblings, and of each pair the entry there that brings its
+        KV: [pairs], −1 where none does."""
         reader, writer = pairs
         N = len(self.instances)
         B = len(runs.rows)
@@ -460,12 +459,13 @@ class TokenLake:
         key = runs.share[reader[away]] * B + writer[away]
         deliveries, delivery_of_pair = np.unique(key, return_inverse=True)
         share, sender = np.divmod(deliveries, B)
-        # And what would come from one home to one share, or none of it.
+        # What a share would otherwise read at one home is sent together, or not at all.
         home = runs.home[sender]
         trips, trip = np.unique(share * N + home, return_inverse=True)
         tokens = np.bincount(trip, runs.rows[sender], len(trips)).astype(np.int64)[trip]
         cheaper = tokens * self.kv_bytes < shares.rows[share] * self.query_bytes
-        comes = cheaper & shares.is_prompt[share] & ~ships[share, home]
+        # (Only prompts have such pairs: a decode reads no fresh KV but its own.)
+        comes = cheaper & ~ships[share, home]
         sibling = np.full(len(reader), -1)
         number = np.where(comes, np.cumsum(comes) - 1, -1)  # among those that come
         sibling[away] = number[delivery_of_pair]
@@ -475,7 +475,7 @@ class TokenLake:
         """Fresh KV to siblings, new KV to its home, and copies. Siblings come first: so the n-th of
         them is the n-th move, and `_meet` finds where it lies in the receive buffer."""
         _, S, C = self.balancer.sizes
-        _, written, _ = fresh_rows
+        written = fresh_rows.written
         sibling = select(runs, siblings.writer)
         sibling_row = written[siblings.writer]
         reader = shares.instance[siblings.share]
@@ -511,17 +511,16 @@ class TokenLake:
 
     # ── its steps: what comes of it ──
 
-    def _all_ships(self, runs, ships, fresh):
-        """[B, N] whether a run's rows travel to an instance: where its share reads old KV ([G, N]),
-        and where it meets fresh KV."""
-        ships = ships[runs.share]
+    def _all_ships(self, runs, share_ships, fresh):
+        """[B, N] whether a run's rows travel somewhere: to the old or to the fresh KV there."""
+        ships = share_ships[runs.share]
         away = (fresh.place != SIBLING) & (fresh.instance != runs.instance[fresh.reader])
         ships[fresh.reader[away], fresh.instance[away]] = True
         return ships
 
     def _loads(self, runs, shares, tokens, pulled, fresh):
         """[N] attention that each instance does, rows × tokens, for the balance (§4.3); and [N]
-        tokens of cache that are read at each, once a request, as §7.2 counts."""
+        tokens of old KV that each holds for these reads, once a request, as §7.2 counts."""
         load = shares.weight @ tokens
         # What is pulled is read where it comes.
         moved = shares.weight[pulled.share] * tokens[pulled]
@@ -529,14 +528,15 @@ class TokenLake:
         np.add.at(load, shares.instance[pulled.share], moved)
         fresh_pairs = runs.rows[fresh.reader] * runs.rows[fresh.writer]
         np.add.at(load, fresh.instance, fresh_pairs)
-        _, first_share = np.unique(shares.request, return_index=True)
-        once = np.zeros(len(shares.request), np.int64)
+        _, first_share = np.unique(shares.first_of_request, return_index=True)
+        once = np.zeros(len(shares.part), np.int64)
         once[first_share] = 1
         return load, once @ tokens
 
     def features(self, query_plan, transfer_plan) -> Column:
         """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
-        QueryPlan.load), KiB it sends or receives, the larger."""
+        QueryPlan.load), KiB for its own rows or for those of others,
+        the larger (queries and results count as one direction)."""
         N = len(self.instances)
         runs = query_plan.run_table
         rows = np.bincount(runs.instance, runs.rows, N).astype(np.int64)
@@ -551,8 +551,8 @@ class TokenLake:
     # ── the data plane's calls ──
 
     def init_query(self, batch: list[Run], group, query_plan: QueryPlan) -> QueryBuffer:
-        """The buffer for Q of the rows that this instance computes: those of `batch` whose entry
-        in `group` it is, in order. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
+        """The buffer for Q of the rows that this instance computes: those of `batch` for which
+        `group` names it. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
         q_buf = QueryBuffer(query_plan, self.index, self.pool)
         rows = [run.rows for run, instance in zip(batch, group) if instance == self.index]
         if sum(rows) != q_buf.num_rows:
@@ -615,7 +615,7 @@ class TimePredictor:
     def split_time(self, rows, pairs, dop):
         """ps of rows split evenly over `dop` instances. A row's fresh KV goes to the instances with
         later rows: to half of the others, on average."""
-        kib = rows * self.bytes_per_row * (dop - 1) // 2048
+        kib = rows * self.bytes_per_row * (dop - 1) // 2 // 1024
         return self.time(-(-rows // dop), -(-pairs // dop), -(-kib // dop))
 
     def measured(self, features, seconds):
@@ -658,10 +658,10 @@ class Batch(NamedTuple):
 
 class Scheduler:
     """Continuous batching, chunked prefill (§6). In the queue and in an iteration, the request that
-    needs the fewest rows goes first, but as others pass it, it comes to be the first (`patience`).
-    policy: `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's
-    dynamic program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`.
-    tbt_slo: ms between tokens; fewer prompt rows keep it, where that is possible at all."""
+    needs the fewest rows goes first, but each that comes after it makes it seem shorter. policy:
+    `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
+    program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms
+    between tokens, kept by fewer prompt rows where that is possible at all."""
 
     def __init__(self, lake, eos: tuple = (), policy="auto", tbt_slo=None):
         self.lake = lake
@@ -693,7 +693,8 @@ class Scheduler:
         slots are pinned, the last admitted requests are preempted."""
         self._admit()
         batches = self._batches_within_slo()
-        # One batch over all instances is the even split.
+        # One batch over all instances is not left to gen_plans to cut, but cut by home: the even
+        # split.
         even = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
         reserved = self._reserve(batches, even)
         if even:
@@ -707,9 +708,8 @@ class Scheduler:
     # ── admission ──
 
     def _admit(self):
-        """Of the first max_batch that wait, admits those with the least patience, as long as there
-        is room: nobody passes one that has none. One whose next segment is being prefilled by
-        another waits for that."""
+        """Of the first max_batch that wait, admits who has least patience, while there is room.
+        One whose next segment is being prefilled by another waits for that, and is passed."""
         balancer = self.balancer
         most = self.lake.config.max_batch
         if len(self.running) == most:
@@ -770,15 +770,17 @@ class Scheduler:
     def _form_batches(self, budget):
         """Batches with `budget` prompt rows per instance that has any, and the slowest one's ps."""
         N = len(self.lake.instances)
-        # What needs one row runs as a decode does: also a prompt of which one is left.
+        # What needs one row runs as a decode does, also a prompt of which one is left. (In a plan
+        # that is none: see Run.decode.)
         decodes = [(request, 1) for request in self.running if request.remaining == 1]
         own_for_decodes = self.policy.kind == "dp" and N > 1 and bool(decodes)
         for_prompts = self.policy.prefills or N - own_for_decodes
         prompts = self._choose_prompt_rows(budget * for_prompts)
         items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-        # [items + 1, 2] rows, and rows × tokens that a row sees on average, of the first items.
         ridge = self.lake.ridge
         work = [(rows, max(rows, ridge) * (r.done + rows // 2)) for r, rows in items]
+        # [items + 1, 2] sums over the first items: rows, and rows × tokens that one sees on
+        # average.
         upto = np.cumsum([(0, 0), *work], 0)
         batches = []
         slowest = 0
@@ -847,9 +849,9 @@ class Scheduler:
         return reserved
 
     def _most_rows(self, total):
-        """That an instance may have in the even split: an even share and a sixteenth. If that is
-        few rows, a whole segment more, as more rows then take no longer. (LakeConfig.staging allows
-        for both.)"""
+        """The most rows that an instance may have in the even split: an even share and a sixteenth,
+        or an even share and a segment, as long as that is FEW_ROWS at most: up to there more rows
+        take no longer. (LakeConfig.staging allows for both.)"""
         even = -(-total // len(self.lake.instances))
         with_a_segment = min(even + self.lake.config.segment_tokens, FEW_ROWS)
         return max(even + even // EVEN_SLACK, with_a_segment)

@@ -160,7 +160,7 @@ def attention_work(case: AttentionCase, slots: np.ndarray) -> Work:
         spans,
         heads_per_kv=shape.heads // shape.kv_heads,
         device=DEVICE,
-        programs=-(-4 * processors // shape.kv_heads),
+        wanted_pieces=-(-4 * processors // shape.kv_heads),
     )
 
 
