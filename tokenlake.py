@@ -299,7 +299,7 @@ class TokenLake:
             held_row=held_row[first_run],
             rows=share_rows,
             weight=np.maximum(share_rows, self.ridge),
-            # A fully cached prompt (a multiple of C tokens) computes its last row once more, for its
+            # A fully cached prompt (a multiple of C tokens) computes its last row again, for its
             # logits. It puts nothing: its KV is in the pool, though `done` stops before it.
             old_tokens=done[first_run] + (puts[first_run] == 0),
             is_prompt=decode[first_run] == 0,
