@@ -75,7 +75,6 @@ REPLICA_SLOTS = 16
 @dataclass(eq=False, slots=True)
 class Segment:
     """A published segment: C tokens and, through the chain of ids, everything before them."""
-
     id: bytes
     parent: "Segment | None"
     # Instance → global slot; the first one lives as long as the segment.
@@ -99,7 +98,6 @@ class PrefixTree:
     A parent never leaves before its child. Whoever pins a segment pins all before it, and
     `Balancer.release` unpins the leaf first. So a child enters the LRU before its parent, and the
     oldest of all is a leaf."""
-
     def __init__(self, half_life=128):
         self.root = Segment(
             b"", None, {}
@@ -194,7 +192,6 @@ class PrefixTree:
 class Request:
     """A request and what it holds. A token gets its KV when it is fed to the model: the newest one
     has none yet."""
-
     id: int
     tokens: list[int]  # the prompt, then what has been generated
     max_tokens: int  # generation stops at this many, prompt included
@@ -226,7 +223,6 @@ class Request:
 @dataclass(eq=False, slots=True)
 class Run:
     """Rows [position, position + rows) of a request, all in one segment."""
-
     request: Request
     position: int
     rows: int
@@ -256,7 +252,6 @@ class Balancer:
     copied. If so many are read evenly from all, N instances are balanced whatever the others are
     (§4.3): in a Monte Carlo over random homes of these, the busiest instance has 1.3 times the mean
     load for c = 3, and 1.6 times for c = 1."""
-
     def __init__(
         self,
         num_instances: int,
@@ -380,7 +375,7 @@ class Balancer:
         held[segment.slot // self.slots] += 1
         return segment
 
-    def _stop_awaiting(self, request, id: bytes):
+    def _stop_awaiting(self, request, id):
         """Nobody waits any more for this request to prefill a segment."""
         if self.in_progress.get(id) is request:
             del self.in_progress[id]
@@ -624,7 +619,6 @@ FORBIDDEN = 1 << 60  # ps, longer than anything takes
 
 class BatchRange(NamedTuple):
     """A batch of consecutive items, first to end − 1, and its DoP."""
-
     first: int
     end: int
     dop: int
@@ -675,7 +669,6 @@ TRACE_BLOCK = 512  # tokens per hash id
 class Field(NamedTuple):
     """What a field of a trace line must be, as a function and in words, and what it is if
     absent."""
-
     allows: Callable
     expected: str
     default: object = None
@@ -713,18 +706,17 @@ FIELDS = {
 @dataclass
 class TraceLine:
     """A request of a trace, lengths scaled, and what became of it."""
-
     index: int  # request id: which request of the trace, from 0
     where: str  # file:line
-    session_id: str | int | None
     previous: "TraceLine | None" = field(repr=False)  # of the session
+    session_id: str | int | None
     timestamp: float  # ms
     think_ms: float
     salt: str
-    input_ids: list[int] | None  # its own; with a session, behind all before
-    hash_ids: list[int] | None
     input_length: int  # with a session, an upper bound until it is sent
     output_length: int
+    input_ids: list[int] | None = None  # its own; with a session, behind all before
+    hash_ids: list[int] | None = None
     request: Request | None = None  # from its arrival on
 
     @property
@@ -775,7 +767,7 @@ def read_trace(
     return lines
 
 
-def _read_fields(text, where) -> dict:
+def _read_fields(text, where):
     """The known fields of a line, each as it must be."""
     try:
         raw = json.loads(text)
@@ -799,33 +791,23 @@ def _read_fields(text, where) -> dict:
     return fields
 
 
-def _make_line(index, where, fields: dict, previous, scale) -> TraceLine:
+def _make_line(index, where, fields, previous, scale):
     """A line from its fields. hash_ids has to fit input_length; input_ids cannot be scaled."""
-    input_ids = fields.get("input_ids")
-    hash_ids = fields.get("hash_ids")
-    if input_ids is None:
+    if "hash_ids" in fields:
         length = fields["input_length"]
+        given = len(fields["hash_ids"])
         blocks = -(-length // TRACE_BLOCK)
-        if len(hash_ids) != blocks:
-            said = f"hash_ids lists {len(hash_ids)} blocks; input_length {length} makes {blocks}"
+        if given != blocks:
+            said = f"hash_ids lists {given} blocks; input_length {length} makes {blocks}"
             raise ValueError(f"{where}: {said} of {TRACE_BLOCK} tokens")
     elif scale > 1:
         raise ValueError(f"{where}: input_ids cannot be scaled; drop --trace-scale")
     else:
-        length = len(input_ids) + (previous.total if previous else 0)
-    return TraceLine(
-        index,
-        where,
-        fields["session_id"],
-        previous,
-        fields["timestamp"],
-        fields["think_ms"],
-        fields["salt"],
-        input_ids,
-        hash_ids,
-        input_length=-(-length // scale),
-        output_length=-(-fields["output_length"] // scale),
-    )
+        earlier = previous.total if previous else 0
+        fields["input_length"] = earlier + len(fields["input_ids"])
+    for name in ("input_length", "output_length"):
+        fields[name] = -(-fields[name] // scale)
+    return TraceLine(index, where, previous, **fields)
 
 
 # What placement, replication and choice are worth on a trace: options and counting are there.

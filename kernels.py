@@ -111,7 +111,6 @@ def to_device(arrays, device) -> list:
 
 class QueryRuns(NamedTuple):
     """An entry is a run: query rows at consecutive positions that read the same spans."""
-
     first_row: Column  # of q
     rows: Column
     position: Column  # of the first row
@@ -120,7 +119,6 @@ class QueryRuns(NamedTuple):
 class KVSpans(NamedTuple):
     """An entry is a span: consecutive rows of k and v at consecutive positions. A tile is a short
     one."""
-
     run: Column  # number of the run that reads it, ascending
     first_row: Column  # of k and v
     length: Column
@@ -129,7 +127,6 @@ class KVSpans(NamedTuple):
 
 class Blocks(NamedTuple):
     """An entry is a block: as many rows of a run as a program takes. By run."""
-
     first_row: Column  # of q
     rows: Column
     position: Column  # of the first row
@@ -139,7 +136,6 @@ class Blocks(NamedTuple):
 
 class Pieces(NamedTuple):
     """An entry is a piece: a block over some of its tiles, work for a program. By block."""
-
     first_row: Column  # of q
     rows: Column
     partial: Column  # number of the partial row that its first row gives
@@ -204,7 +200,6 @@ def partials_of_rows(blocks, pieces, block):
 class PaddedBatch(NamedTuple):
     """b pieces padded to m query rows and n KV rows, as gathers for PyTorch. Padding repeats the
     first row of its own piece: another's might be NaN, and 0 × NaN is NaN."""
-
     query_rows: torch.Tensor  # [b, m]
     # [b, m] where results go; those of padding behind the last row.
     partial_rows: torch.Tensor
@@ -220,7 +215,6 @@ class Work:
     P = sum(rows), the rows of all runs in order. A run without spans gives empty results. Pieces
     write *partial rows*: P, or more where a block was cut; then `parts` says how they are merged.
     runs: QueryRuns, spans: KVSpans. wanted_pieces: about how many, if long blocks can be cut."""
-
     def __init__(self, runs, spans, heads_per_kv, device="cpu", wanted_pieces=1):
         # A power of two, with room for all heads of a row and, up to MAX_LANES, for the longest
         # run.

@@ -61,7 +61,6 @@ def require(ok, *said):
 class LlamaConfig:
     """Shape of a Llama. The defaults are the built-in model: small, yet with grouped KV heads, and
     deep enough that a wrong partial result changes its tokens."""
-
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 256
@@ -92,7 +91,6 @@ class LlamaConfig:
 class ConfigFile:
     """The values of a config.json, checked as they are asked for. Raises ValueError naming file and
     key. RoPE's parameters stand in an object of their own, `rope_parameters` or `rope_scaling`."""
-
     def __init__(self, file: Path):
         self.file = file
         try:
@@ -318,7 +316,6 @@ def rope(x, cos, sin):
 
 class Llama:
     """A Llama over a dictionary of weights, by their Hugging Face names."""
-
     def __init__(self, config, weights):
         self.config = config
         self.weights = weights
@@ -387,7 +384,6 @@ class Sampler:
     """The token with the best score, logits + temperature · Gumbel noise: a draw from
     softmax(logits / temperature), greedy at 0. The noise is seeded by (seed, request, position), so
     the draw is the same wherever and in whatever batch the row is computed."""
-
     temperature: float = 0.0
     seed: int = 0
 

@@ -84,7 +84,6 @@ EVEN_SLACK = 16
 @dataclass(frozen=True)
 class LakeConfig:
     """How a lake is cut."""
-
     segment_tokens: int = 16  # C
     slots: int = 512  # segments per instance
     placement: str = "stripe"  # or "hash"
@@ -109,7 +108,6 @@ class LakeConfig:
 class Moves(NamedTuple):
     """An entry is a move: rows of KV that travel from one instance to another. In a TransferPlan
     they stand in this order: fresh KV to siblings, new KV to its home, copies."""
-
     kind: Column  # PUT, REPLICA or PULL
     source: Column  # instance
     source_row: Column  # first slab row there
@@ -144,7 +142,6 @@ class Moves(NamedTuple):
 
 class RunTable(NamedTuple):
     """An entry is a run: rows of one request within one segment."""
-
     request_id: Column
     position: Column  # of its first row
     rows: Column
@@ -160,7 +157,6 @@ class RunTable(NamedTuple):
 class SegmentReads(NamedTuple):
     """An entry is a segment of old KV that a share reads. By share, then segment; the number of a
     share says nothing of where it is computed."""
-
     share: Column
     segment: Column  # which of its request's: index into the table
     slot: Column  # global slot that is read
@@ -186,7 +182,6 @@ class SegmentReads(NamedTuple):
 class PulledSegments(NamedTuple):
     """An entry is a segment of old KV that travels to the share that reads it: the n-th of them is
     the n-th move of `OldKV.pulls`."""
-
     share: Column
     segment: Column
     receive_row: Column  # where it begins in the receive buffer
@@ -195,7 +190,6 @@ class PulledSegments(NamedTuple):
 class FreshReads(NamedTuple):
     """An entry is a pair of runs of one request: the reader's rows read what the writer, the same
     run or one before it, writes in this iteration."""
-
     reader: Column
     writer: Column
     instance: Column  # where they meet
@@ -205,7 +199,6 @@ class FreshReads(NamedTuple):
 
 class ReadSpans(NamedTuple):
     """An entry is a span of KV that a run reads at an instance. By run."""
-
     run: Column
     place: Column
     first_row: Column  # of the slab, or of the receive buffer of its place
@@ -216,7 +209,6 @@ class ReadSpans(NamedTuple):
 @dataclass(frozen=True)
 class OldKV:
     """KV from before the iteration. All rows of a share read all that its request has."""
-
     tokens: Column  # [G] tokens of old KV of each share's request
     # [G] global slots of its segments. The digest has the slots that are read of them instead.
     tables: list = field(metadata={"digest": False})
@@ -231,7 +223,6 @@ class QueryPlan:
 
     Runs are in order of the instances that compute them, then of requests, then of positions. All
     runs of one request that one instance computes are a *share*: they stand side by side."""
-
     # [B] the Run objects; `run_table` has all of them as columns.
     runs: list = field(metadata={"digest": False})
     run_table: RunTable
@@ -316,7 +307,6 @@ class QueryPlan:
 
 class SlabWrites(NamedTuple):
     """An entry is a run whose new KV is written where it is computed."""
-
     instance: Column
     first_row: Column  # among the rows that the instance computes
     slab_row: Column  # first one that is written: at home, or in staging
@@ -327,7 +317,6 @@ class SlabWrites(NamedTuple):
 class TransferPlan:
     """What is written where it is computed, and what travels: new KV to siblings and to its home,
     and copies."""
-
     writes: SlabWrites
     moves: Moves
     num_instances: int
@@ -365,7 +354,6 @@ def plan_leaves(value):
 
 class InstanceMoves:
     """One instance's side of an iteration's moves: slab rows that leave, and where others land."""
-
     def __init__(self, moves, num_instances, index, device):
         between = moves.rows_between(num_instances)
         self.active = bool(between.any())
@@ -393,7 +381,6 @@ class InstanceMoves:
 
 class KVBuffer:
     """Where the engine leaves K and V of this instance's new rows. num_rows: those of the slab."""
-
     def __init__(self, plan: TransferPlan, index, num_rows, device):
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
@@ -426,7 +413,6 @@ class QueryBuffer:
 
     A source gives one result for each row that reads something there, in order of the rows. `parts`
     lists for each own row the results that `merge` is to join."""
-
     def __init__(self, plan: QueryPlan, index, pool: "Pool"):
         N = plan.sizes[0]
         runs = plan.run_table
@@ -473,11 +459,11 @@ class QueryBuffer:
         return work, readers
 
     @staticmethod
-    def _rows(runs, chosen: Column):
+    def _rows(runs, chosen):
         """The rows of some runs, among those of the instance that computes them."""
         return ranges(runs.first_row[chosen], runs.rows[chosen])
 
-    def _merge_table(self, sources: list[Column]):
+    def _merge_table(self, sources):
         """[T, sources that give any] number of the result, −1 where a source has none for a row."""
         sources = [rows for rows in sources if len(rows)]
         parts = np.full((self.num_rows, len(sources)), -1, np.int64)
@@ -499,7 +485,6 @@ class QueryBuffer:
 @dataclass
 class InFlight:
     """What one call leaves to the next."""
-
     # From `put` to `query`: moves of KV that it has written.
     staged: InstanceMoves | None = None
     pull: Callable | None = None  # from one layer to the next: waits for old KV to arrive
@@ -507,7 +492,6 @@ class InFlight:
 
 class Pool:
     """One instance's slab, and its exchanges over two groups (for queries, for moves), or none."""
-
     def __init__(
         self,
         cluster,
@@ -655,7 +639,6 @@ class Stopped(LakeError):
 
 class Announcement(NamedTuple):
     """What each rank says before the first exchange of an iteration."""
-
     digest_head: int  # the first 8 bytes of its plan's digest
     digest_tail: int  # and the others
     stop: int  # it was asked to stop
@@ -665,7 +648,6 @@ class Announcement(NamedTuple):
 class Cluster:
     """The ranks of this job (one without torchrun), and what they say to each other: over gloo, on
     the CPU."""
-
     def __init__(self, timeout=300.0):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -736,7 +718,7 @@ class Cluster:
         """Every rank's integers: [size][len(values)]."""
         return self._begin_gather(values)()
 
-    def _begin_gather(self, values: list[int]):
+    def _begin_gather(self, values):
         """The same, not waited for: returns a function that does."""
         mine = torch.tensor(values, dtype=torch.int64)
         gathered = mine.repeat(self.size, 1)

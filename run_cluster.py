@@ -58,7 +58,6 @@ OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz")
 
 class OptionType(NamedTuple):
     """How the value of an option is made of its text, what it must be, and the same in words."""
-
     convert: Callable
     allows: Callable
     expected: str
@@ -299,7 +298,6 @@ def open_output(folder: Path | None, cluster):
 
 class EndOfIteration(NamedTuple):
     """What a rank says when an iteration is over. All take rank 0's clock and fit for theirs."""
-
     clock: int  # ns since the start
     fit: list[int]  # TimePredictor.fitted
     tokens: list[int]  # of each request that samples: 0 where another rank computes it
@@ -316,7 +314,6 @@ class EndOfIteration(NamedTuple):
 class Engine:
     """One rank of the compute engine (Fig. 5): the loop body of every rank of the cluster, also of
     one that is not in the lake. model, sampler: those of model.py, or what has their methods."""
-
     cluster: Cluster
     lake: TokenLake
     scheduler: Scheduler
@@ -368,7 +365,7 @@ class Engine:
             raise
         return batches, groups, plan, transfer_plan
 
-    def _compute(self, batches, groups, plan, transfer_plan) -> dict[int, int]:
+    def _compute(self, batches, groups, plan, transfer_plan):
         """This rank's rows through the model → the tokens that they give, by request id."""
         lake = self.lake
         # An instance computes rows of one batch at most.
@@ -416,7 +413,7 @@ class Engine:
         if self.cluster.rank == 0:
             predictor.measured(features, (now - self.clock) / 1e9)
 
-    def _exchange_tokens(self, plan, tokens: dict[int, int], now) -> dict[int, int]:
+    def _exchange_tokens(self, plan, tokens, now):
         """The tokens of all requests that sample, from the ranks that computed them; with them
         come rank 0's clock and fit."""
         predictor = self.scheduler.predictor
@@ -462,7 +459,6 @@ def profiler(folder: Path, after):
 
 class Server:
     """Serves a trace: sends requests when they are due, keeps their times and records."""
-
     def __init__(self, options, cluster, lines, lake_config, model):
         self.options = options
         self.cluster = cluster
@@ -514,7 +510,7 @@ class Server:
             request = self.lines[index].arrive(vocab_size, block, self.options.seed)
             self.scheduler.add(request)
 
-    def _finish(self, request) -> dict:
+    def _finish(self, request):
         """Its line of requests.jsonl; the session's next turn is due a while later."""
         turn = self.next_turn.get(request.id)
         if turn:

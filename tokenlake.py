@@ -102,7 +102,6 @@ AGEING = 16
 
 class Shares(NamedTuple):
     """An entry is a share: what a part has of one request. By part and request."""
-
     part: Column
     first_of_request: Column  # the first run of its request: stands for the request
     first_run: Column  # its own; both in the order by request
@@ -116,7 +115,6 @@ class Shares(NamedTuple):
 
 class OldReads(NamedTuple):
     """Old KV, and where the shares read it."""
-
     tables: list[Column]  # [G] global slots of the segments of the share's request
     unreplicated: Column  # [G, N] tokens of segments without others, read at an instance
     replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
@@ -126,28 +124,24 @@ class OldReads(NamedTuple):
 
 class Pulled(NamedTuple):
     """An entry is a share, and an instance whose old KV comes to it. Also an index into [G, N]."""
-
     share: Column
     holder: Column
 
 
 class FreshPairs(NamedTuple):
     """An entry is a pair of a request's runs: one reads what the other (or the same one) puts."""
-
     reader: Column
     writer: Column
 
 
 class Siblings(NamedTuple):
     """An entry is a run and a share of its request on another instance, to which its KV is sent."""
-
     share: Column
     writer: Column
 
 
 class FreshRows(NamedTuple):
     """An entry is a run: where its fresh KV is written, if it puts any."""
-
     at_home: Column  # first slab row at its home, where it will live
     written: Column  # first slab row where it is computed: at home, or in staging
     staged: Column  # number of rows in staging
@@ -156,7 +150,6 @@ class FreshRows(NamedTuple):
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
     Every rank makes all lakes, in one order; of the others' it has but the control plane."""
-
     def __init__(
         self,
         instances: list[int],
@@ -269,7 +262,7 @@ class TokenLake:
 
     # ── its steps: runs, shares and the old KV that they read ──
 
-    def _check(self, batches: list[list[Run]], dops: list[int], tree):
+    def _check(self, batches, dops, tree):
         if tree is not self.balancer.tree:
             raise LakeError("plans are made with the lake's own prefix tree")
         enough = all(dop > 0 for batch, dop in zip(batches, dops) if batch)
@@ -278,7 +271,7 @@ class TokenLake:
                 f"DoPs {dops}: one at least for each batch, no more than instances"
             )
 
-    def _tabulate(self, given: list[Run], parts):
+    def _tabulate(self, given, parts):
         """The order of runs by request and position, the runs in this order, and the shares."""
         values = chain.from_iterable(map(attrgetter(*RUN_FIELDS), given))
         columns = np.fromiter(values, np.int64, len(given) * len(RUN_FIELDS))
@@ -390,7 +383,7 @@ class TokenLake:
         ]
         return self._read_in(old, np.where(at_hand >= 0, at_hand, reads.slot))
 
-    def _plan_old(self, shares, old, pulled) -> OldKV:
+    def _plan_old(self, shares, old, pulled):
         """What travels of old KV to the shares that pull it. That was decided before it was known
         where they are computed: what is there already does not travel."""
         _, S, C = self.balancer.sizes
@@ -594,7 +587,6 @@ class TimePredictor:
     """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB sent. Integers, so
     that ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
     is used once all ranks have it (run_cluster.py)."""
-
     def __init__(self, lake):
         shape = lake.llama_config
         self.bytes_per_row = shape.num_layers * lake.kv_bytes
@@ -635,7 +627,6 @@ class TimePredictor:
 
 class Policy(NamedTuple):
     """How batches are formed: the even split, the dynamic program, or PD with a fixed partition."""
-
     kind: str  # even, dp or pd
     prefills: int = 0  # pd: instances for prompts
     decodes: int = 0
@@ -651,7 +642,6 @@ class Policy(NamedTuple):
 
 class Batch(NamedTuple):
     """Requests that run together, in the scheduler's words."""
-
     items: list[tuple[Request, int]]  # and how many rows of each
     dop: int
 
@@ -662,7 +652,6 @@ class Scheduler:
     `even` gives every instance the same rows, prompt and decode mixed; `dp` is the paper's dynamic
     program; `pd:PxD` keeps P instances for prompts and D for decodes; `auto` is `even`. tbt_slo: ms
     between tokens, kept by fewer prompt rows where that is possible at all."""
-
     def __init__(self, lake, eos: tuple = (), policy="auto", tbt_slo=None):
         self.lake = lake
         self.balancer = lake.balancer
@@ -748,7 +737,7 @@ class Scheduler:
 
     # ── which rows, in which batches ──
 
-    def _batches_within_slo(self) -> list[Batch]:
+    def _batches_within_slo(self):
         """Batches with the most prompt rows, in sixteenths of a chunk, with which the slowest keeps
         the SLO while decodes wait; with one at least, or prompts would starve. If not even decodes
         alone keep it, the SLO is dropped for this iteration."""
@@ -790,7 +779,7 @@ class Scheduler:
             slowest = max(slowest, self.predictor.split_time(rows, pairs, dop))
         return batches, slowest
 
-    def _divide(self, upto, num_decodes) -> list[BatchRange]:
+    def _divide(self, upto, num_decodes):
         """The policy's batches; decodes come first among the items. upto: see `_form_batches`."""
         whole = [BatchRange(0, len(upto) - 1, len(self.lake.instances))]
         if self.policy.kind == "pd":
@@ -800,7 +789,7 @@ class Scheduler:
             return self._divide_by_dynamic_program(upto, num_decodes) or whole
         return whole
 
-    def _choose_prompt_rows(self, budget) -> list[tuple[Request, int]]:
+    def _choose_prompt_rows(self, budget):
         """`budget` prompt rows in all, the most urgent requests first."""
         prompts = []
         for request in sorted(self.running, key=lambda r: self.patience(r, r.done)):
@@ -810,7 +799,7 @@ class Scheduler:
                 budget -= rows
         return prompts
 
-    def _divide_by_dynamic_program(self, upto, num_decodes) -> list[BatchRange] | None:
+    def _divide_by_dynamic_program(self, upto, num_decodes):
         """A batch is of one kind, decodes have DoP 1, and prompts a chunk per instance at most."""
 
         def time(i, dop):
@@ -830,7 +819,7 @@ class Scheduler:
 
     # ── slots for them ──
 
-    def _reserve(self, batches: list[Batch], even) -> dict[int, list[Run]]:
+    def _reserve(self, batches, even):
         """Runs of the running requests, by request id, and slots for them, the first admitted
         first. If slots run out, the last admitted is preempted: it has none of these yet."""
         rows = {request.id: n for batch in batches for request, n in batch.items}
@@ -856,7 +845,7 @@ class Scheduler:
         with_a_segment = min(even + self.lake.config.segment_tokens, FEW_ROWS)
         return max(even + even // EVEN_SLACK, with_a_segment)
 
-    def _split_by_instance(self, reserved: dict[int, list[Run]]):
+    def _split_by_instance(self, reserved):
         """The even split: a batch for each instance, of the runs that are preferred there."""
         N = len(self.lake.instances)
         batches = [[] for _ in range(N)]

@@ -33,7 +33,6 @@ from tokenlake import FORBIDDEN, Scheduler, TokenLake  # noqa: E402
 @dataclass
 class Transfer:
     """KV of the tokens [start, stop) of a request on its way between two lakes of one."""
-
     source: int
     target: int
     leaving: Request  # holds the KV at the source until it has landed
@@ -60,7 +59,6 @@ def by_arrival(request: Request, done: int) -> int:
 
 class Fleet:
     """Lakes, a scheduler for each, and as long as there is one lake nothing to route."""
-
     # Of arrival, as conventional engines serve; else by Scheduler.patience.
     in_order = False
 
@@ -114,7 +112,6 @@ class Fleet:
 class Router(Fleet):
     """Cache-aware routing. Its tree of an instance is what it sent there, LRU by tokens; whether
     the instance still holds it, it does not know."""
-
     CACHE_THRESHOLD = 0.3  # of a prompt: a longer match decides
     BALANCE_ABS = 64  # in-flight requests: queues that are further apart,
     BALANCE_REL = 1.5  # and so many times as long, are balanced first
@@ -160,7 +157,6 @@ class Router(Fleet):
 
 class Prefill(Scheduler):
     """Parks a request at its first token, its KV pinned until a decode instance has it."""
-
     def __init__(self, lake):
         super().__init__(lake)
         self.parked: list[Request] = []
@@ -175,7 +171,6 @@ class Prefill(Scheduler):
 class Disaggregated(Fleet):
     """The first `prefills` lakes compute prompts, the others decode. In its favour, links are never
     shared, and what streams behind a prefill takes no time but for the last layer's."""
-
     BALANCING = 1.25  # a prefix elsewhere that is so many times as long is copied
     bandwidth = 300e9  # B/s of a link, as the conductor reckons
 

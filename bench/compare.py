@@ -111,7 +111,6 @@ def mean(points: list[dict]) -> dict:
 
 class Comparison:
     """Goodputs, then points at common rates, of every policy and seed."""
-
     def __init__(self, options):
         self.options = options
         self.policies = options.policies
@@ -341,7 +340,6 @@ def plot_curves(axis, policies: dict, curve: str, x: str, y: str, x_unit: float 
 
 class RealRun:
     """A fleet on real ranks: every lake steps in turn, on every rank, and transfers are moves."""
-
     def __init__(
         self, policy: str, cluster: Cluster, group, model: Llama, config: LakeConfig
     ):

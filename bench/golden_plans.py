@@ -125,7 +125,6 @@ def planned(plan, transfer) -> dict:
 
 class Slabs:
     """What lies in the rows of all slabs: [N, rows] identities."""
-
     def __init__(self, lake: TokenLake):
         config = lake.config
         N = len(lake.instances)
@@ -195,7 +194,6 @@ class Slabs:
 
 class Scene:
     """A lake at work: requests come, an iteration is planned, all that it samples is made up."""
-
     def __init__(self, seed: int):
         self.rng = np.random.default_rng((seed, 19))
         self.coming = draw_requests(self.rng)

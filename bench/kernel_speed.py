@@ -63,7 +63,6 @@ MERGE_LIMIT = 1e-5  # in float32
 
 class AttentionCase(NamedTuple):
     """`batch` sequences of `context` tokens, the last `rows` of each queries."""
-
     model: str
     batch: int
     rows: int
@@ -102,7 +101,6 @@ def copy_bandwidth() -> float | None:
 @dataclass
 class Problem:
     """An attention case with its data."""
-
     case: AttentionCase
     q: torch.Tensor  # [batch · rows, H, D]
     k: torch.Tensor  # [slab rows, Hkv, D]

@@ -28,7 +28,6 @@ KV_BYTES = 131_072  # of a token, all layers: Llama-3.1-8B in 16 bits
 
 class Replay:
     """Requests through a balancer, and what is counted on the way."""
-
     def __init__(self, balancer: Balancer):
         self.balancer = balancer
         self.hit_tokens = 0

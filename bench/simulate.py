@@ -90,7 +90,6 @@ SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 class Roofline:
     """Seconds that things take on instances of `tp` GPUs."""
-
     def __init__(self, model: LlamaConfig, hardware: str, tp: int = 1, itemsize: int = 2):
         gpu = HARDWARE[hardware]
         self.model = model
@@ -157,7 +156,6 @@ class Roofline:
 @dataclass
 class Alone:
     """What gen_plans says of a lake of one, where nothing travels, in a fraction of its time."""
-
     runs: list
     features: np.ndarray  # [1, 3], see TokenLake.features
     reads: int  # tokens of old KV
@@ -189,14 +187,12 @@ class Alone:
 
 class Iteration(NamedTuple):
     """An iteration of a lake, planned."""
-
     plan: object  # QueryPlan or Alone
     seconds: np.ndarray  # [N] at each of its instances
 
 
 class PlanRecord(NamedTuple):
     """Of an iteration that a lake of several planned."""
-
     milliseconds: float  # that planning took
     sent_mib: float  # or received, per instance
     fan_out: int  # instances that a row's query goes to, at most
@@ -204,7 +200,6 @@ class PlanRecord(NamedTuple):
 
 class Simulation:
     """Serves the checked lines of a trace on a fleet without tensors."""
-
     def __init__(
         self,
         fleet,

@@ -35,7 +35,6 @@ from balancer import TRACE_BLOCK  # noqa: E402
 
 class Turn(NamedTuple):
     """A request of a session."""
-
     blocks: list[int]  # hash ids of the prompt
     prompt_tokens: int
     answer_tokens: int
