@@ -1,8 +1,8 @@
 """Control plane: who holds what? (§4.) Plain Python and NumPy, no torch.
 
 A request's tokens are cut into *segments* of C. A full one has an id, the chained hash of all
-tokens up to its end, and is published in the *prefix tree*; a request that reads it *pins* it. A
-segment that is not full belongs to its request alone; when the request decodes, it is its *open
+tokens up to its end, and is published in the *prefix tree*; a request that reads it *pins* it.
+Where its tokens end, the segment that is not full belongs to the request alone: it is its *open
 tail*.
 
 `Request.table` says in which slot each segment lies. With `done` tokens in the pool and `rows`
@@ -27,7 +27,7 @@ same everywhere.)
 
 Rows are *committed* after the iteration that wrote all their layers. Then the segments that they
 fill are published: from the next iteration on others can hit them. A segment is evicted only when
-nobody pins it, leaves first: see `PrefixTree`.
+nobody pins it, children first: see `PrefixTree`.
 
 At the end stand two things that need no tensors either: the paper's dynamic program, and the reader
 of traces.
@@ -454,7 +454,8 @@ class Balancer:
     def _home(self, request, index, rows, rows_at, tails, most):
         """Where a new segment should live. `hash`: where its id says, as in the paper; `stripe`: a
         first child one instance after its parent, so that a long prefix is read evenly from all,
-        others by hash. Open tails go where they are fewest: their decodes are computed there."""
+        others by hash. If that instance would have over `most` rows: where the fewest are. Open
+        tails go where tails are fewest, below `most`: their decodes are computed there."""
         N, S, _ = self.sizes
         after_parent = (int(request.table[index - 1]) // S + 1) % N if index else 0
         if index >= len(request.ids):  # an open tail
@@ -464,9 +465,8 @@ class Balancer:
 
             return min(range(N), key=crowding)
         is_first_child = True
-        if (
-            0 < index == len(request.segments)
-        ):  # a parent not yet published has no children
+        # A parent that is not yet published has no children.
+        if 0 < index == len(request.segments):
             is_first_child = not request.segments[-1].children
         home = after_parent
         if self.placement == "hash" or index == 0 or not is_first_child:

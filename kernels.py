@@ -19,12 +19,12 @@ What is to be done is said by two tables, and cut for the hardware into three mo
                                                                       ├─▶ pieces: a block over some
     KVSpans ────▶ tiles: at most 64 rows of one span ─────────────────┘   of its tiles
 
-A program takes a piece and a KV head. A block is one piece; but one that is much longer than an
-even part of all tiles is cut into several, whose results are merged: so a few long ones keep a GPU
+A program takes a piece and a KV head. A block is one piece; but one that is longer than an even
+part of all tiles is cut into several, whose results are merged: so a few long ones keep a GPU
 busy.
 
 Two implementations: Triton, and PyTorch for CPUs and float64. Left out: Hopper's copy engine (TMA).
-Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P partial rows.
+Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P results.
 """
 
 import math
@@ -211,8 +211,8 @@ class PaddedBatch(NamedTuple):
 class Work:
     """What `partial_attention` is to do: made on the host in each iteration, used by every layer.
 
-    A row of a run sees the keys of its spans at positions up to its own. Its result is the p-th of
-    P = sum(rows), the rows of all runs in order. A run without spans gives empty results. Pieces
+    A row of a run sees the keys of its spans at positions up to its own. Results are
+    P = sum(rows), one for each row of all runs in order; without spans they are empty. Pieces
     write *partial rows*: P, or more where a block was cut; then `parts` says how they are merged.
     runs: QueryRuns, spans: KVSpans. wanted_pieces: about how many, if long blocks can be cut."""
     def __init__(self, runs, spans, heads_per_kv, device="cpu", wanted_pieces=1):
@@ -300,7 +300,7 @@ def partial_attention(q, k, v, work, scale, backend: str = "auto"):
     """Attention of query rows over spans of a slab, and its log-sum-exp (natural log).
 
     q [T, H, D], k and v [slab rows, Hkv, D] → o [P, H, D], lse [P, H], in float32 (float64 for
-    float64 input). Every partial row is written; without a visible key it is o = 0, lse = −inf.
+    float64 input). Every result is written; without a visible key it is o = 0, lse = −inf.
     What lies in slab rows outside the spans is never used, NaN included."""
     attend = _attend_with_triton if use_triton(q, backend) else _attend_with_torch
     o, lse = attend(q, k, v, work, scale)

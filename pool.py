@@ -71,8 +71,7 @@ NUM_PLACES = 4
 
 
 def slab_row(slot, S, C):
-    """First row, in its own instance's slab, of the segment in a global slot: instance · S +
-    slot."""
+    """First row, in its own instance's slab, of the segment in global slot instance · S + slot."""
     return (slot % S) * C
 
 
@@ -89,7 +88,7 @@ class LakeConfig:
     placement: str = "stripe"  # or "hash"
     replicate_factor: float = 3.0  # c of c·N·ln N heavy hitters
     pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration, at most
-    chunk_tokens: int = 64  # prompt rows per instance and iteration, at most, on average
+    chunk_tokens: int = 64  # mean prompt rows per instance in an iteration, at most
     max_batch: int = 32  # running requests in the whole lake
 
     def staging(self, num_instances) -> int:
@@ -232,7 +231,8 @@ class QueryPlan:
     # [N] tokens of old KV that each instance gives to readers, once a request (§7.2). Pulled ones
     # count where they come from.
     reads: Column
-    # [N] attention done at each, rows × tokens; fewer rows than `TokenLake.ridge` count as so many.
+    # [N] attention done at each, rows × tokens; on old KV a share counts `TokenLake.ridge` rows at
+    # least.
     load: Column
     sizes: tuple[int, int, int]  # N, S, C
 
@@ -306,7 +306,7 @@ class QueryPlan:
 
 
 class SlabWrites(NamedTuple):
-    """An entry is a run whose new KV is written where it is computed."""
+    """An entry is a run that puts KV: its own instance writes it."""
     instance: Column
     first_row: Column  # among the rows that the instance computes
     slab_row: Column  # first one that is written: at home, or in staging
@@ -315,8 +315,8 @@ class SlabWrites(NamedTuple):
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """What is written where it is computed, and what travels: new KV to siblings and to its home,
-    and copies."""
+    """What is written where it is computed, then what travels: new KV to siblings and to its
+    home, and copies."""
     writes: SlabWrites
     moves: Moves
     num_instances: int
@@ -433,7 +433,7 @@ class QueryBuffer:
         self.num_rows = int(runs.rows[mine].sum())
         parts = self._merge_table(sources + leave)
         self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
-        # A run is shipped here exactly if it has a span here, which is HERE or LATE. Rows arrive by
+        # Another's run is shipped here exactly if it has a span here: in the slab. Rows arrive by
         # sender, and a sender's in order of runs. Runs are ordered by instance: so by run in all.
         self.arrived, _ = self._work(plan, select(spans, ~own), pool, arriving=True)
         between = plan.rows_shipped()
@@ -485,7 +485,7 @@ class QueryBuffer:
 @dataclass
 class InFlight:
     """What one call leaves to the next."""
-    # From `put` to `query`: moves of KV that it has written.
+    # From `put` to `query`: all moves of the layer.
     staged: InstanceMoves | None = None
     pull: Callable | None = None  # from one layer to the next: waits for old KV to arrive
 
@@ -626,11 +626,11 @@ class Pool:
 
 
 class SetupError(ValueError):
-    """A rank's ValueError during set-up, on every rank."""
+    """A rank's error during set-up, on every rank."""
 
 
 class LakeError(RuntimeError):
-    """The ranks cannot go on together: one line that says where and who."""
+    """The lake cannot go on, or is misused: one line that says why."""
 
 
 class Stopped(LakeError):
@@ -791,7 +791,7 @@ class Cluster:
         return [dist.new_group(instances, self.timeout, backend) for _ in range(count)]
 
     def speaks(self) -> bool:
-        """True on one rank only, the first that asks: it prints what went wrong."""
+        """True on the first rank that asks, or if the store is gone: it prints what went wrong."""
         try:
             return self.store is None or self.store.add("spoken", 1) == 1
         except RuntimeError:

@@ -24,7 +24,7 @@ there, or, if that instance has rows enough, where the fewest are. The even spli
 what is proposed for each instance; the other schedulers cut batches by rows. `_assign` decides
 which instance computes which part. From there a row travels to all instances that hold *old* KV of
 its request, but for those whose KV comes to it instead (`_ship_or_pull`), and to where it meets
-*fresh* KV, written in this iteration by other instances (`_meet`).
+*fresh* KV of other instances, written in this iteration (`_meet`).
 
 Notation: N instances · S slots per instance · C tokens per segment · T rows · H query heads ·
 Hkv KV heads · D head dim. A table of a plan has an entry for each
@@ -116,7 +116,7 @@ class Shares(NamedTuple):
 class OldReads(NamedTuple):
     """Old KV, and where the shares read it."""
     tables: list[Column]  # [G] global slots of the segments of the share's request
-    unreplicated: Column  # [G, N] tokens of segments without others, read at an instance
+    unreplicated: Column  # [G, N] tokens of segments with one slot, read at an instance
     replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
     candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
     tokens: Column  # [G, N] that a share reads at an instance, these included
@@ -149,7 +149,7 @@ class FreshRows(NamedTuple):
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
-    Every rank makes all lakes, in one order; of the others' it has but the control plane."""
+    Every rank makes all lakes, in one order, but has a pool only in its own."""
     def __init__(
         self,
         instances: list[int],
@@ -336,8 +336,8 @@ class TokenLake:
 
     def _ship_or_pull(self, shares, tokens):
         """A decode ships its row. A prompt's share pulls what a holder has for it, if that is fewer
-        bytes than its queries and results (so not with one row). An instance pulls `pull_tokens` at
-        most, the prompts of its part an equal share of that each."""
+        bytes than its queries and results (so seldom with one row). An instance pulls `pull_tokens`
+        at most, divided evenly among the prompts of its part."""
         prompts = np.flatnonzero(shares.is_prompt)
         part = shares.part[prompts]
         room = self.config.pull_tokens // np.maximum(1, np.bincount(part))[part]
@@ -363,9 +363,9 @@ class TokenLake:
         np.add.at(exchanged, (part, runs.home), runs.rows * runs.puts * self.kv_bytes)
         cost = exchanged.sum(1, keepdims=True) - exchanged
         _, best = linear_sum_assignment(cost)
-        # If part i has only rows whose KV will live at instance i (the even split, as long as no
-        # home is full), no `put` is needed. Any other assignment adds that exchange in each layer:
-        # it has to save more bytes than cross a link while the smallest exchange lasts.
+        # If part i has only rows whose KV will live at instance i (the even split, if all runs
+        # stayed at home), no `put` is needed. Any other assignment adds that exchange in each
+        # layer: it has to save more bytes than cross a link while the smallest exchange lasts.
         if num_parts == N and not (runs.puts * (runs.home != part)).any():
             own = np.arange(N)
             saved = cost[own, own].sum() - cost[own, best].sum()
@@ -487,7 +487,7 @@ class TokenLake:
     def _meet(self, runs, pairs, fresh_rows, sibling, moves):
         """FreshReads: where each reader meets what it reads, and where that lies.
 
-        computed on one instance       there: HERE, in its slot or in staging
+        both on one instance           there: HERE, in its slot or in staging
         KV was sent to the reader      at the reader: SIBLING
         else                           at the KV's home: HERE if it was computed there, else LATE"""
         reader, writer = pairs
@@ -528,8 +528,8 @@ class TokenLake:
 
     def features(self, query_plan, transfer_plan) -> Column:
         """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
-        QueryPlan.load), KiB for its own rows or for those of others,
-        the larger (queries and results count as one direction)."""
+        QueryPlan.load), KiB that it sends or receives, the larger (results count the way their
+        queries go)."""
         N = len(self.instances)
         runs = query_plan.run_table
         rows = np.bincount(runs.instance, runs.rows, N).astype(np.int64)
@@ -584,8 +584,8 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
 
 
 class TimePredictor:
-    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB sent. Integers, so
-    that ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
+    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB. Integers, so that
+    ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
     is used once all ranks have it (run_cluster.py)."""
     def __init__(self, lake):
         shape = lake.llama_config
@@ -682,8 +682,8 @@ class Scheduler:
         slots are pinned, the last admitted requests are preempted."""
         self._admit()
         batches = self._batches_within_slo()
-        # One batch over all instances is not left to gen_plans to cut, but cut by home: the even
-        # split.
+        # One batch over all instances is not left to gen_plans to cut, but cut by `preferred`:
+        # the even split.
         even = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
         reserved = self._reserve(batches, even)
         if even:
@@ -760,7 +760,7 @@ class Scheduler:
         """Batches with `budget` prompt rows per instance that has any, and the slowest one's ps."""
         N = len(self.lake.instances)
         # What needs one row runs as a decode does, also a prompt of which one is left. (In a plan
-        # that is none: see Run.decode.)
+        # that is none: see Request.decoding.)
         decodes = [(request, 1) for request in self.running if request.remaining == 1]
         own_for_decodes = self.policy.kind == "dp" and N > 1 and bool(decodes)
         for_prompts = self.policy.prefills or N - own_for_decodes
@@ -839,8 +839,8 @@ class Scheduler:
 
     def _most_rows(self, total):
         """The most rows that an instance may have in the even split: an even share and a sixteenth,
-        or an even share and a segment, as long as that is FEW_ROWS at most: up to there more rows
-        take no longer. (LakeConfig.staging allows for both.)"""
+        or an even share and a segment, but FEW_ROWS at most: up to there more rows take no
+        longer. (LakeConfig.staging allows for both.)"""
         even = -(-total // len(self.lake.instances))
         with_a_segment = min(even + self.lake.config.segment_tokens, FEW_ROWS)
         return max(even + even // EVEN_SLACK, with_a_segment)
