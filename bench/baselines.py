@@ -102,9 +102,8 @@ class Fleet:
     def cached_tokens(self) -> dict[int, int]:
         """By request id: hits at its first admission, where its prompt is computed."""
         hits = {}
-        for scheduler in reversed(
-            self.schedulers
-        ):  # prefill instances come first, and decide
+        # Prefill instances come first, and decide.
+        for scheduler in reversed(self.schedulers):
             hits |= scheduler.cached_tokens
         return hits
 

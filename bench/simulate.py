@@ -517,10 +517,8 @@ def simulate(
         policy or options.policy, N, model, config, slo, dtype=torch.bfloat16
     )
     speed = 1.0
-    if rate and options.workload not in (
-        "demo",
-        *WORKLOADS,
-    ):  # a file's requests, as often as that
+    if rate and options.workload not in ("demo", *WORKLOADS):
+        # A file's requests, as often as `rate` says.
         duration_ms = max(1.0, lines[-1].timestamp)
         speed = rate * duration_ms / (1e3 * len(lines))
     return Simulation(fleet, lines, roofline, speed=speed).run(limit)
