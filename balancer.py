@@ -99,9 +99,8 @@ class PrefixTree:
     `Balancer.release` unpins the leaf first. So a child enters the LRU before its parent, and the
     oldest of all is a leaf."""
     def __init__(self, half_life=128):
-        self.root = Segment(
-            b"", None, {}
-        )  # of no tokens; its heat is the sum of all hits
+        # Of no tokens; its heat is the sum of all hits.
+        self.root = Segment(b"", None, {})
         self.segments = {}  # by id
         self.lru = OrderedDict()  # segments that are not pinned, by id, oldest first
         # Segments by the slots of their replicas but the first, in order of last access or making.
@@ -655,9 +654,11 @@ def dynamic_program(time, R, N, slo: int | None = None) -> list[BatchRange] | No
     i = R
     k = N
     while i:
-        batches.insert(0, BatchRange(int(best_first[i, k]), i, int(best_dop[i, k])))
-        i = batches[0].first
-        k -= batches[0].dop
+        first = int(best_first[i, k])
+        dop = int(best_dop[i, k])
+        batches.insert(0, BatchRange(first, i, dop))
+        i = first
+        k -= dop
     return batches
 
 

@@ -219,9 +219,7 @@ class Work:
         # A power of two, with room for all heads of a row and, up to MAX_LANES, for the longest
         # run.
         wanted = min(int(runs.rows.max(initial=1)) * heads_per_kv, MAX_LANES)
-        self.lanes = max(
-            MIN_LANES, next_power_of_2(wanted), next_power_of_2(heads_per_kv)
-        )
+        self.lanes = next_power_of_2(max(MIN_LANES, wanted, heads_per_kv))
         tiles = cut_tiles(spans)
         blocks = cut_blocks(runs, tiles, self.lanes // heads_per_kv)
         pieces, block = cut_pieces(blocks, wanted_pieces)
@@ -245,7 +243,8 @@ class Work:
         kv_rows = ranges(tiles.first_row, tiles.length)
         kv_positions = ranges(tiles.position, tiles.length)
         alike = {}
-        for piece, (m, n) in enumerate(zip(pieces.rows.tolist(), num_keys.tolist())):
+        sizes = zip(pieces.rows.tolist(), num_keys.tolist())
+        for piece, (m, n) in enumerate(sizes):
             if n:
                 size = (m - 1).bit_length(), (n - 1).bit_length()
                 alike.setdefault(size, []).append(piece)
@@ -356,7 +355,8 @@ def _attend_batch(q, k, v, batch, scale, wide):
     p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
     # At least 1 with a visible key, as the maximum gives 1. Without one it is 0, and so is p.
     total = p.sum(-1, keepdim=True)
-    o = (p.flatten(2, 3) @ gather(v)).view(Hkv, b, -1, m, D) / total.clamp(min=1)
+    o = p.flatten(2, 3) @ gather(v)  # [Hkv, b, G·m, D]
+    o = o.view(Hkv, b, -1, m, D) / total.clamp(min=1)
     lse = top + total.log()  # [Hkv, b, G, m, 1]
     o = o.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
     lse = lse.permute(1, 3, 0, 2, 4).reshape(b, m, H)

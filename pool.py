@@ -171,9 +171,8 @@ class SegmentReads(NamedTuple):
         slot = np.concatenate(slots or [counts[:0]])
         if replicas is not None:
             replicas = select(replicas, replicas.segment < counts[replicas.share])
-            first = np.searchsorted(
-                share, replicas.share
-            )  # a share's come one after another
+            # A share's come one after another.
+            first = np.searchsorted(share, replicas.share)
             slot[first + replicas.segment] = replicas.slot
         return cls(share, segment, slot)
 
@@ -363,9 +362,8 @@ class InstanceMoves:
         # An exchange takes rows by target.
         by_target = np.argsort(moves.target, kind="stable")
         leaving = select(moves, by_target[moves.source[by_target] == index])
-        self.rows_of_kind = np.bincount(
-            leaving.kind, leaving.rows, len(MOVE_KINDS)
-        ).astype(int)
+        rows_of_kind = np.bincount(leaving.kind, leaving.rows, len(MOVE_KINDS))
+        self.rows_of_kind = rows_of_kind.astype(int).tolist()
         lands = (moves.target == index) & (moves.target_row >= 0)
         landing = select(moves, lands)
         # Slab rows that leave; rows of the receive buffer that belong into the slab, and where.
@@ -557,8 +555,9 @@ class Pool:
         if not moves.active:
             return lambda: (k[:0], v[:0])
         rows = torch.stack((k[moves.leave], v[moves.leave]), 1)  # [n, 2, Hkv, D]
-        for kind, n in zip(MOVE_KINDS, moves.rows_of_kind.tolist()):
-            self.bytes[kind] += n * rows[:1].nbytes
+        row_bytes = rows[:1].nbytes
+        for kind, n in zip(MOVE_KINDS, moves.rows_of_kind):
+            self.bytes[kind] += n * row_bytes
         wait = self._exchange(rows, moves.sends, moves.receives, self.move_group)
 
         def land():

@@ -328,9 +328,8 @@ class Engine:
     def __post_init__(self):
         # Sums over iterations of the predicted time: the mean over instances, and the longest.
         self.busy = np.zeros(2)
-        self.cluster.gather_objects(
-            None
-        )  # a barrier: the clock starts when every rank is here
+        # A barrier: the clock starts when every rank is here.
+        self.cluster.gather_objects(None)
         self.started = time.monotonic_ns()
 
     def step(self, pause=0.0):
@@ -570,14 +569,24 @@ def summarise_records(records: list[dict], clock) -> dict:
     return summary
 
 
+def reads_by_window(reads: list) -> list:
+    """Cache tokens read per window of CV_WINDOW iterations; reads: per iteration, [N] each."""
+    first_iterations = range(0, len(reads), CV_WINDOW)
+    return [sum(reads[first : first + CV_WINDOW]) for first in first_iterations]
+
+
+def sum_bytes(cluster, pool) -> dict[str, int]:
+    """Bytes that left any rank, by kind. Collective."""
+    bytes_of_ranks = cluster.gather_objects(pool.bytes)
+    return {kind: sum(left[kind] for left in bytes_of_ranks) for kind in pool.bytes}
+
+
 def summarise_pool(server) -> dict:
     """What the pool did: counters, bytes, balance. Collective."""
     engine = server.engine
     lake = server.lake
     counters = server.scheduler.counters
-    bytes_of_ranks = server.cluster.gather_objects(lake.pool.bytes)
-    first_iterations = range(0, len(engine.reads), CV_WINDOW)
-    windows = [sum(engine.reads[first : first + CV_WINDOW]) for first in first_iterations]
+    windows = reads_by_window(engine.reads)
     # The last, shorter one counts only if there is no other.
     whole = len(engine.reads) // CV_WINDOW
     sent = [line.request for line in server.lines if line.request]
@@ -596,9 +605,8 @@ def summarise_pool(server) -> dict:
         cache_load_cv=variation(windows[:whole] or windows),
         idle_fraction=ratio(np.ptp(engine.busy), longest),
     )
-    for kind in lake.pool.bytes:
-        summary[f"{kind}_bytes"] = sum(sent_by[kind] for sent_by in bytes_of_ranks)
-    return summary
+    moved = sum_bytes(server.cluster, lake.pool)
+    return summary | {f"{kind}_bytes": count for kind, count in moved.items()}
 
 
 def summarise_config(server) -> dict:

@@ -302,7 +302,7 @@ class TokenLake:
     def _find_old(self, runs, shares, tables):
         """Old KV by the tables of the shares' requests. Replicas are not chosen yet."""
         _, S, C = self.balancer.sizes
-        counts = -(-shares.old_tokens // C)
+        counts = self.balancer.num_segments(shares.old_tokens)
         tokens = self.balancer.held[shares.held_row]
         tokens *= C
         # The last old segment may not be full. If so, the request's first run writes on in it.
@@ -390,7 +390,8 @@ class TokenLake:
         pulls = np.zeros(old.tokens.shape, bool)
         pulls[pulled] = True
         pulls[np.arange(len(pulls)), shares.instance] = False
-        counts = np.where(pulls.any(1), -(-shares.old_tokens // C), 0)
+        num_segments = self.balancer.num_segments(shares.old_tokens)
+        counts = np.where(pulls.any(1), num_segments, 0)
         reads = SegmentReads.of(old.tables, counts, old.replicated)
         source = reads.slot // S
         travels = pulls[reads.share, source]
@@ -475,7 +476,8 @@ class TokenLake:
         staged = np.flatnonzero(fresh_rows.staged)
         new = select(runs, staged)
         home_row = fresh_rows.at_home[staged]
-        filled, copied = np.array([*copies.items()], np.int64).reshape(-1, 2).T
+        pairs_of_slots = np.array([*copies.items()], np.int64)
+        filled, copied = pairs_of_slots.reshape(-1, 2).T
         filled_row = slab_row(filled, S, C)
         copied_row = slab_row(copied, S, C)
         return Moves.of(

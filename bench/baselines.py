@@ -356,13 +356,8 @@ VARIANTS = {
     "unreplicated": dict(replicate_factor=0.0),
     "ship": dict(pull_tokens=0),
 }
-POLICIES = (
-    *VARIANTS,
-    "tokenlake:auto",
-    "tokenlake:even",
-    "tokenlake:dp",
-    "router",
-)  # and pd:PxD
+# And pd:PxD.
+POLICIES = (*VARIANTS, "tokenlake:auto", "tokenlake:even", "tokenlake:dp", "router")
 
 
 def pd_counts(policy: str, N: int) -> tuple[int, int] | None:

@@ -17,7 +17,6 @@ pressure, and compares every token with recomputation without a cache. Time mean
 import json
 import os
 import sys
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -33,7 +32,6 @@ from balancer import TRACE_BLOCK, read_trace, variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, random_weights  # noqa: E402
 from pool import (  # noqa: E402
-    MOVE_KINDS,
     PUT,
     Cluster,
     InstanceMoves,
@@ -41,7 +39,7 @@ from pool import (  # noqa: E402
     LakeError,
     Moves,
 )
-from run_cluster import CV_WINDOW, TOLERANCE, Engine  # noqa: E402
+from run_cluster import TOLERANCE, Engine, reads_by_window, sum_bytes  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
@@ -425,13 +423,6 @@ class RealRun:
         """What real.json says. Collective."""
         gaps = self.engines[0].verify(requests, lambda n: None)
         tolerance = TOLERANCE[self.model.dtype]
-        moved = Counter()
-        for moved_by_rank in self.cluster.gather_objects(self.pool.bytes):
-            moved.update(moved_by_rank)
-        windows = [
-            sum(self.reads[start : start + CV_WINDOW])
-            for start in range(0, len(self.reads), CV_WINDOW)
-        ]
         schedulers = self.fleet.schedulers
         prompts = sum(request.num_prompt for request in requests)
         return dict(
@@ -442,8 +433,8 @@ class RealRun:
             preemptions=sum(s.counters["preemptions"] for s in schedulers),
             verified=sum(gap <= tolerance for gap in gaps.values()),
             hit_rate=sum(self.fleet.cached_tokens.values()) / prompts,
-            cache_load_cv=variation(windows),
-            moved_bytes={kind: moved[kind] for kind in ("query", *MOVE_KINDS)},
+            cache_load_cv=variation(reads_by_window(self.reads)),
+            moved_bytes=sum_bytes(self.cluster, self.pool),
             evictions=sum(lake.balancer.evictions for lake in self.fleet.lakes),
         )
 

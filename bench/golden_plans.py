@@ -269,7 +269,8 @@ def busy_plans(seeds, enough: int):
 def scenes(seeds) -> tuple[list[str], Counter]:
     """Digests of scenes, and what came up in all of them."""
     few = tokenlake.FEW_ROWS
-    digests, total = [], Counter()
+    digests = []
+    total = Counter()
     try:
         for seed in seeds:
             digest, counts = run_scene(seed)

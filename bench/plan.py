@@ -140,7 +140,7 @@ def parse_options(arguments: list[str]):
     add(
         "--shared",
         action="store_true",
-        help="one segment on every request, and " "replicas of it everywhere",
+        help="one segment on every request, and replicas of it everywhere",
     )
     add("--json", action="store_true", help="print one JSON object")
     add("--table", action="store_true", help="how it grows, up to 512 instances")

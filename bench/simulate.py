@@ -100,17 +100,9 @@ class Roofline:
         self.parameters = model.num_linear_parameters
         self.weights = self.parameters * itemsize / self.bandwidth  # seconds to read them
         # A row that attends alone weighs as many as can attend while its KV is read.
-        self.ridge = max(
-            1,
-            round(
-                self.flops
-                / self.bandwidth
-                * model.num_kv_heads
-                / model.num_heads
-                * itemsize
-                / 2
-            ),
-        )
+        flops_per_byte = self.flops / self.bandwidth
+        ridge = flops_per_byte * model.num_kv_heads / model.num_heads * itemsize / 2
+        self.ridge = max(1, round(ridge))
         # The two all-reduces of a layer: of a row, and of any number of rows.
         self.reduce_row = 4 * model.hidden_size * itemsize * (tp - 1) / tp / gpu.link
         self.reduce_latency = 2 * ALPHA if tp > 1 else 0.0
@@ -230,9 +222,8 @@ class Simulation:
         self.kept = 0  # requests that kept the SLO
         self.refused = 0  # requests that are too long
         self.prompts = 0  # tokens of all prompts
-        self.work_seconds = np.zeros(
-            2
-        )  # of iterations: a mean instance's, the slowest one's
+        # Of iterations: a mean instance's, the slowest one's.
+        self.work_seconds = np.zeros(2)
         self.window_reads = {}  # by window of the CV: [instances] tokens of cache
         self.plan_records = []
         fleet.bandwidth = roofline.link
