@@ -48,6 +48,10 @@ LLAMA3_SCALING = (
     "original_max_position_embeddings",
 )
 INDEX = "model.safetensors.index.json"
+# Eight bytes each; and an odd number, to make the chunks of a weight count differently.
+CHECKED_AT_ONCE = 1 << 18
+MIXER = 0x9E3779B97F4A7C1
+UNFIT = -1  # in place of a token, where logits are not finite
 
 
 def require(ok, *said):
@@ -282,6 +286,22 @@ def load_weights(folder: Path, config, dtype, device) -> dict:
     return weights
 
 
+def checksums(weights: dict) -> dict[str, int]:
+    """A number of each weight, made of all its bits: the same on every device, where a sum of
+    floats is not. Each eight bytes, as an integer, are multiplied by a number of their own, so that
+    rows that change places show, too; it is odd, so that no bit is lost when integers overflow."""
+    sums = {}
+    for name, weight in weights.items():
+        content = weight.detach().flatten().view(torch.uint8)
+        words = F.pad(content, (0, -len(content) % 8)).view(torch.int64)
+        odd = 2 * torch.arange(CHECKED_AT_ONCE, device=words.device) + 1
+        total = words.new_zeros(())
+        for chunk in words.split(CHECKED_AT_ONCE):
+            total = total * MIXER + (chunk * odd[: len(chunk)]).sum()
+        sums[name] = int(total)
+    return sums
+
+
 # ── the model ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -399,4 +419,6 @@ class Sampler:
         return logits + self.temperature * torch.from_numpy(np.stack(noise)).to(logits)
 
     def sample(self, logits, keys) -> list[int]:
-        return self.scores(logits, keys).argmax(-1).tolist()
+        """The token of each row of logits; UNFIT where the best score is not finite."""
+        best, token = self.scores(logits, keys).max(-1)
+        return torch.where(best.isfinite(), token, UNFIT).tolist()

@@ -10,14 +10,21 @@ computes the rows the plan gives it, and the sampled tokens cross at the end of 
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import hashlib
 import heapq
 import json
+import math
 import os
 import re
 import signal
 import sys
 import time
+from array import array
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,18 +35,22 @@ from tqdm import tqdm
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace, variation
 from kernels import ranges, select, starts, to_device
 from model import (
+    UNFIT,
     Llama,
     LlamaConfig,
     Sampler,
+    checksums,
     load_config,
     load_weights,
     random_weights,
     require,
 )
-from pool import Cluster, LakeConfig, LakeError, SetupError, Stopped, plan_digest
+from pool import THE_END, Cluster, LakeConfig, LakeError, SetupError, Stopped
+from pool import plan_digest
 from tokenlake import Policy, Scheduler, TokenLake
 
 CV_WINDOW = 32  # iterations
+TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 STATISTICS = ("mean", "median", "p90", "p99")  # of times
 # A served token passes --verify if its score is this close to the best: by so much rounding may
 # change a score of the built-in model.
@@ -51,6 +62,8 @@ TOLERANCE = {
 }
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
 OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz")
+LAUNCH = "launch"  # key of run.json: see `launch`
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 # ── options ──────────────────────────────────────────────────────────────────────────────────────
@@ -116,6 +129,7 @@ OPTIONS = [
     ("--speed", POSITIVE, "X", "arrivals and think times X times faster; inf: all at once", 1.0),
     ("--timeout", SECONDS, "SECONDS", "after which a silent rank counts as lost (300)", 300.0),
     ("--output", PATH, "DIR", "write requests.jsonl and summary.json", None),
+    ("--resume", FLAG, None, "go on with what --output holds, if it holds anything", False),
 ]
 # fmt: on
 
@@ -153,6 +167,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     require(options.trace or not options.trace_scale, "--trace-scale needs --trace FILE")
     require(options.output or options.profile is None, "--profile needs --output DIR")
+    require(options.output or not options.resume, "--resume needs --output DIR")
     if options.verify is None:
         options.verify = not (options.trace or options.model)
     return options
@@ -184,10 +199,11 @@ def demo_trace(num_requests, vocab_size, seed):
 def prepare(options, cluster, device, memory):
     """Checks what the user gave → (lines, LakeConfig, Llama). memory: bytes of the smallest device.
     (`said`, here and elsewhere: the message if what follows is not so.)"""
-    for name in OUTPUTS:
-        exists = options.output and os.path.exists(options.output / name)
-        said = f"already holds {name}; a new folder is expected"
-        require(not exists, f"--output {options.output}: {said}")
+    if options.output and not resumes(options):
+        for name in OUTPUTS:
+            exists = os.path.exists(options.output / name)
+            said = f"already holds {name}; a new folder, or --resume, is expected"
+            require(not exists, f"--output {options.output}: {said}")
     config = load_config(options.model) if options.model else LlamaConfig()
     said = "--stop-at-eos: the model's config.json has no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
@@ -282,32 +298,23 @@ def check_lines(lines, config, lake_config, num_ranks):
     require(needed <= there, f"{longest.where}: {said}")
 
 
-def open_output(folder: Path | None, cluster):
-    """requests.jsonl, new, on rank 0; elsewhere or without a folder what is written is dropped."""
-    if folder is None or cluster.rank:
-        return open(os.devnull, "w")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return open(folder / "requests.jsonl", "x")
-    except OSError as error:
-        raise ValueError(f"--output {folder}: {error.strerror}") from None
-
-
 # ── the engine ───────────────────────────────────────────────────────────────────────────────────
 
 
 class EndOfIteration(NamedTuple):
-    """What a rank says when an iteration is over. All take rank 0's clock and fit for theirs."""
-    clock: int  # ns since the start
+    """What a rank says when an iteration is over. All take rank 0's fit for theirs."""
+    unfit_layer: int  # in which its new KV is not finite, −1 if there is none
+    unfit_request: int
     fit: list[int]  # TimePredictor.fitted
     tokens: list[int]  # of each request that samples: 0 where another rank computes it
 
     @classmethod
-    def gather(cls, cluster, mine) -> list:
-        """Every rank's, by rank."""
-        every = cluster.gather_integers([mine.clock, *mine.fit, *mine.tokens])
-        end = 1 + len(mine.fit)
-        return [cls(values[0], values[1:end], values[end:]) for values in every]
+    def gather(cls, cluster, mine, clock) -> tuple:
+        """Rank 0's clock when it has all, and every rank's, by rank."""
+        *unfit, fit, tokens = mine
+        time, every = cluster.gather_and_time([*unfit, *fit, *tokens], clock)
+        end = 2 + len(fit)
+        return time, [cls(*said[:2], said[2:end], said[end:]) for said in every]
 
 
 @dataclass
@@ -321,34 +328,41 @@ class Engine:
     sampler: Sampler
     clock: int = 0  # ns since the start, rank 0's on every rank
     iterations: int = 0
-    stop: bool = False  # set by a signal
     profile: object = None  # see `profiler`
-    reads: list = field(default_factory=list)  # per iteration: [N] cache tokens read
+    # Cache tokens read, [N], by window of CV_WINDOW iterations.
+    reads: list = field(default_factory=list)
+    # Rows computed, by request id and rank: for `verify`.
+    computed: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
         # Sums over iterations of the predicted time: the mean over instances, and the longest.
         self.busy = np.zeros(2)
         # A barrier: the clock starts when every rank is here.
         self.cluster.gather_objects(None)
-        self.started = time.monotonic_ns()
+        self.started = time.monotonic_ns() - self.clock
+
+    def now(self) -> int:
+        """ns since the start, by this rank's clock."""
+        return time.monotonic_ns() - self.started
 
     def step(self, pause=0.0):
         """One iteration: plan, agree, compute, exchange tokens, publish. With nothing to run it
         sleeps, `pause` seconds at most. Returns the sampled tokens by request id and the requests
         that ended. Raises LakeError, Stopped."""
         batches, groups, plan, transfer_plan = self._plan()
-        digest = plan_digest(self.iterations, plan, transfer_plan)
-        self.cluster.announce(digest, self.stop)
+        self.cluster.announce(plan_digest(self.iterations, plan, transfer_plan))
         tokens = {}
+        unfit = None
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            tokens = self._compute(batches, groups, plan, transfer_plan)
+            tokens, unfit = self._compute(batches, groups, plan, transfer_plan)
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
-        now = time.monotonic_ns() - self.started
+        before = self.clock
+        sampled = self._exchange_tokens(plan, tokens, unfit)
         if plan.runs:
-            self._measure(plan, transfer_plan, now)
-        sampled = self._exchange_tokens(plan, tokens, now)
+            self._count(plan)
+            self._measure(plan, transfer_plan, self.clock - before)
         return sampled, self.scheduler.update(plan, sampled)
 
     def _plan(self):
@@ -359,13 +373,14 @@ class Engine:
             )
         except Exception:
             with contextlib.suppress(LakeError):  # the others stop too, and say so
-                self.cluster.announce(bytes(16), self.stop, fault=True)
+                self.cluster.announce(THE_END, fault=True)
                 self.cluster.confirm()
             raise
         return batches, groups, plan, transfer_plan
 
     def _compute(self, batches, groups, plan, transfer_plan):
-        """This rank's rows through the model → the tokens that they give, by request id."""
+        """This rank's rows through the model → the tokens that they give, by request id, and, if
+        new KV is not finite, its layer and request."""
         lake = self.lake
         # An instance computes rows of one batch at most.
         mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
@@ -396,53 +411,91 @@ class Engine:
         requests = [plan.runs[i].request for i in sampling]
         keys = [(request.id, len(request.tokens)) for request in requests]
         tokens = self.sampler.sample(logits, keys)
-        return {request.id: token for request, token in zip(requests, tokens)}
+        unfit = lake.pool.first_unfit(kv_buf)
+        if unfit:
+            layer, row = unfit
+            run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
+            unfit = layer, int(table.request_id[run])
+        return {request.id: token for request, token in zip(requests, tokens)}, unfit
 
-    def _measure(self, plan, transfer_plan, now):
-        """Counts the iteration. Rank 0 fits the time predictor to it, and the others receive its
-        fit."""
-        predictor = self.scheduler.predictor
+    def _count(self, plan):
+        """Adds the iteration to what reports and `verify` need."""
+        if self.iterations % CV_WINDOW == 0:
+            self.reads.append(np.zeros_like(plan.reads))
+        self.reads[-1] += plan.reads
         self.iterations += 1
+        instances = plan.run_table.instance.tolist()
+        for run, instance in zip(plan.runs, instances):
+            self.computed[run.request.id, self.lake.instances[instance]] += run.rows
+
+    def _measure(self, plan, transfer_plan, ns):
+        """Rank 0 fits the time predictor to the iteration, and the others receive its fit."""
         if self.profile:
             self.profile.step()
-        self.reads.append(plan.reads)
+        predictor = self.scheduler.predictor
         features = self.lake.features(plan, transfer_plan)
         times = predictor.time(*features.T)
         self.busy += times.mean(), times.max()
         if self.cluster.rank == 0:
-            predictor.measured(features, (now - self.clock) / 1e9)
+            predictor.measured(features, ns / 1e9)
 
-    def _exchange_tokens(self, plan, tokens, now):
-        """The tokens of all requests that sample, from the ranks that computed them; with them
-        come rank 0's clock and fit."""
+    def _exchange_tokens(self, plan, tokens, unfit):
+        """The tokens of all requests that sample, from the ranks that computed them. They are known
+        when rank 0 has them all: its clock says when, for all. Raises LakeError if any new KV, or
+        the logits of a token, are not finite: so such a segment is never published."""
         predictor = self.scheduler.predictor
         sampling = select(plan.run_table, plan.samples)
         ids = sampling.request_id.tolist()
         mine = [tokens.get(id, 0) for id in ids]
-        end = EndOfIteration(now, predictor.fitted, mine)
-        every = EndOfIteration.gather(self.cluster, end)
-        self.clock = every[0].clock
+        end = EndOfIteration(*(unfit or (-1, -1)), predictor.fitted, mine)
+        self.clock, every = EndOfIteration.gather(self.cluster, end, self.now)
         predictor.coefficients = every[0].fit
+        for said in every:
+            if said.unfit_layer >= 0:
+                layer = f"the KV of layer {said.unfit_layer} is not finite"
+                self._stop_with(f"request {said.unfit_request}: {layer}")
         ranks = [self.lake.instances[instance] for instance in sampling.instance]
-        sampled = [every[rank].tokens[i] for i, rank in enumerate(ranks)]
-        return dict(zip(ids, sampled))
+        sampled = {id: every[rank].tokens[i] for i, (id, rank) in enumerate(zip(ids, ranks))}
+        for id, token in sampled.items():
+            if token == UNFIT:
+                self._stop_with(f"request {id}: its logits are not finite")
+        return sampled
+
+    def _stop_with(self, said):
+        raise LakeError(f"{self.cluster.doing}: {said}")
 
     def verify(self, requests: list[Request], progress) -> dict[int, float]:
         """The gap in logits of each request (Llama.score_gap), each recomputed by one rank; after a
         signal, of those done by then."""
+        self.cluster.doing = "verifying"
         gaps = {}
-        size = self.cluster.size
-        for start in range(0, len(requests), size):
-            dealt = requests[start : start + size]
-            for request in dealt[self.cluster.rank :][:1]:
+        dealt = deal(requests, self.computed, self.cluster.size)
+        for turn in range(max(map(len, dealt))):
+            for request in dealt[self.cluster.rank][turn : turn + 1]:
                 gaps[request.id] = self.model.score_gap(
                     self.sampler, request.tokens, request.num_prompt, request.id
                 )
-            progress(len(dealt))
-            if any(stop for (stop,) in self.cluster.gather_integers([self.stop])):
+            progress(sum(len(share) > turn for share in dealt))
+            stop = self.cluster.stop_asked is not None
+            if any(asked for (asked,) in self.cluster.gather_integers([stop])):
                 break
         parts = self.cluster.gather_objects(gaps)
         return {id: gap for part in parts for id, gap in part.items()}
+
+
+def deal(requests, computed: Counter, num_ranks) -> list[list[Request]]:
+    """Who recomputes what: lists of requests, by rank. No rank is to check what it computed alone:
+    if it is wrong in itself, it makes the same mistake again. So a request goes to a rank that has
+    computed no more than an even share of its rows, and of these to the one with the least to do."""
+    dealt = [[] for _ in range(num_ranks)]
+    tokens = np.zeros(num_ranks, np.int64)
+    for request in requests:
+        rows = np.array([computed[request.id, rank] for rank in range(num_ranks)])
+        others = np.flatnonzero(rows * num_ranks <= rows.sum())
+        rank = others[tokens[others].argmin()]
+        tokens[rank] += len(request.tokens)
+        dealt[rank].append(request)
+    return dealt
 
 
 def profiler(folder: Path, after):
@@ -457,12 +510,14 @@ def profiler(folder: Path, after):
 
 
 class Server:
-    """Serves a trace: sends requests when they are due, keeps their times and records."""
-    def __init__(self, options, cluster, lines, lake_config, model):
+    """Serves a trace: sends requests when they are due, keeps their times, writes their records.
+    finished: what an earlier run has served of it, as `Results.finished` has it."""
+    def __init__(self, options, cluster, lines, lake_config, model, results, finished):
         self.options = options
         self.cluster = cluster
         self.lines = lines
         self.model = model
+        self.results = results
         ranks = list(range(cluster.size))
         self.lake = TokenLake(
             ranks, model.config, lake_config, cluster, model.dtype, model.device
@@ -470,22 +525,26 @@ class Server:
         eos = model.config.eos_token_ids if options.stop_at_eos else ()
         self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
         sampler = Sampler(options.temperature, options.seed)
-        self.engine = Engine(cluster, self.lake, self.scheduler, model, sampler)
-        self.records = {}  # of finished requests, by request id
+        # The clock goes on from where the earlier run is known to have been.
+        clock = max((end.clock for end in finished.values()), default=0)
+        self.engine = Engine(cluster, self.lake, self.scheduler, model, sampler, clock)
+        self.finished = set(finished)  # request ids
+        self.asked_tokens = 0  # of requests that have left: see `summarise_pool`
         # By request id: rank 0's ns since the start, of its arrival and its tokens.
         self.times = {}
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
-        # A heap of (time, request id): sorted, as the lines are.
-        first_turns = [line for line in lines if not line.previous]
-        self.arrivals = [
-            (self.scaled_ns(line.timestamp), line.index) for line in first_turns
-        ]
+        self.arrivals = []  # a heap of (time, request id)
+        for line in lines:
+            if line.index in finished:
+                self._recall(line, finished[line.index])
+            elif not line.previous:
+                self._expect(line, 0)
 
     def scaled_ns(self, trace_ms) -> int:
         return int(trace_ms * 1e6 / self.options.speed)
 
-    def serve(self, file, bar, on_iteration):
-        """Iterations until all is finished, and its records written. Raises LakeError, Stopped."""
+    def serve(self, bar, on_iteration):
+        """Iterations until all is finished. Raises LakeError, Stopped."""
         engine = self.engine
         arrivals = self.arrivals
         while arrivals or self.scheduler.waiting or self.scheduler.running:
@@ -495,43 +554,249 @@ class Server:
             for id in tokens:
                 self.times[id].append(engine.clock)
             finished = [self._finish(request) for request in ended]
-            for record in finished:
-                print(json.dumps(record), file=file, flush=True)
             bar.update(len(finished))
             on_iteration(self, finished)
+        # Nobody leaves while another goes on.
+        self.cluster.announce(THE_END)
+        self.cluster.confirm()
+
+    def _expect(self, line, earliest):
+        """A line is due at its time, and not before `earliest` [ns]."""
+        due = max(self.scaled_ns(line.timestamp), earliest)
+        heapq.heappush(self.arrivals, (due, line.index))
 
     def _send_due(self):
-        block = TRACE_BLOCK // (self.options.trace_scale or 1)
-        vocab_size = self.model.config.vocab_size
         while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
             due, index = heapq.heappop(self.arrivals)
             self.times[index] = [due]
-            request = self.lines[index].arrive(vocab_size, block, self.options.seed)
-            self.scheduler.add(request)
+            self.scheduler.add(self._arrive(self.lines[index]))
 
-    def _finish(self, request):
-        """Its line of requests.jsonl; the session's next turn is due a while later."""
-        turn = self.next_turn.get(request.id)
-        if turn:
-            thought = self.engine.clock + self.scaled_ns(turn.think_ms)
-            due = max(self.scaled_ns(turn.timestamp), thought)
-            heapq.heappush(self.arrivals, (due, turn.index))
-        times = self.times[request.id]
+    def _arrive(self, line) -> Request:
+        block = TRACE_BLOCK // (self.options.trace_scale or 1)
+        request = line.arrive(self.model.config.vocab_size, block, self.options.seed)
+        if line.previous:
+            self._forget(line.previous)
+        return request
+
+    def _recall(self, line, end):
+        """What an earlier run has finished: its tokens are wanted by the next turn and `verify`."""
+        if self.options.verify or line.index in self.next_turn:
+            self._arrive(line).tokens += end.output_ids
+            self._leave(line, end.clock)
+
+    def _finish(self, request) -> dict:
+        """Its line of requests.jsonl."""
+        times = self.times.pop(request.id)
         first, *intervals = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
         record = dict(
             request_id=request.id,
             status="completed",
             arrival_s=times[0] / 1e9,
             input_length=request.num_prompt,
-            cached_tokens=self.scheduler.cached_tokens[request.id],
+            cached_tokens=self.scheduler.cached_tokens.pop(request.id),
             output_ids=request.tokens[request.num_prompt :],
             ttft_ms=first,
             tpot_ms=round(sum(intervals) / len(intervals), 3) if intervals else None,
             itl_ms=intervals,
             finished_s=times[-1] / 1e9,
         )
-        self.records[request.id] = record
+        self.finished.add(request.id)
+        self.asked_tokens += request.peak
+        self._leave(self.lines[request.id], times[-1])
+        self.results.add(record)
+        if self.results.error:
+            self.cluster.ask_stop()
         return record
+
+    def _leave(self, line, clock):
+        """A request has ended at `clock`: the session's next turn is due a while later."""
+        turn = self.next_turn.get(line.index)
+        if turn is None:
+            self._forget(line)
+        elif turn.index not in self.finished:
+            self._expect(turn, clock + self.scaled_ns(turn.think_ms))
+
+    def _forget(self, line):
+        """Nobody asks for its tokens any more, unless they are to be verified."""
+        if not self.options.verify:
+            line.request = None
+            for rank in range(self.cluster.size):
+                self.engine.computed.pop((line.index, rank), None)
+
+
+# ── what is written, and read again ──────────────────────────────────────────────────────────────
+
+
+class Finished(NamedTuple):
+    """What the rest of a run needs of a request that an earlier run has finished."""
+    clock: int  # ns, when its last token was known
+    output_ids: list[int]
+
+
+class Totals:
+    """What the report needs of finished requests."""
+    def __init__(self):
+        self.counts = Counter()
+        self.first_arrival = math.inf  # s
+        self.times = {name: array("d") for name in TIMES}
+
+    def add(self, record: dict):
+        self.counts.update(
+            requests=1,
+            inputs=record["input_length"],
+            cached=record["cached_tokens"],
+            outputs=len(record["output_ids"]),
+        )
+        self.first_arrival = min(self.first_arrival, record["arrival_s"])
+        for name, values in self.times.items():
+            values.extend(x for x in np.atleast_1d(record[name]) if x is not None)
+
+
+class Results:
+    """What --output holds: run.json, which says what the answers depend on; requests.jsonl, a line
+    for each request as it finishes; at the end summary.json. Rank 0 has the folder; elsewhere, and
+    without --output, nothing is written."""
+    def __init__(self, folder: Path | None, cluster):
+        self.reports = cluster.rank == 0
+        self.folder = folder if self.reports else None
+        self.totals = Totals()
+        self.finished = {}  # by request id: of the run that this one goes on with
+        self.error = None  # why no record is written any more
+        self._file = None
+
+    def begin(self, basis: dict, lines, resuming):
+        """Makes the folder or, `resuming`, goes on with what it holds, if that is of the same
+        basis. Raises ValueError."""
+        if self.folder is None:
+            return
+        path = self.folder / "requests.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab" if resuming else "xb", buffering=0)
+            self._lock()
+            if path.stat().st_size:
+                self._require_same(basis)
+                self._read(path, lines)
+        except OSError as error:
+            raise ValueError(f"--output {self.folder}: {error.strerror}") from None
+        self.write("run.json", basis | {LAUNCH: launch()})
+
+    def _lock(self):
+        """For as long as it is open: two runs would write a request twice."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = "another run writes there; a new folder is expected"
+            raise ValueError(f"--output {self.folder}: {said}") from None
+
+    def _require_same(self, basis):
+        before = read_json(self.folder / "run.json")
+        for what, value in basis.items():
+            was = before.get(what)
+            said = f"{what} is {value!r}, what it holds was begun with {was!r}"
+            said += "; the same, or a new folder, is expected"
+            require(was == value, f"--resume {self.folder}: {said}")
+
+    def _read(self, path, lines):
+        """The records of finished requests. The last line may be torn: it is dropped."""
+        text = path.read_bytes()
+        *whole, torn = text.split(b"\n")
+        os.truncate(path, len(text) - len(torn))
+        for number, line in enumerate(whole, 1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+                id = record["request_id"]
+                ended = round(record["finished_s"] * 1e9)
+                twice = id in self.finished
+                self.finished[id] = Finished(ended, record["output_ids"])
+                self.totals.add(record)
+                previous = lines[id].previous
+            except (ValueError, TypeError, LookupError, RecursionError):
+                said = "not the record of a request of this trace"
+                raise ValueError(f"{where}: {said}") from None
+            require(not twice, where, f"request {id} is there twice")
+            said = f"request {id} is there, but not {previous and previous.index} before it"
+            require(previous is None or previous.index in self.finished, where, said)
+
+    def add(self, record: dict):
+        """A request has finished. What goes wrong is kept in `error`."""
+        if self.reports:
+            self.totals.add(record)
+        if self._file is None or self.error:
+            return
+        line = json.dumps(record).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "it was removed")
+        except OSError as error:
+            self.error = f"{self._file.name}: {error.strerror}"
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+
+    def write(self, name, value):
+        """A JSON file, whole or not at all. Raises ValueError."""
+        if self.folder is None:
+            return
+        file = self.folder / name
+        partial = self.folder / f"{name}.partial"
+        try:
+            partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
+            partial.replace(file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise ValueError(f"{file}: {error.strerror}") from None
+
+
+def read_json(file: Path) -> dict:
+    """Raises ValueError."""
+    try:
+        value = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file}: not readable as JSON") from None
+    require(isinstance(value, dict), file, "a JSON object is expected")
+    return value
+
+
+def launch() -> str:
+    """Tells a launch of torchrun from others: its restarts have the same."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"process {os.getppid()}" if run == "none" else run
+
+
+def resumes(options) -> bool:
+    """Whether to go on with what --output holds: if that is asked for, or torchrun has restarted
+    the run that wrote it."""
+    if options.resume:
+        return True
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    with contextlib.suppress(ValueError):
+        return restarted and read_json(options.output / "run.json").get(LAUNCH) == launch()
+    return False
+
+
+def answers_basis(options, lines, model, sums: dict) -> dict:
+    """What the answers of a run depend on. sums: checksums of the model's weights."""
+
+    def digest(value):
+        return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+    fields = "session_id timestamp think_ms salt input_length output_length input_ids hash_ids"
+    asked = [attrgetter(*fields.split())(line) for line in lines]
+    names = "trace_scale", "seed", "temperature", "stop_at_eos"
+    return {
+        "the number of requests": len(lines),
+        "the trace": digest(asked),
+        "the model": digest((model.config, sums)),
+        "--dtype": str(model.dtype).removeprefix("torch."),
+        **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
+    }
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────
@@ -541,38 +806,30 @@ def ratio(part, whole):
     return part / whole if whole else None
 
 
-def summarise_records(records: list[dict], clock) -> dict:
+def summarise_totals(totals, clock) -> dict:
     """Of finished requests, as vLLM's and SGLang's serving benchmarks name it. clock [ns]."""
-    inputs = sum(record["input_length"] for record in records)
-    cached = sum(record["cached_tokens"] for record in records)
-    outputs = sum(len(record["output_ids"]) for record in records)
-    seconds = clock / 1e9 - min((record["arrival_s"] for record in records), default=0.0)
-    seconds_if_any = seconds if records else None
+    counts = totals.counts
+    inputs = counts["inputs"]
+    outputs = counts["outputs"]
+    any_finished = counts["requests"] > 0
+    seconds = clock / 1e9 - (totals.first_arrival if any_finished else 0.0)
+    seconds_if_any = seconds if any_finished else None
     summary = dict(
-        completed=len(records),
+        completed=counts["requests"],
         duration=seconds,
         total_input_tokens=inputs,
         total_output_tokens=outputs,
-        request_throughput=ratio(len(records), seconds_if_any),
+        request_throughput=ratio(counts["requests"], seconds_if_any),
         output_throughput=ratio(outputs, seconds_if_any),
         total_token_throughput=ratio(inputs + outputs, seconds_if_any),
-        hit_rate=ratio(cached, inputs),
+        hit_rate=ratio(counts["cached"], inputs),
     )
-    for name in ("ttft_ms", "tpot_ms", "itl_ms"):
-        values = [
-            x for record in records for x in np.atleast_1d(record[name]) if x is not None
-        ]
+    for name, values in totals.times.items():
         statistics = [None] * len(STATISTICS)
         if values:
             statistics = [np.mean(values), *np.percentile(values, (50, 90, 99))]
         summary |= {f"{kind}_{name}": x for kind, x in zip(STATISTICS, statistics)}
     return summary
-
-
-def reads_by_window(reads: list) -> list:
-    """Cache tokens read per window of CV_WINDOW iterations; reads: per iteration, [N] each."""
-    first_iterations = range(0, len(reads), CV_WINDOW)
-    return [sum(reads[first : first + CV_WINDOW]) for first in first_iterations]
 
 
 def sum_bytes(cluster, pool) -> dict[str, int]:
@@ -582,31 +839,29 @@ def sum_bytes(cluster, pool) -> dict[str, int]:
 
 
 def summarise_pool(server) -> dict:
-    """What the pool did: counters, bytes, balance. Collective."""
+    """What the pool did in this run: counters and balance."""
     engine = server.engine
     lake = server.lake
-    counters = server.scheduler.counters
-    windows = reads_by_window(engine.reads)
+    scheduler = server.scheduler
+    counters = scheduler.counters
     # The last, shorter one counts only if there is no other.
-    whole = len(engine.reads) // CV_WINDOW
-    sent = [line.request for line in server.lines if line.request]
+    whole = engine.iterations // CV_WINDOW
+    unfinished = sum(r.peak for r in scheduler.waiting + scheduler.running)
     longest = engine.busy[1]
-    summary = dict(
+    return dict(
         iterations=engine.iterations,
         computed_tokens=counters["computed_tokens"],
         recomputed_tokens=counters["recomputed_tokens"],
-        asked_tokens=sum(request.peak for request in sent),
+        asked_tokens=server.asked_tokens + unfinished,
         preemptions=counters["preemptions"],
         evictions=lake.balancer.evictions,
         replicas_max=lake.balancer.replicas_max,
         puts_local=ratio(counters["puts_local"], counters["puts"]),
         decode_puts_local=ratio(counters["decode_puts_local"], counters["decode_puts"]),
         cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
-        cache_load_cv=variation(windows[:whole] or windows),
+        cache_load_cv=variation(engine.reads[:whole] or engine.reads),
         idle_fraction=ratio(np.ptp(engine.busy), longest),
     )
-    moved = sum_bytes(server.cluster, lake.pool)
-    return summary | {f"{kind}_bytes": count for kind, count in moved.items()}
 
 
 def summarise_config(server) -> dict:
@@ -623,16 +878,21 @@ def summarise_config(server) -> dict:
     }
 
 
-def summarise(server, gaps: dict | None, wrong: list, error: str | None) -> dict:
-    """summary.json. gaps: those of `verify`, by request id, None if it was not asked for."""
-    summary = summarise_records(list(server.records.values()), server.engine.clock)
+def summarise(server, outcome) -> dict:
+    """summary.json. Bytes are null if a rank was lost before it said its own."""
+    summary = summarise_totals(server.results.totals, server.engine.clock)
     summary |= summarise_pool(server)
+    moved = outcome.moved or dict.fromkeys(server.lake.pool.bytes)
+    summary |= {f"{kind}_bytes": count for kind, count in moved.items()}
+    gaps = outcome.gaps
     # NaN also if one of them is.
     gap = float(np.max([*gaps.values()])) if gaps else np.nan
     return summary | dict(
-        verified=None if gaps is None else len(gaps) - len(wrong),
+        status=outcome.status,
+        error=outcome.error,
+        resumed=outcome.resumed,
+        verified=None if gaps is None else len(gaps) - len(outcome.wrong),
         max_logit_gap=None if np.isnan(gap) else gap,
-        error=error,
         config=summarise_config(server),
     )
 
@@ -646,6 +906,7 @@ REPORT = """\
      TPOT ms  {tpot}
        moved  {moved} ({puts_local:.1%} of all new KV stayed)
     pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
+RESUMED = "\n     resumed  {resumed} of them were there already"
 VERIFIED = "\n    verified  {verified}/{completed} "
 EQUAL = "equal recomputation without a cache, token for token"
 WITHIN = "within {max_logit_gap:.1e} logits of recomputation without a cache"
@@ -664,6 +925,8 @@ def format_report(summary: dict) -> str:
         form += VERIFIED + (EQUAL if summary["max_logit_gap"] == 0 else WITHIN)
     reads = summary["cache_reads"]
     values = {key: np.nan if value is None else value for key, value in summary.items()}
+    if summary["resumed"]:
+        form += RESUMED
 
     def times(name):
         return "  ".join(f"{kind} {values[f'{kind}_{name}']:,.0f}" for kind in STATISTICS)
@@ -687,30 +950,55 @@ def format_report(summary: dict) -> str:
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
     """The whole program on one rank; returns its exit status. One rank says what went wrong."""
     error = None
+    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in SIGNALS}
     cluster = Cluster(first_timeout(arguments))
     try:
-        options = cluster.together(parse_options, arguments)
-        set_threads(options, cluster)
-        device, memory = cluster.together(cluster.find_device, options.device)
-        memory = min(cluster.gather_objects(memory))
-        prepared = cluster.together(prepare, options, cluster, device, memory)
-        lines, lake_config, model = prepared
-        # One number of each tensor tells most other weights.
-        first_weights = [float(weight.flatten()[0]) for weight in model.weights.values()]
-        made = vars(options), lines, lake_config, model.config, model.dtype, first_weights
-        what = "options, another trace or another model"
-        cluster.together(cluster.require_same, repr(made), what)
-        server = Server(options, cluster, lines, lake_config, model)
-        file = cluster.together(open_output, options.output, cluster)
-        error = serve_and_report(server, file, on_iteration)
-    except (SetupError, LakeError, KeyboardInterrupt) as problem:
-        # An interrupt says nothing.
-        error = problem if str(problem) else "stopped by a signal"
+        server = set_up(arguments, cluster.connect())
+        for kind in SIGNALS:
+            signal.signal(kind, lambda *_: cluster.ask_stop())
+        error = serve_and_report(server, on_iteration)
+    except (SetupError, LakeError) as problem:
+        error = problem
+    except KeyboardInterrupt:
+        error = cluster.lost("stopped by a signal")
     finally:
-        if error and cluster.speaks():
-            print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
+        if error:
+            tell(error, cluster)
         cluster.close()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     return 2 if isinstance(error, SetupError) else int(error is not None)
+
+
+def tell(error, cluster):
+    """One rank says it, and all say it to torchrun, whose own report is the last on the screen."""
+    if cluster.speaks():
+        print(f"run_cluster.py: {error}", file=Forgiving(sys.stderr), flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(file, "w") as file:
+            json.dump(dict(message=str(error), timestamp=int(time.time())), file)
+
+
+class Forgiving:
+    """A text stream that may break off, as a pipe does whose reader has left."""
+    def __init__(self, stream):
+        self.stream = stream
+        self.broken = False
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, method, *arguments):
+        try:
+            method(*arguments)
+        except (OSError, ValueError):  # a ValueError: it is closed, or lacks a character
+            self.broken = True
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def first_timeout(arguments: list[str]) -> float:
@@ -723,6 +1011,37 @@ def first_timeout(arguments: list[str]) -> float:
     return 60.0
 
 
+def set_up(arguments, cluster) -> "Server":
+    """Everything that is checked or made before the first request. Raises SetupError on all ranks
+    if something is wrong on any."""
+    options = cluster.together(parse_options, arguments)
+    set_threads(options, cluster)
+    device, memory = cluster.together(cluster.find_device, options.device)
+    memory = min(cluster.gather_objects(memory))
+    prepared = cluster.together(prepare, options, cluster, device, memory)
+    lines, lake_config, model = prepared
+    made = vars(options), lines, lake_config, model.config, model.dtype
+    what = "options, another trace or another model"
+    cluster.together(cluster.require_same, repr(made), what)
+    sums = checksums(model.weights)
+    check_weights(sums, cluster)
+    results = Results(options.output, cluster)
+    basis = answers_basis(options, lines, model, sums)
+    cluster.together(results.begin, basis, lines, bool(options.output) and resumes(options))
+    finished = cluster.gather_objects(results.finished)[0]
+    return Server(options, cluster, lines, lake_config, model, results, finished)
+
+
+def check_weights(sums, cluster):
+    """Raises SetupError, on all ranks, if any has other weights than rank 0."""
+    every = cluster.gather_integers(list(sums.values()))
+    for rank, values in enumerate(every):
+        for name, value, first in zip(sums, values, every[0]):
+            said = f"rank {rank} has another {name} than rank 0; the same is expected"
+            if value != first:
+                raise SetupError(said)
+
+
 def set_threads(options, cluster):
     """The ranks of a machine share its cores; the built-in model needs one only. A rank that is
     alone heeds OMP_NUM_THREADS (torchrun sets it, to 1, for several)."""
@@ -731,53 +1050,106 @@ def set_threads(options, cluster):
         torch.set_num_threads(max(1, cores // cluster.local_size))
 
 
-def serve_and_report(server, file, on_iteration) -> str | None:
-    """Serves, verifies and reports; returns what is wrong. `on_iteration(server, new records)`."""
-    engine = server.engine
+@dataclass
+class Outcome:
+    """How a run ended."""
+    resumed: int  # requests that an earlier run had finished
+    status: str = "failed"  # or completed, or stopped (by a signal)
+    error: str | None = None
+    gaps: dict | None = None  # see Engine.verify; None: it was not asked for
+    wrong: list = field(default_factory=list)  # ids of requests that differ
+    moved: dict | None = None  # bytes by kind
+
+
+def serve_and_report(server, on_iteration) -> str | None:
+    """Serves, verifies, and reports however that ends; returns what is wrong. To be called once.
+    `on_iteration(server, new records)`."""
+    outcome = Outcome(len(server.finished))
+    try:
+        serve_and_verify(server, on_iteration, outcome)
+        outcome.moved = sum_bytes(server.cluster, server.lake.pool)
+    except Exception as problem:
+        outcome.status = "failed"
+        known = isinstance(problem, LakeError)
+        outcome.error = f"{problem if known else repr(problem)}; {progress(server)}"
+        if not known:
+            raise
+    finally:
+        if server.cluster.rank == 0:
+            report(server, outcome)
+    return outcome.error
+
+
+def progress(server) -> str:
+    return f"{len(server.finished)} of {len(server.lines)} are finished"
+
+
+def serve_and_verify(server, on_iteration, outcome):
     options = server.options
     first = server.cluster.rank == 0
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: setattr(engine, "stop", True))
-    error = gaps = None
-    wrong = []
+    engine = server.engine
     if first and options.profile is not None:
         engine.profile = profiler(options.output, options.profile)
-    num_lines = len(server.lines)
-    with file, tqdm(
-        total=num_lines, unit="request", leave=False, disable=not first
+    with tqdm(
+        total=len(server.lines),
+        initial=outcome.resumed,
+        unit="request",
+        leave=False,
+        disable=not first,
+        file=Forgiving(sys.stderr),
     ) as bar:
         try:
             with engine.profile or contextlib.nullcontext():
-                server.serve(file, bar, on_iteration)
+                server.serve(bar, on_iteration)
+            outcome.status = "completed"
+            if options.verify:
+                verify_all(server, bar, outcome)
         except Stopped as stopped:
-            error = f"{stopped}; {len(server.records)} of {num_lines} are finished"
-        if options.verify and not error:
-            gaps, wrong, error = verify_all(server, bar)
-    summary = summarise(server, gaps, wrong, error)
-    if first:
-        print(format_report(summary), flush=True)
-        if options.output:
-            text = json.dumps(summary, indent=1, default=str)
-            (options.output / "summary.json").write_text(text + "\n")
-    return error
+            unwritten = server.cluster.gather_objects(server.results.error)[0]
+            outcome.status = "failed" if unwritten else "stopped"
+            outcome.error = f"{unwritten or stopped}; {progress(server)}"
 
 
-def verify_all(server, bar):
-    """Gaps of the finished requests, those that differ, and what is wrong."""
-    finished = sorted(server.records)
+def verify_all(server, bar, outcome):
+    """All requests, which have finished."""
+    requests = [line.request for line in server.lines]
     bar.set_description("verifying")
-    bar.reset(len(finished))
-    requests = [server.lines[id].request for id in finished]
-    gaps = server.engine.verify(requests, bar.update)
+    bar.reset(len(requests))
+    gaps = outcome.gaps = server.engine.verify(requests, bar.update)
     limit = TOLERANCE[server.model.dtype]
-    wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # NaN is wrong, too
-    error = None
-    if wrong:
-        error = f"request {wrong[0]} differs from recomputation without a cache"
-    elif len(gaps) < len(finished):
-        error = f"stopped by a signal; {len(gaps)} of {len(finished)} are verified"
-    return gaps, wrong, error
+    outcome.wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # NaN is wrong, too
+    if outcome.wrong:
+        said = f"request {outcome.wrong[0]} differs from recomputation without a cache"
+        outcome.status = "failed"
+        outcome.error = said
+    elif len(gaps) < len(requests):
+        said = f"stopped by a signal; {len(gaps)} of {len(requests)} are verified"
+        outcome.status = "stopped"
+        outcome.error = said
+
+
+def report(server, outcome):
+    """summary.json, then the table. What can't be written is an error, too."""
+    said = [outcome.error] if outcome.error else []
+    try:
+        summary = summarise(server, outcome)
+        server.results.write("summary.json", summary)
+    except ValueError as problem:
+        said.append(str(problem))
+    out = Forgiving(sys.stdout)
+    print(format_report(summary), file=out, flush=True)
+    if out.broken:
+        said.append("the report could not be printed")
+    outcome.error = "; ".join(said) or None
+
+
+def main() -> int:
+    status = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        Forgiving(stream).flush()
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    # At once: after a lost rank, what C++ has to do at an orderly exit may end in an abort.
+    os._exit(main())

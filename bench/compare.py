@@ -39,7 +39,7 @@ from pool import (  # noqa: E402
     LakeError,
     Moves,
 )
-from run_cluster import TOLERANCE, Engine, reads_by_window, sum_bytes  # noqa: E402
+from run_cluster import CV_WINDOW, TOLERANCE, Engine, sum_bytes  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
@@ -356,6 +356,9 @@ class RealRun:
             Engine(cluster, lake, scheduler, model, Sampler())
             for lake, scheduler in zip(self.fleet.lakes, self.fleet.schedulers)
         ]
+        # A request may have rows in several lakes: who has computed which is counted together.
+        for engine in self.engines:
+            engine.computed = self.engines[0].computed
         self.pool = next(lake.pool for lake in self.fleet.lakes if lake.pool)
         if len(self.fleet.lakes) > 1:  # lakes of one have no group of their own
             self.pool.move_group = group[0]
@@ -411,13 +414,18 @@ class RealRun:
         reads = np.zeros(self.cluster.size)
         for i, engine in enumerate(self.engines):
             if engine.scheduler.waiting or engine.scheduler.running:
-                before = len(engine.reads)
+                before = sum(engine.reads)
                 _, ended = engine.step()
                 num_ended += len(ended)
-                reads[engine.lake.instances] += sum(engine.reads[before:])
+                reads[engine.lake.instances] += sum(engine.reads) - before
                 self.carry(self.fleet.advance(i))
         self.reads.append(reads)
         return num_ended
+
+    def reads_by_window(self) -> list:
+        """As Engine.reads has them: here an iteration is one of every lake."""
+        first_iterations = range(0, len(self.reads), CV_WINDOW)
+        return [sum(self.reads[first : first + CV_WINDOW]) for first in first_iterations]
 
     def report(self, requests) -> dict:
         """What real.json says. Collective."""
@@ -433,7 +441,7 @@ class RealRun:
             preemptions=sum(s.counters["preemptions"] for s in schedulers),
             verified=sum(gap <= tolerance for gap in gaps.values()),
             hit_rate=sum(self.fleet.cached_tokens.values()) / prompts,
-            cache_load_cv=variation(reads_by_window(self.reads)),
+            cache_load_cv=variation(self.reads_by_window()),
             moved_bytes=sum_bytes(self.cluster, self.pool),
             evictions=sum(lake.balancer.evictions for lake in self.fleet.lakes),
         )
@@ -441,7 +449,7 @@ class RealRun:
 
 def real(options) -> int:
     """Every policy on these ranks. Returns 0 if all tokens are right."""
-    cluster = Cluster()
+    cluster = Cluster().connect()
     cores = os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // cluster.local_size))
     try:
