@@ -32,6 +32,7 @@ import hashlib
 import os
 import pickle
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -695,6 +696,7 @@ class Cluster:
         self.store = None
         self._announced = None  # waits for what all ranks say, see `announce`
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._orphan = False
 
     def connect(self) -> "Cluster":
         """Meets the others in the store, so that who does not come can be named, then in gloo."""
@@ -820,6 +822,7 @@ class Cluster:
 
     def announce(self, digest: bytes, fault=False):
         """Sends the digest of this rank's next plan, and its flags; `confirm` waits for all."""
+        self._require_parent()
         self.iteration += 1
         self.doing = f"iteration {self.iteration}"
         stop = self.stop_asked is not None
@@ -879,16 +882,21 @@ class Cluster:
 
     def _look_up(self):
         """Raises LakeError if there is nothing to wait for any more."""
-        if self._parent and os.getppid() != self._parent:
-            raise LakeError(self._where() + "torchrun has ended")
+        self._require_parent()
         since_stop = time.monotonic() - (self.stop_asked or np.inf)
         if since_stop > TO_STOP:
             raise self.lost("stopped by a signal")
         if self.guard(self.store.check, ["given up"]):
             raise self.lost("an exchange failed")
 
+    def _require_parent(self):
+        if self._parent and os.getppid() != self._parent:
+            self._orphan = True
+            raise LakeError(self._where() + "torchrun has ended")
+
     def lost(self, reason: str, error=None) -> LakeError:
         """What to raise when ranks can't go on together, naming those that do not answer."""
+        self._require_parent()
         said = [self._where() + reason]
         detail = str(error).splitlines()[:1]
         try:
@@ -933,12 +941,14 @@ class Cluster:
         os._exit(1)
 
     def speaks(self) -> bool:
-        """True on the first rank that asks: it prints what went wrong. Without a store, on the first
-        of each machine."""
-        try:
-            return self.store is None or self.store.add("spoken", 1) == 1
-        except RuntimeError:
-            return self.local_rank == 0
+        """True on the first rank that asks: it prints what went wrong. If the store is lost, on the
+        first of each machine."""
+        if self.store is None:
+            return True
+        with suppress(RuntimeError):
+            if not self._orphan:  # torchrun has the store
+                return self.store.add("spoken", 1) == 1
+        return self.local_rank == 0
 
     def close(self):
         if dist.is_initialized():

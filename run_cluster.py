@@ -29,6 +29,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+
+# What PyTorch's C++ has to warn of is said by us, in one line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+if __name__ == "__main__":
+    # Until `run` heeds signals, one ends the program without a word: imports take seconds.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from tqdm import tqdm
 
@@ -693,7 +700,9 @@ class Results:
         before = read_json(self.folder / "run.json")
         for what, value in basis.items():
             was = before.get(what)
-            said = f"{what} is {value!r}, what it holds was begun with {was!r}"
+            said = f"it was begun with another {what}"
+            if what not in ("trace", "model"):
+                said += f": {was!r}, now {value!r}"
             said += "; the same, or a new folder, is expected"
             require(was == value, f"--resume {self.folder}: {said}")
 
@@ -791,11 +800,12 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     asked = [attrgetter(*fields.split())(line) for line in lines]
     names = "trace_scale", "seed", "temperature", "stop_at_eos"
     return {
-        "the number of requests": len(lines),
-        "the trace": digest(asked),
-        "the model": digest((model.config, sums)),
+        "number of requests": len(lines),
         "--dtype": str(model.dtype).removeprefix("torch."),
         **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
+        # What depends on these comes last, so that they are named.
+        "trace": digest(asked),
+        "model": digest((model.config, sums)),
     }
 
 

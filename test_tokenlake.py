@@ -12,6 +12,9 @@ import math
 import multiprocessing
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,14 +95,22 @@ class Job:
             self.processes.append(process)
             self.pipes.append(ours)
 
-    def survivor(self, rank, timeout=60):
-        """(status, text, failure) of a rank that ends while another is dead or stuck."""
-        assert self.pipes[rank].poll(timeout), f"rank {rank} hangs"
-        status, text, _, failure = self.pipes[rank].recv()
+    def survivors(self, lost, timeout=60) -> str:
+        """What the others say when one rank is dead or stuck: one line, of one of them."""
+        texts = []
+        deadline = time.monotonic() + timeout
+        for rank, pipe in enumerate(self.pipes):
+            if rank != lost:
+                assert pipe.poll(max(0.1, deadline - time.monotonic())), f"rank {rank} hangs"
+                status, text, _, failure = pipe.recv()
+                assert failure is None and status == 1, failure
+                texts.append(text)
         for process in self.processes:
             process.kill()
             process.join(10)
-        return status, text, failure
+        said = "".join(texts)
+        assert said.count("run_cluster.py: ") == 1, said
+        return said[said.index("run_cluster.py: "):].splitlines()[0]
 
     def finish(self, timeout=240, raised=None):
         """[(status, text, seen)] by rank; fails the test if a rank hung, or if one raised that
@@ -2389,13 +2400,13 @@ def test_ranks_that_disagree_stop_with_a_message(tmp_path, prelude, said):
     assert said in text and text.count("run_cluster.py: ") == 1 and time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("prelude, survivor", [("die", 0), ("first_dies", 1)])
-def test_a_lost_rank_is_an_error_not_a_hang(tmp_path, prelude, survivor):
+@pytest.mark.parametrize("prelude, lost, ranks", [("die", 1, 2), ("first_dies", 0, 2),
+                                                  ("die", 1, 4), ("first_dies", 0, 3)])
+def test_a_lost_rank_is_an_error_not_a_hang(tmp_path, prelude, lost, ranks):
     """Whoever is lost, a rank that is left says so."""
     trace = write_trace(tmp_path, CHAT)
-    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 20], 2, prelude)
-    status, text, failure = job.survivor(survivor)
-    assert failure is None and status == 1 and "a rank was lost" in text
+    said = Job(["--trace", trace, "--speed", "inf"], ranks, prelude).survivors(lost)
+    assert f"iteration 6: an exchange failed; rank {lost} does not answer; " in said
 
 
 def stuck(rank, seen):
@@ -2417,14 +2428,12 @@ def stuck_in_attention(rank, seen):
     pool.partial_attention = slow
 
 
-@pytest.mark.parametrize("prelude, said", [("stuck", "behind: rank 1"),
-                                           ("stuck_in_attention", "all had begun it")])
-def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude, said):
-    """In the control plane and in the data plane; the message says who is behind."""
+@pytest.mark.parametrize("prelude", ["stuck", "stuck_in_attention"])
+def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude):
+    """In the control plane and in the data plane; the message names it, though it had begun."""
     trace, began = write_trace(tmp_path, CHAT), time.monotonic()
-    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 8], 2, prelude)
-    status, text, failure = job.survivor(0)
-    assert failure is None and status == 1 and f"a rank was lost ({said})" in text
+    job = Job(["--trace", trace, "--speed", "inf", "--timeout", 8], 3, prelude)
+    assert "an exchange failed; rank 1 does not answer; " in job.survivors(1)
     assert time.monotonic() - began < 50
 
 
@@ -2436,8 +2445,8 @@ def die_in_verify(rank, seen):
 def test_a_rank_lost_while_verifying_is_said(tmp_path):
     trace = write_trace(tmp_path, CHAT)
     job = Job(["--trace", trace, "--speed", "inf", "--verify"], 2, "die_in_verify")
-    status, text, failure = job.survivor(0)
-    assert failure is None and status == 1 and "a rank was lost" in text
+    text = job.survivors(1)
+    assert "verifying: an exchange failed; rank 1 does not answer; " in text
 
 
 def stop_in_verify(rank, seen):
@@ -2545,6 +2554,565 @@ def test_a_signal_stops_all_ranks_and_keeps_what_is_finished(tmp_path):
     assert said in results[0][1] + results[1][1]
     summary = json.loads((output / "summary.json").read_text())
     assert summary["completed"] == 1 and said in summary["error"]
+
+
+# ── what is not finite, and who checks what ───────────────────────────────────────────────────
+
+
+def wrong_in_itself(rank, seen):
+    """Rank 1's weights change once they were compared: its answers and its oracle are wrong alike."""
+    make = run_cluster.Server
+
+    def server(options, cluster, lines, lake_config, model, *rest):
+        if rank == 1:
+            model.weights["model.layers.1.mlp.up_proj.weight"] *= -1
+        return make(options, cluster, lines, lake_config, model, *rest)
+    run_cluster.Server = server
+
+
+def test_no_rank_checks_what_it_computed_alone(tmp_path):
+    """One that serves with other weights is noticed, by the others."""
+    trace = write_trace(tmp_path, CHAT)
+    results = Job(["--trace", trace, "--verify", "--speed", "inf"], 2, "wrong_in_itself").finish()
+    assert [status for status, *_ in results] == [1, 1]
+    assert "differs from recomputation" in "".join(text for _, text, _ in results)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_verification_is_dealt_to_others(num_ranks):
+    rng = np.random.default_rng(num_ranks)
+    requests = [Request(i, [1] * int(rng.integers(1, 50)), 60) for i in range(60)]
+    computed = Counter()
+    for request in requests:
+        alone = rng.random() < 0.5
+        rows = np.zeros(num_ranks, int) if alone else rng.integers(9, size=num_ranks)
+        rows[rng.integers(num_ranks)] += 1
+        computed.update({(request.id, rank): int(n) for rank, n in enumerate(rows)})
+    dealt = run_cluster.deal(requests, computed, num_ranks)
+    assert sorted(r.id for share in dealt for r in share) == list(range(60))
+    for rank, share in enumerate(dealt):
+        for request in share:
+            rows = [computed[request.id, other] for other in range(num_ranks)]
+            assert num_ranks == 1 or rows[rank] < sum(rows)
+            assert rows[rank] <= sum(rows) / num_ranks
+    work = [sum(len(request.tokens) for request in share) for share in dealt]
+    assert max(work) < 1.5 * sum(work) / num_ranks
+
+
+def test_checksums_notice_any_change():
+    """One bit, the sign of a zero, rows or halves that change places; shape of 8 bytes or not."""
+    for shape, dtype in (((64, 33), torch.float32), ((7,), torch.bfloat16), ((900, 700), torch.float16)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        weight[0] = 0.0
+        found = {run_cluster.checksums({"w": weight})["w"]}
+        changed = [weight.flip(0), weight.clone(), weight.clone(), weight.roll(len(weight) // 2, 0)]
+        changed[1].view(torch.uint8).flatten()[-1] ^= 1
+        changed[2].view(torch.uint8).flatten()[1] ^= 128
+        for other in changed:
+            found |= {run_cluster.checksums({"w": other})["w"]}
+        assert len(found) == 5
+        assert run_cluster.checksums({"w": weight.clone()})["w"] in found
+
+
+def poison(rank, seen, layer=1, iteration=4, name="k", value=math.nan):
+    """From some iteration on, rank 1 computes a value that is not finite."""
+    original = TokenLake.put
+
+    def put(self, kv_buf):
+        if rank == 1 and self.pool.cluster.iteration >= iteration and kv_buf.layer == layer:
+            if len(getattr(kv_buf, name)):
+                getattr(kv_buf, name)[-1, 0, 0] = value
+        return original(self, kv_buf)
+    TokenLake.put = put
+
+    def observe(server, finished):
+        for tensor in (server.lake.pool.k, server.lake.pool.v):
+            for segment in server.lake.balancer.tree.segments.values():
+                for instance, slot in segment.replicas.items():
+                    row = pool.slab_row(slot, *server.lake.balancer.sizes[1:])
+                    if instance == rank:
+                        assert tensor[:, row:row + 16].isfinite().all()
+    return observe
+
+
+def poison_v(rank, seen):
+    return poison(rank, seen, layer=2, name="v", value=-math.inf)
+
+
+def poison_logits(rank, seen):
+    original = Llama.forward
+
+    def forward(self, *arguments):
+        logits = original(self, *arguments)
+        return logits * math.nan if rank == 1 else logits
+    Llama.forward = forward
+
+
+@pytest.mark.parametrize("prelude, said", [
+    ("poison", r"iteration \d+: request \d+: the KV of layer 1 is not finite; "),
+    ("poison_v", r"iteration \d+: request \d+: the KV of layer 2 is not finite; "),
+    ("poison_logits", r"iteration \d+: request \d+: its logits are not finite; ")])
+def test_what_is_not_finite_ends_the_run_with_its_name(tmp_path, prelude, said):
+    """Nothing of it is published, and no answer is made of it."""
+    run = serve(tmp_path, CHAT, ranks=2, prelude=prelude, status=1)
+    assert len(re.findall(said, run.text)) == 1
+    assert run.summary["status"] == "failed" and re.match(said, run.summary["error"])
+    assert run.tokens.items() <= chat_answers().items()
+
+
+def test_large_finite_values_are_fit():
+    """Their sum overflows: only then is each looked at."""
+    lake = TokenLake([0], LlamaConfig(), LakeConfig(), pool.Cluster(), torch.float32)
+    buffer = pool.KVBuffer(pool.TransferPlan(pool.SlabWrites(*np.array([[0], [0], [16], [3]])),
+                                             pool.Moves.of((0, 0, 0, 0, 0, 0)), 1), 0, 99, "cpu")
+    lake.pool.k[2, 16:19] = 3e38
+    assert lake.pool.first_unfit(buffer) is None
+    lake.pool.v[2, 18, 3, 5] = math.inf
+    lake.pool.v[2, 17, 3, 5] = math.nan
+    assert lake.pool.first_unfit(buffer) == (2, 1)
+    lake.pool.k[1, 18, 0, 0] = math.nan
+    lake.pool.k[0, 19, 0, 0] = math.nan  # nothing was written there
+    assert lake.pool.first_unfit(buffer) == (1, 2)
+
+
+def slow_to_sample(rank, seen):
+    original = Sampler.sample
+
+    def sample(self, logits, keys):
+        time.sleep(0.4 * (rank == 1))
+        return original(self, logits, keys)
+    Sampler.sample = sample
+
+
+def test_a_token_is_known_when_all_are(tmp_path):
+    """Rank 1 takes its time to sample: that is part of the time to the first token."""
+    run = serve(tmp_path, [dict(input_ids=tokens(40, i), output_length=2) for i in range(2)],
+                ranks=2, prelude="slow_to_sample")
+    for record in run.records.values():
+        assert record["ttft_ms"] >= 400 and record["itl_ms"][0] >= 400
+    assert run.summary["duration"] >= 0.8
+
+
+def test_a_stall_changes_the_time_model_little():
+    """Ten seconds among tens of milliseconds: predictions change by a few percent at most."""
+    def predictions(stalls, seed):
+        model = Scheduler(TokenLake([0], LlamaConfig(), LakeConfig())).predictor
+        rng = np.random.default_rng(seed)
+        for i in range(256):
+            rows = rng.integers(1, 130)
+            work = np.array([[rows, rows * rng.integers(100, 4000), rng.integers(5000)]])
+            seconds = np.dot((2e-3, 3e-5, 4e-8, 5e-7), (1, *work[0]))
+            model.measured(work, seconds * (1 + 0.2 * rng.exponential()) + 10 * (i in stalls))
+        model.coefficients = model.fitted
+        usual = np.array([[r, r * p, k] for r in (1, 32, 128) for p in (100, 3000) for k in (0, 4000)])
+        return model.time(*usual.T)
+    for seed in range(5):
+        without = predictions((), seed)
+        assert predictions((200,), seed) == pytest.approx(without, rel=0.03)
+        assert predictions((20, 100, 250), seed) == pytest.approx(without, rel=0.06)
+
+
+# ── lost work: what a run has written is kept, and gone on with ──────────────────────────────
+
+
+TALK = chat(num_sessions=6, turns=3, seed=7)
+
+
+def interrupted(folder, kept, torn=b'{"request_id": 3, "outp'):
+    """As if the run that wrote the folder had been cut off after so many records."""
+    file = folder / "requests.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:kept]) + torn)
+    (folder / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_run_that_was_cut_off_goes_on(tmp_path, temperature):
+    """Whatever was finished, the same answers in the end, none twice; the number of ranks, slots
+    and what else changes no answer may be another. Verification covers what was kept."""
+    sampling = ["--dtype", "float64", "--temperature", temperature, "--speed", "inf"]
+    options = ["--trace", write_trace(tmp_path, TALK), "--output", tmp_path / "out", *sampling]
+    Job(options, 2).finish()
+    whole = Served(tmp_path / "out", [(0, "", {})])
+    assert whole.tokens == oracle(TALK, sampler=Sampler(temperature))
+    for kept, torn, ranks, more in ((0, b"", 1, []), (1, b"", 2, ["--slots", 40]),
+                                    (7, b'{"request_id": 3, "outp', 3, ["--verify"]),
+                                    (11, b"\0\0\0", 2, ["--segment-tokens", 4]),
+                                    (18, b"", 2, ["--verify"])):
+        interrupted(tmp_path / "out", kept, torn)
+        before = (tmp_path / "out" / "requests.jsonl").read_bytes()[:-len(torn) or None]
+        results = Job([*options, "--resume", *more], ranks).finish()
+        assert [status for status, *_ in results] == [0] * ranks
+        run = Served(tmp_path / "out", results)
+        assert run.tokens == whole.tokens
+        written = (tmp_path / "out" / "requests.jsonl").read_bytes()
+        assert written.startswith(before) and written.count(b"\n") == len(TALK)
+        assert run.summary["resumed"] == kept and run.summary["completed"] == len(TALK)
+        assert run.summary["verified"] == (len(TALK) if "--verify" in more else None)
+        for record in run.records.values():
+            previous = run.records.get(record["request_id"] - 6)
+            assert not previous or previous["finished_s"] <= record["arrival_s"]
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_resume_begins_anew_where_nothing_is(tmp_path, folder):
+    output = tmp_path / folder
+    if folder == "empty":
+        output.mkdir()
+    results = Job(["--num-requests", 3, "--output", output, "--resume", "--speed", "inf"]).finish()
+    run = Served(output, results)
+    assert run.status == 0 and run.summary["resumed"] == 0 and len(run.tokens) == 3
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--seed", 1], "it was begun with another --seed: 0, now 1; the same, or a new folder, is exp"),
+    (["--temperature", 0.5], "it was begun with another --temperature: 0.0, now 0.5"),
+    (["--dtype", "float64"], "it was begun with another --dtype: 'float32', now 'float64'"),
+    (["--stop-at-eos"], "it was begun with another --stop-at-eos: False, now True"),
+    (["--num-requests", 3], "it was begun with another number of requests: 4, now 3"),
+    (["--trace", "other"], "it was begun with another trace; the same"),
+    (["--model", "model", "--random-weights"], "it was begun with another model; the same"),
+    ("twice", "requests.jsonl:3: request 1 is there twice"),
+    ("of none", "requests.jsonl:3: not the record of a request of this trace"),
+    ("not JSON", "requests.jsonl:3: not the record of a request of this trace"),
+    ("a turn alone", "requests.jsonl:3: request 3 is there, but not 2 before it"),
+    ("no run.json", "run.json: No such file"), ("broken run.json", "run.json: not readable as JSON")])
+def test_a_folder_of_another_run_is_refused(tmp_path, change, said):
+    """By the name of what differs; nothing in it changes."""
+    lines = [dict(input_ids=tokens(9, i), output_length=2, session_id=min(i, 2)) for i in range(4)]
+    write_trace(tmp_path, lines).rename(tmp_path / "trace")
+    write_trace(tmp_path, [*lines[:3], dict(lines[3], input_ids=[5])]).rename(tmp_path / "other")
+    save_model(tmp_path / "model", dict(vocab_size=512))
+    output = tmp_path / "out"
+    options = ["--speed", "inf", "--output", output, "--trace", tmp_path / "trace"]
+    Job(options).finish()
+    interrupted(output, 2, b"")
+    file = output / "requests.jsonl"
+    records = file.read_bytes().splitlines(keepends=True)
+    again = json.loads(records[1])["request_id"]
+    said = said.replace("request 1 is there twice", f"request {again} is there twice")
+    turn = json.loads(records[1]) | {"request_id": 3}
+    added = {"twice": records[1], "of none": b'{"request_id": 4}', "not JSON": b"[" * 100_000,
+             "a turn alone": json.dumps(turn).encode()}
+    if str(change) in added:
+        file.write_bytes(b"".join([*records, added[change].strip() + b"\n"]))
+    if change == "no run.json":
+        (output / "run.json").unlink()
+    if change == "broken run.json":
+        (output / "run.json").write_text("{")
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    change = [] if isinstance(change, str) else change
+    change = [tmp_path / x if x in ("other", "model") else x for x in change]
+    assert said in refused(tmp_path, *options, "--resume", *change)
+    assert before == {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    output = tmp_path / "out"
+    trace = write_trace(tmp_path, [dict(input_ids=[5], output_length=4000)])
+    options = ["--trace", trace, "--output", output, "--resume", "--speed", "inf"]
+    job = Job(options)
+    while not (output / "run.json").exists():
+        time.sleep(0.05)
+    assert "another run writes there" in refused(tmp_path, *options)
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    assert [status for status, *_ in job.finish()] == [1]
+
+
+def test_finished_requests_leave_no_tokens_behind(tmp_path):
+    """Only a next turn or --verify asks for them."""
+    serve(tmp_path, CHAT, ranks=2, prelude="nothing_is_left")
+    lines = [dict(input_ids=tokens(30, i), output_length=3) for i in range(6)]
+    serve(tmp_path, lines, prelude="nothing_is_left")
+
+
+def nothing_is_left(rank, seen):
+    def observe(server, finished):
+        left = {line.index for line in server.lines if line.request}
+        live = {request.id for request in server.scheduler.running + server.scheduler.waiting}
+        wanted = {line.previous.index for line in server.lines
+                  if line.previous and line.index not in live | server.finished}
+        assert left <= live | wanted
+        per_request = server.times, server.scheduler.cached_tokens
+        assert all(set(kept) <= live for kept in per_request)
+        assert {id for id, _ in server.engine.computed} <= live | wanted
+    return observe
+
+
+# ── however a run ends, its summary is written ───────────────────────────────────────────────
+
+
+def full_disk(rank, seen, room=1500):
+    """Files may take so many bytes, and no more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+def no_room_at_all(rank, seen):
+    full_disk(rank, seen, room=10)
+
+
+def folder_vanishes(rank, seen):
+    def observe(server, finished):
+        if finished and rank == 0 and server.results.folder.exists():
+            shutil.rmtree(server.results.folder)
+    return observe
+
+
+def bug(rank, seen):
+    """The program itself is wrong, on rank 0."""
+    def observe(server, finished):
+        if rank == 0 and server.engine.iterations == 5:
+            raise ZeroDivisionError("injected")
+    return observe
+
+
+@pytest.mark.parametrize("prelude, said, status", [
+    ("die", "iteration 6: an exchange failed; rank 1 does not answer; 2 of 8", "failed"),
+    ("bug", "ZeroDivisionError('injected'); 2 of 8 are finished", "failed"),
+    ("poison", "is not finite; ", "failed")])
+def test_a_summary_is_written_however_the_run_ends(tmp_path, prelude, said, status):
+    output = tmp_path / "out"
+    options = ["--trace", write_trace(tmp_path, CHAT), "--output", output, "--speed", "inf"]
+    job = Job(options, 2, prelude)
+    deadline = time.monotonic() + 60
+    while not (output / "summary.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in job.processes:
+        process.join(20)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["status"] == status and said in summary["error"]
+    assert summary["completed"] == len((output / "requests.jsonl").read_text().splitlines())
+    assert sorted(path.name for path in output.iterdir()) == [
+        "requests.jsonl", "run.json", "summary.json"]
+
+
+@pytest.mark.parametrize("prelude, said", [
+    ("full_disk", "requests.jsonl: File too large; "),
+    ("folder_vanishes", "requests.jsonl: it was removed; ")])
+def test_what_cannot_be_written_is_one_line(tmp_path, prelude, said):
+    """All ranks stop, the file is named, and what was complete stays whole."""
+    output = tmp_path / "out"
+    lines = [dict(input_ids=tokens(9, i), output_length=5) for i in range(40)]
+    options = ["--trace", write_trace(tmp_path, lines), "--output", output, "--speed", "inf",
+               "--dtype", "float64"]
+    results = Job(options, 2, prelude).finish()
+    text = "".join(text for _, text, _ in results)
+    assert [status for status, *_ in results] == [1, 1] and said in text
+    assert text.count("run_cluster.py: ") == 1
+    if prelude == "full_disk":
+        assert "summary.json: File too large" in text  # that has no room, either
+        records = [json.loads(line) for line in (output / "requests.jsonl").open()]
+        assert 0 < len(records) < 40 and not list(output.glob("*.partial"))
+        Job([*options, "--resume"], 2).finish()
+        assert Served(output, [(0, "", {})]).tokens == oracle(lines)
+
+
+@pytest.mark.parametrize("output, said", [
+    ("/proc/nowhere", "--output /proc/nowhere: No such file"),
+    ("{tmp}/file", "--output {tmp}/file: File exists")])
+def test_a_folder_that_takes_nothing_is_refused(tmp_path, output, said):
+    (tmp_path / "file").write_text("")
+    here = str(tmp_path)
+    text = refused(tmp_path, "--num-requests", 2, "--output", output.replace("{tmp}", here))
+    assert said.replace("{tmp}", here) in text
+
+
+@pytest.mark.parametrize("case", ["closed pipe", "ASCII"])
+def test_a_summary_comes_before_the_table(tmp_path, case):
+    """A reader that has left, and an encoding without a dash."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"} if case == "ASCII" else None
+    process = subprocess.Popen(
+        [sys.executable, HERE / "run_cluster.py", "--num-requests", "2", "--speed", "inf",
+         "--output", tmp_path / "out", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    if case == "closed pipe":
+        process.stdout.close()
+    said = process.stderr.read().decode()
+    status = process.wait(60)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["completed"] == 2
+    assert "Traceback" not in said and "Exception ignored" not in said
+    if case == "closed pipe":
+        assert status == 1 and said.endswith("run_cluster.py: the report could not be printed\n")
+    else:
+        assert status == 0
+
+
+# ── faults under torchrun ─────────────────────────────────────────────────────────────────────
+
+
+class Torchrun:
+    """The command line as users type it, in a process group of its own, and its workers."""
+
+    def __init__(self, folder, trace, *arguments, ranks=4, restarts=0):
+        self.output = folder / "out"
+        self.log = open(folder / "log", "w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             f"--nproc-per-node={ranks}", f"--max-restarts={restarts}",
+             str(HERE / "run_cluster.py"), "--device", "cpu", "--trace", str(trace),
+             "--dtype", "float64", "--output", str(self.output), *map(str, arguments)],
+            cwd=folder, stdout=self.log, stderr=self.log, start_new_session=True)
+
+    def workers(self) -> dict:
+        """Process ids by rank, of those that run."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                id, state, parent = self.stat(int(folder.name))
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                ranks = [x[5:] for x in environment if x.startswith(b"RANK=")]
+                if parent == self.process.pid and state != "Z" and ranks:
+                    found[int(ranks[0])] = id
+        return found
+
+    @staticmethod
+    def stat(id):
+        fields = Path(f"/proc/{id}/stat").read_text().rpartition(")")[2].split()
+        return id, fields[0], int(fields[1])
+
+    def wait_for_records(self, count, timeout=90):
+        file, deadline = self.output / "requests.jsonl", time.monotonic() + timeout
+        while not file.exists() or len(file.read_bytes().splitlines()) < count:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.text()
+            time.sleep(0.02)
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def finish(self, timeout=180):
+        """(exit status, what was said, lines of ours); no process outlives it by more than 15 s."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+        workers = self.workers()
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL) if self.process.poll() is None else None
+        text = self.text()
+        said = re.findall(r"^run_cluster.py: .*$", text.replace("\r", "\n"), re.MULTILINE)
+        assert self.process.poll() is not None, text
+        return self.process.returncode, text, said, workers
+
+
+LONG = [dict(input_ids=tokens(5 + i % 40, i), output_length=12 + i % 9, session_id=i % 30)
+        for i in range(60)]
+on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+
+
+def gone(ids, timeout=20):
+    """Whether all these processes end."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        left = [id for id in ids if Path(f"/proc/{id}").exists()
+                and Torchrun.stat(id)[1] != "Z"]
+        if not left:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+FAULTS = [
+    # what happens to rank 2 (or to torchrun), what one line says then, within seconds
+    ("rank 2 is killed", "an exchange failed; rank 2 does not answer", 10),
+    ("rank 0 is killed", "an exchange failed; rank 0 does not answer", 10),
+    ("rank 2 is stopped", "an exchange failed; rank 2 does not answer", 6 + 10),
+    ("torchrun is killed", "torchrun has ended", 10),
+    ("Ctrl-C", "stopped by a signal", 10),
+    ("Ctrl-C, rank 2 is stopped", "; rank 2 does not answer", 6 + 10)]
+
+
+@on_linux
+@pytest.mark.parametrize("fault, expected, seconds", FAULTS)
+def test_who_was_lost_is_one_line(tmp_path, fault, expected, seconds):
+    """No C++ frames, no traceback of ours, no process left; rank 0's summary says the same."""
+    run = Torchrun(tmp_path, write_trace(tmp_path, LONG), "--timeout", 6, "--max-batch", 2,
+                   "--speed", "inf")
+    run.wait_for_records(2)
+    workers = run.workers()
+    assert sorted(workers) == [0, 1, 2, 3]
+    began = time.monotonic()
+    if "killed" in fault:
+        os.kill({"rank 0": workers[0], "rank 2": workers[2]}.get(fault[:6], run.process.pid),
+                signal.SIGKILL)
+    if "rank 2 is stopped" in fault:
+        os.kill(workers[2], signal.SIGSTOP)
+    if "Ctrl-C" in fault:
+        os.killpg(run.process.pid, signal.SIGINT)
+    while "run_cluster.py: " not in run.text():
+        assert time.monotonic() - began < seconds, run.text()
+        time.sleep(0.05)
+    if "stopped" in fault:
+        os.kill(workers[2], signal.SIGCONT)  # or torchrun takes half a minute to kill it
+    status, text, said, _ = run.finish()
+    assert status and len(said) == 1 and expected in said[0]
+    assert "frame #" not in text and "Traceback" not in text.partition("torch/distributed")[0]
+    assert 'run_cluster.py", line' not in text
+    assert gone(workers.values())
+    if fault != "rank 0 is killed":
+        summary = json.loads((run.output / "summary.json").read_text())
+        assert summary["error"] in said[0]
+        assert summary["status"] == ("stopped" if fault == "Ctrl-C" else "failed")
+
+
+def test_the_reason_is_in_torchruns_report(tmp_path):
+    """What a rank says last is also the last on the screen."""
+    trace = write_trace(tmp_path, [dict(input_ids=[1], output_length=0)])
+    status, text, said, _ = Torchrun(tmp_path, trace, ranks=2).finish()
+    assert status and len(said) == 1
+    assert text.rpartition("Root Cause")[2].count("trace0.jsonl:1: output_length is 0") == 1
+
+
+def ends_early(rank, seen):
+    """Rank 1 takes the run to be over."""
+    def observe(server, finished):
+        if rank == 1 and server.engine.iterations == 4:
+            server.arrivals.clear()
+            server.scheduler.running.clear()
+            server.scheduler.waiting.clear()
+    return observe
+
+
+def test_ranks_that_disagree_about_the_end_stop_with_a_message(tmp_path):
+    trace = write_trace(tmp_path, [dict(input_ids=[i, 2], output_length=9) for i in range(3)])
+    text = ""
+    for status, said, _ in Job(["--trace", trace, "--speed", "inf"], 3, "ends_early").finish():
+        assert status == 1
+        text += said
+    assert "iteration 5: the plan of rank 1 differs from that of rank 0" in text
+    assert text.count("run_cluster.py: ") == 1
+
+
+def kill_at_random(folder, trace, seed, undisturbed):
+    """A worker is killed at a random moment, from the launch on; the run goes on by itself."""
+    rng = random.Random(seed)
+    run = Torchrun(folder, trace, "--temperature", 0.7, "--speed", "inf",
+                   "--resume", "--max-batch", 4, restarts=3)
+    while len(run.workers()) < 4:
+        assert run.process.poll() is None, run.text()
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0, 12))
+    workers = run.workers()
+    if workers:
+        os.kill(workers[rng.choice(sorted(workers))], signal.SIGKILL)
+    status, text, _, _ = run.finish()
+    assert status == 0, text
+    lines = (run.output / "requests.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert sorted(record["request_id"] for record in records) == list(range(len(LONG)))
+    assert {record["request_id"]: record["output_ids"] for record in records} == undisturbed
+    assert json.loads((run.output / "summary.json").read_text())["completed"] == len(LONG)
+
+
+@on_linux
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 20), marks=pytest.mark.slow)])
+def test_a_killed_worker_loses_nothing(tmp_path, seeds):
+    """kill -9 under --max-restarts: all requests complete, with the answers of an undisturbed run,
+    none lost, none twice."""
+    trace = write_trace(tmp_path, LONG)
+    undisturbed = oracle(LONG, sampler=Sampler(0.7))
+    for seed in seeds:
+        (tmp_path / str(seed)).mkdir()
+        kill_at_random(tmp_path / str(seed), trace, seed, undisturbed)
 
 
 # ── the run as a whole ────────────────────────────────────────────────────────────────────────

@@ -95,6 +95,8 @@ FEW_ROWS = 128
 # A request seems a sixteenth of a chunk shorter for each that came after it. In overload 86 % then
 # keep their SLO; 67 % with a quarter; 89 % with a 64th, but some wait longer (bench/NOTES.md).
 AGEING = 16
+# An iteration that took so many times what is usual was held up by something else.
+STALL = 3
 
 
 # ── tables of an iteration ───────────────────────────────────────────────────────────────────────
@@ -615,16 +617,25 @@ class TimePredictor:
     def measured(self, features, seconds):
         """Takes an iteration with `features` [N, 3], of which the instance that should be the
         slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
-        below 0; the first 8, which warm up, are left out."""
+        below 0; the first 8, which warm up, are left out, and so are stalls."""
         slowest = features[np.argmax(self.time(*features.T))].tolist()
         self.count += 1
         if self.count > 8:
             self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
         if self.count % 32 == 0:
-            work, times = np.split(np.array(self.samples), [4], 1)
-            scale = np.maximum(1, work.max(0))
-            solution, _ = nnls(work / scale, times[:, 0])
-            self.fitted = [round(x * 1e12) for x in solution / scale]
+            self.fitted = [round(x * 1e12) for x in self._fit()]
+
+    def _fit(self):
+        """A first fit, of relative errors, hardly heeds a stall: so it tells what is one. It is
+        often too short, as that is where relative errors are smallest, but not by STALL."""
+        work, times = np.split(np.array(self.samples), [4], 1)
+        times = times[:, 0]
+        scale = np.maximum(1, work.max(0))
+        work = work / scale
+        usual, _ = nnls(work / times[:, None], np.ones(len(times)))
+        fair = times <= STALL * (work @ usual)
+        solution, _ = nnls(work[fair], times[fair])
+        return solution / scale
 
 
 class Policy(NamedTuple):
