@@ -705,9 +705,12 @@ class Cluster:
         if self.size == 1:
             return self
         try:
-            self.store, _, _ = next(rendezvous("env://", timeout=self.timeout))
+            store, _, _ = next(rendezvous("env://", timeout=self.timeout))
         except RuntimeError:
             raise LakeError("the store of this job is not reached") from None
+        # After a restart torchrun's store may still have the keys of the run before.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"attempt {restarts}", store)
         self.guard(self.store.set, f"here/{self.rank}", "")
         deadline = time.monotonic() + self.timeout.total_seconds()
         everyone = range(self.size)
