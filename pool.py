@@ -945,9 +945,12 @@ class Cluster:
 
     def speaks(self) -> bool:
         """True on the first rank that asks: it prints what went wrong. If the store is lost, on the
-        first of each machine."""
+        first of each machine. Rank 0 comes first if it can: it has the progress bar, and knows what
+        could not be written."""
         if self.store is None:
             return True
+        if self.rank:
+            time.sleep(0.5)
         with suppress(RuntimeError):
             if not self._orphan:  # torchrun has the store
                 return self.store.add("spoken", 1) == 1

@@ -2989,7 +2989,7 @@ class Torchrun:
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL) if self.process.poll() is None else None
         text = self.text()
-        said = re.findall(r"^run_cluster.py: .*$", text.replace("\r", "\n"), re.MULTILINE)
+        said = re.findall(r"run_cluster.py: .*", text)
         assert self.process.poll() is not None, text
         return self.process.returncode, text, said, workers
 

@@ -1,0 +1,197 @@
+"""Does a long run stay right, and as small as it began? Many requests in a small pool, and killed
+ranks.
+
+    python bench/soak.py                                       # 10,000 requests, 4 ranks
+    python bench/soak.py --num-requests 500 --kill-every 5
+
+The same trace is served twice, by torchrun on this machine: undisturbed, then with a random rank
+killed (kill -9) every so often, under `--max-restarts` and `--resume`. Both have to end with one
+answer for each request, and the same ones. The memory of every rank is looked at twice a second;
+its slope is fitted to what comes after a warm-up, a third of a process's life.
+
+So many requests are in flight at once, each behind one of a few stems; the pool has room for little
+more than these, so it evicts all the time. Needs /proc, so Linux.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+BLOCK = 16  # tokens of a hash id
+TRACE_SCALE = 512 // BLOCK
+STEMS = 12
+IN_FLIGHT = 48
+OPTIONS = ["--slots", "80", "--max-batch", "48", "--dtype", "float64", "--device", "cpu"]
+OPTIONS += ["--temperature", "0.7", "--speed", "inf", "--trace-scale", str(TRACE_SCALE)]
+WARM_UP = 1 / 3
+LOOK = 0.5  # seconds
+
+
+class Sample(NamedTuple):
+    """The memory of a rank at a time."""
+    seconds: float
+    finished: int  # requests, so far
+    process: int
+    rank: int
+    mib: float
+
+
+def make_trace(num_requests: int, seed: int):
+    """Lines: a stem of one to four blocks and one of its own. Those of a session wait for each
+    other, so that so many are in flight: as with hash ids a prompt is not what was said before."""
+    rng = np.random.default_rng((seed, 2))
+    stems = [list(range(8 * i, 8 * i + int(rng.integers(1, 5)))) for i in range(STEMS)]
+    for number in range(num_requests):
+        stem = stems[min(int(rng.geometric(0.3)), STEMS) - 1]
+        ids = [*stem, 1000 + number]
+        own = int(rng.integers(1, BLOCK + 1))
+        yield dict(
+            timestamp=0,
+            session_id=number % IN_FLIGHT,
+            input_length=(len(stem) * BLOCK + own) * TRACE_SCALE,
+            output_length=int(rng.integers(1, 9)) * TRACE_SCALE,
+            hash_ids=ids,
+        )
+
+
+class Run:
+    """A trace at work under torchrun: its ranks, their memory, and those that were killed."""
+    def __init__(self, trace: Path, output: Path, ranks: int):
+        self.file = output / "requests.jsonl"
+        self.samples = []
+        self.kills = 0
+        self.began = time.monotonic()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={ranks}", "--max-restarts=100000"]
+        command += [str(HERE.parent / "run_cluster.py"), "--trace", str(trace), "--resume"]
+        self.log = open(output.with_suffix(".log"), "w+")
+        self.process = subprocess.Popen(
+            [*command, "--output", str(output), *OPTIONS],
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                variables = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:  # it has just ended
+                continue
+            rank = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
+            if int(parent) == self.process.pid and rank:
+                found[rank[0]] = int(folder.name)
+        return found
+
+    def look(self):
+        """Adds a sample of every rank."""
+        seconds = time.monotonic() - self.began
+        finished = self.file.read_bytes().count(b"\n") if self.file.exists() else 0
+        for rank, process in self.ranks().items():
+            try:
+                pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+            except (OSError, IndexError):
+                continue
+            mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            self.samples.append(Sample(seconds, finished, process, rank, mib))
+
+    def kill_one(self, rng):
+        ranks = self.ranks()
+        if ranks:
+            os.kill(ranks[rng.choice(sorted(ranks))], signal.SIGKILL)
+            self.kills += 1
+
+    def finish(self, kill_every: float, rng):
+        """Watches until all is served; `kill_every` seconds, from the first answer on, one rank is
+        killed (inf: none)."""
+        next_kill = None
+        while self.process.poll() is None:
+            self.look()
+            now = time.monotonic()
+            if next_kill is None and self.file.exists() and self.file.stat().st_size:
+                next_kill = now + kill_every
+            if next_kill and now >= next_kill:
+                self.kill_one(rng)
+                next_kill = now + kill_every
+            time.sleep(LOOK)
+        self.seconds = time.monotonic() - self.began
+        if self.process.returncode:
+            self.log.seek(0)
+            raise RuntimeError(f"the run has failed:\n{self.log.read()[-4000:]}")
+
+    def answers(self) -> list[tuple]:
+        """(request id, answer) of each record, by id."""
+        records = map(json.loads, self.file.read_text().splitlines())
+        return sorted((record["request_id"], record["output_ids"]) for record in records)
+
+    def memory(self) -> list[tuple]:
+        """(rank, MiB after warm-up, MiB at the end, KiB per 1,000 requests) of the processes that
+        have lived longest."""
+        rows = []
+        for rank in sorted({sample.rank for sample in self.samples}):
+            mine = [sample for sample in self.samples if sample.rank == rank]
+            lives = [[s for s in mine if s.process == id] for id in {s.process for s in mine}]
+            longest = max(lives, key=len)
+            warm = [s for s in longest if s.finished][int(len(longest) * WARM_UP) :]
+            if len(warm) < 3 or warm[0].finished == warm[-1].finished:
+                continue
+            finished = [sample.finished for sample in warm]
+            slope, _ = np.polyfit(finished, [sample.mib for sample in warm], 1)
+            rows.append((rank, warm[0].mib, warm[-1].mib, slope * 1024 * 1000))
+        return rows
+
+
+def show(name: str, run: Run):
+    print(f"{name}: {len(run.answers()):,} requests in {run.seconds:,.0f} s, {run.kills} kills")
+    for rank, first, last, slope in run.memory():
+        said = f"{first:,.1f} MiB after warm-up, {last:,.1f} at the end"
+        print(f"  rank {rank}  {said}, {slope:+,.0f} KiB per 1,000 requests", flush=True)
+
+
+def parse_options(arguments: list[str]):
+    parser = argparse.ArgumentParser(description="Serve a long trace, and kill ranks.")
+    parser.add_argument("--num-requests", type=int, default=10_000, help="default 10,000")
+    parser.add_argument("--ranks", type=int, default=4, help="default 4")
+    parser.add_argument("--kill-every", type=float, default=20.0, help="seconds (20)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if min(options.num_requests, options.ranks) < 1 or not options.kill_every > 0:
+        parser.error("positive numbers are expected")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(arguments)
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trace = folder / "trace.jsonl"
+        lines = make_trace(options.num_requests, options.seed)
+        trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        answers = []
+        for name, kill_every in (("undisturbed", np.inf), ("with kills", options.kill_every)):
+            run = Run(trace, folder / name.replace(" ", "-"), options.ranks)
+            run.finish(kill_every, rng)
+            show(name, run)
+            answers.append(run.answers())
+    same = answers[0] == answers[1]
+    once = [id for id, _ in answers[1]] == list(range(options.num_requests))
+    print(f"answers {'equal' if same else 'DIFFER'}; {'none' if once else 'SOME'} lost or twice")
+    return int(not (same and once))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
