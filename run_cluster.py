@@ -10,21 +10,15 @@ computes the rows the plan gives it, and the sampled tokens cross at the end of 
 
 import argparse
 import contextlib
-import errno
-import fcntl
-import hashlib
 import heapq
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -39,7 +33,8 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from balancer import TRACE_BLOCK, Request, TraceLine, read_trace, variation
+from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
+from cluster import THE_END, Cluster, LakeError, SetupError, Stopped
 from kernels import ranges, select, starts, to_device
 from model import (
     UNFIT,
@@ -52,13 +47,11 @@ from model import (
     random_weights,
     require,
 )
-from pool import THE_END, Cluster, LakeConfig, LakeError, SetupError, Stopped
-from pool import plan_digest
+from pool import LakeConfig, plan_digest
+from results import CV_WINDOW, OUTPUTS, Outcome, Results
+from results import answers_basis, format_report, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
 
-CV_WINDOW = 32  # iterations
-TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
-STATISTICS = ("mean", "median", "p90", "p99")  # of times
 # A served token passes --verify if its score is this close to the best: by so much rounding may
 # change a score of the built-in model.
 TOLERANCE = {
@@ -68,8 +61,6 @@ TOLERANCE = {
     torch.bfloat16: 0.4,
 }
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
-OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz")
-LAUNCH = "launch"  # key of run.json: see `launch`
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -535,7 +526,8 @@ class Server:
         # The clock goes on from where the earlier run is known to have been.
         clock = max((end.clock for end in finished.values()), default=0)
         self.engine = Engine(cluster, self.lake, self.scheduler, model, sampler, clock)
-        self.finished = set(finished)  # request ids
+        self.finished = np.zeros(len(lines), bool)
+        self.finished[list(finished)] = True
         self.asked_tokens = 0  # of requests that have left: see `summarise_pool`
         # By request id: rank 0's ns since the start, of its arrival and its tokens.
         self.times = {}
@@ -607,7 +599,7 @@ class Server:
             itl_ms=intervals,
             finished_s=times[-1] / 1e9,
         )
-        self.finished.add(request.id)
+        self.finished[request.id] = True
         self.asked_tokens += request.peak
         self._leave(self.lines[request.id], times[-1])
         self.results.add(record)
@@ -620,7 +612,7 @@ class Server:
         turn = self.next_turn.get(line.index)
         if turn is None:
             self._forget(line)
-        elif turn.index not in self.finished:
+        elif not self.finished[turn.index]:
             self._expect(turn, clock + self.scaled_ns(turn.think_ms))
 
     def _forget(self, line):
@@ -629,329 +621,6 @@ class Server:
             line.request = None
             for rank in range(self.cluster.size):
                 self.engine.computed.pop((line.index, rank), None)
-
-
-# ── what is written, and read again ──────────────────────────────────────────────────────────────
-
-
-class Finished(NamedTuple):
-    """What the rest of a run needs of a request that an earlier run has finished."""
-    clock: int  # ns, when its last token was known
-    output_ids: list[int]
-
-
-class Totals:
-    """What the report needs of finished requests."""
-    def __init__(self):
-        self.counts = Counter()
-        self.first_arrival = math.inf  # s
-        self.times = {name: array("d") for name in TIMES}
-
-    def add(self, record: dict):
-        self.counts.update(
-            requests=1,
-            inputs=record["input_length"],
-            cached=record["cached_tokens"],
-            outputs=len(record["output_ids"]),
-        )
-        self.first_arrival = min(self.first_arrival, record["arrival_s"])
-        for name, values in self.times.items():
-            values.extend(x for x in np.atleast_1d(record[name]) if x is not None)
-
-
-class Results:
-    """What --output holds: run.json, which says what the answers depend on; requests.jsonl, a line
-    for each request as it finishes; at the end summary.json. Rank 0 has the folder; elsewhere, and
-    without --output, nothing is written."""
-    def __init__(self, folder: Path | None, cluster):
-        self.reports = cluster.rank == 0
-        self.folder = folder if self.reports else None
-        self.totals = Totals()
-        self.finished = {}  # by request id: of the run that this one goes on with
-        self.error = None  # why no record is written any more
-        self._file = None
-
-    def begin(self, basis: dict, lines, resuming):
-        """Makes the folder or, `resuming`, goes on with what it holds, if that is of the same
-        basis. Raises ValueError."""
-        if self.folder is None:
-            return
-        path = self.folder / "requests.jsonl"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab" if resuming else "xb", buffering=0)
-            self._lock()
-            if path.stat().st_size:
-                self._require_same(basis)
-                self._read(path, lines)
-        except OSError as error:
-            raise ValueError(f"--output {self.folder}: {error.strerror}") from None
-        self.write("run.json", basis | {LAUNCH: launch()})
-
-    def _lock(self):
-        """For as long as it is open: two runs would write a request twice."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = "another run writes there; a new folder is expected"
-            raise ValueError(f"--output {self.folder}: {said}") from None
-
-    def _require_same(self, basis):
-        before = read_json(self.folder / "run.json")
-        for what, value in basis.items():
-            was = before.get(what)
-            said = f"it was begun with another {what}"
-            if what not in ("trace", "model"):
-                said += f": {was!r}, now {value!r}"
-            said += "; the same, or a new folder, is expected"
-            require(was == value, f"--resume {self.folder}: {said}")
-
-    def _read(self, path, lines):
-        """The records of finished requests. The last line may be torn: it is dropped."""
-        text = path.read_bytes()
-        *whole, torn = text.split(b"\n")
-        os.truncate(path, len(text) - len(torn))
-        for number, line in enumerate(whole, 1):
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-                id = record["request_id"]
-                ended = round(record["finished_s"] * 1e9)
-                twice = id in self.finished
-                self.finished[id] = Finished(ended, record["output_ids"])
-                self.totals.add(record)
-                previous = lines[id].previous
-            except (ValueError, TypeError, LookupError, RecursionError):
-                said = "not the record of a request of this trace"
-                raise ValueError(f"{where}: {said}") from None
-            require(not twice, where, f"request {id} is there twice")
-            said = f"request {id} is there, but not {previous and previous.index} before it"
-            require(previous is None or previous.index in self.finished, where, said)
-
-    def add(self, record: dict):
-        """A request has finished. What goes wrong is kept in `error`."""
-        if self.reports:
-            self.totals.add(record)
-        if self._file is None or self.error:
-            return
-        line = json.dumps(record).encode() + b"\n"
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-            if not os.fstat(self._file.fileno()).st_nlink:
-                raise FileNotFoundError(errno.ENOENT, "it was removed")
-        except OSError as error:
-            self.error = f"{self._file.name}: {error.strerror}"
-            with contextlib.suppress(OSError):
-                self._file.truncate(size)
-
-    def write(self, name, value):
-        """A JSON file, whole or not at all. Raises ValueError."""
-        if self.folder is None:
-            return
-        file = self.folder / name
-        partial = self.folder / f"{name}.partial"
-        try:
-            partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
-            partial.replace(file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise ValueError(f"{file}: {error.strerror}") from None
-
-
-def read_json(file: Path) -> dict:
-    """Raises ValueError."""
-    try:
-        value = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{file}: not readable as JSON") from None
-    require(isinstance(value, dict), file, "a JSON object is expected")
-    return value
-
-
-def launch() -> str:
-    """Tells a launch of torchrun from others: its restarts have the same."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"process {os.getppid()}" if run == "none" else run
-
-
-def resumes(options) -> bool:
-    """Whether to go on with what --output holds: if that is asked for, or torchrun has restarted
-    the run that wrote it."""
-    if options.resume:
-        return True
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    with contextlib.suppress(ValueError):
-        return restarted and read_json(options.output / "run.json").get(LAUNCH) == launch()
-    return False
-
-
-def answers_basis(options, lines, model, sums: dict) -> dict:
-    """What the answers of a run depend on. sums: checksums of the model's weights."""
-
-    def digest(value):
-        return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
-
-    fields = "session_id timestamp think_ms salt input_length output_length input_ids hash_ids"
-    asked = [attrgetter(*fields.split())(line) for line in lines]
-    names = "trace_scale", "seed", "temperature", "stop_at_eos"
-    return {
-        "number of requests": len(lines),
-        "--dtype": str(model.dtype).removeprefix("torch."),
-        **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
-        # What depends on these comes last, so that they are named.
-        "trace": digest(asked),
-        "model": digest((model.config, sums)),
-    }
-
-
-# ── the report ───────────────────────────────────────────────────────────────────────────────────
-
-
-def ratio(part, whole):
-    return part / whole if whole else None
-
-
-def summarise_totals(totals, clock) -> dict:
-    """Of finished requests, as vLLM's and SGLang's serving benchmarks name it. clock [ns]."""
-    counts = totals.counts
-    inputs = counts["inputs"]
-    outputs = counts["outputs"]
-    any_finished = counts["requests"] > 0
-    seconds = clock / 1e9 - (totals.first_arrival if any_finished else 0.0)
-    seconds_if_any = seconds if any_finished else None
-    summary = dict(
-        completed=counts["requests"],
-        duration=seconds,
-        total_input_tokens=inputs,
-        total_output_tokens=outputs,
-        request_throughput=ratio(counts["requests"], seconds_if_any),
-        output_throughput=ratio(outputs, seconds_if_any),
-        total_token_throughput=ratio(inputs + outputs, seconds_if_any),
-        hit_rate=ratio(counts["cached"], inputs),
-    )
-    for name, values in totals.times.items():
-        statistics = [None] * len(STATISTICS)
-        if values:
-            statistics = [np.mean(values), *np.percentile(values, (50, 90, 99))]
-        summary |= {f"{kind}_{name}": x for kind, x in zip(STATISTICS, statistics)}
-    return summary
-
-
-def sum_bytes(cluster, pool) -> dict[str, int]:
-    """Bytes that left any rank, by kind. Collective."""
-    bytes_of_ranks = cluster.gather_objects(pool.bytes)
-    return {kind: sum(left[kind] for left in bytes_of_ranks) for kind in pool.bytes}
-
-
-def summarise_pool(server) -> dict:
-    """What the pool did in this run: counters and balance."""
-    engine = server.engine
-    lake = server.lake
-    scheduler = server.scheduler
-    counters = scheduler.counters
-    # The last, shorter one counts only if there is no other.
-    whole = engine.iterations // CV_WINDOW
-    unfinished = sum(r.peak for r in scheduler.waiting + scheduler.running)
-    longest = engine.busy[1]
-    return dict(
-        iterations=engine.iterations,
-        computed_tokens=counters["computed_tokens"],
-        recomputed_tokens=counters["recomputed_tokens"],
-        asked_tokens=server.asked_tokens + unfinished,
-        preemptions=counters["preemptions"],
-        evictions=lake.balancer.evictions,
-        replicas_max=lake.balancer.replicas_max,
-        puts_local=ratio(counters["puts_local"], counters["puts"]),
-        decode_puts_local=ratio(counters["decode_puts_local"], counters["decode_puts"]),
-        cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
-        cache_load_cv=variation(engine.reads[:whole] or engine.reads),
-        idle_fraction=ratio(np.ptp(engine.busy), longest),
-    )
-
-
-def summarise_config(server) -> dict:
-    """Every option and version, as they were."""
-    values = vars(server.options) | vars(server.lake.config)
-    values |= dict(
-        ranks=server.cluster.size,
-        torch=torch.__version__,
-        device=server.model.device,
-        dtype=str(server.model.dtype).removeprefix("torch."),
-    )
-    return {
-        key: x if x is None or isinstance(x, int) else str(x) for key, x in values.items()
-    }
-
-
-def summarise(server, outcome) -> dict:
-    """summary.json. Bytes are null if a rank was lost before it said its own."""
-    summary = summarise_totals(server.results.totals, server.engine.clock)
-    summary |= summarise_pool(server)
-    moved = outcome.moved or dict.fromkeys(server.lake.pool.bytes)
-    summary |= {f"{kind}_bytes": count for kind, count in moved.items()}
-    gaps = outcome.gaps
-    # NaN also if one of them is.
-    gap = float(np.max([*gaps.values()])) if gaps else np.nan
-    return summary | dict(
-        status=outcome.status,
-        error=outcome.error,
-        resumed=outcome.resumed,
-        verified=None if gaps is None else len(gaps) - len(outcome.wrong),
-        max_logit_gap=None if np.isnan(gap) else gap,
-        config=summarise_config(server),
-    )
-
-
-REPORT = """\
-    requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
-    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens
-    computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for ({recomputed_tokens:,} again)
-  cache load  {shares} of reads per instance; CV within {window} iterations {cache_load_cv:.2f}
-     TTFT ms  {ttft}
-     TPOT ms  {tpot}
-       moved  {moved} ({puts_local:.1%} of all new KV stayed)
-    pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
-RESUMED = "\n     resumed  {resumed} of them were there already"
-VERIFIED = "\n    verified  {verified}/{completed} "
-EQUAL = "equal recomputation without a cache, token for token"
-WITHIN = "within {max_logit_gap:.1e} logits of recomputation without a cache"
-MOVED = {
-    "query": "queries and results",
-    "pull": "pulled KV",
-    "put": "new KV",
-    "replica": "replicas",
-}
-
-
-def format_report(summary: dict) -> str:
-    """The report that ends a run, from its summary. What was not measured is a dash."""
-    form = REPORT
-    if summary["verified"] is not None:
-        form += VERIFIED + (EQUAL if summary["max_logit_gap"] == 0 else WITHIN)
-    reads = summary["cache_reads"]
-    values = {key: np.nan if value is None else value for key, value in summary.items()}
-    if summary["resumed"]:
-        form += RESUMED
-
-    def times(name):
-        return "  ".join(f"{kind} {values[f'{kind}_{name}']:,.0f}" for kind in STATISTICS)
-
-    text = form.format(
-        **values,
-        shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
-        window=CV_WINDOW,
-        moved=", ".join(
-            f"{MOVED[k]} {values[f'{k}_bytes'] / 1e6:,.1f} MB" for k in MOVED
-        ),
-        ttft=times("ttft_ms"),
-        tpot=times("tpot_ms"),
-    )
-    return text.replace("nan%", "–").replace("nan", "–")
 
 
 # ── the program ──────────────────────────────────────────────────────────────────────────────────
@@ -1060,21 +729,10 @@ def set_threads(options, cluster):
         torch.set_num_threads(max(1, cores // cluster.local_size))
 
 
-@dataclass
-class Outcome:
-    """How a run ended."""
-    resumed: int  # requests that an earlier run had finished
-    status: str = "failed"  # or completed, or stopped (by a signal)
-    error: str | None = None
-    gaps: dict | None = None  # see Engine.verify; None: it was not asked for
-    wrong: list = field(default_factory=list)  # ids of requests that differ
-    moved: dict | None = None  # bytes by kind
-
-
 def serve_and_report(server, on_iteration) -> str | None:
     """Serves, verifies, and reports however that ends; returns what is wrong. To be called once.
     `on_iteration(server, new records)`."""
-    outcome = Outcome(len(server.finished))
+    outcome = Outcome(int(server.finished.sum()))
     try:
         serve_and_verify(server, on_iteration, outcome)
         outcome.moved = sum_bytes(server.cluster, server.lake.pool)
@@ -1091,7 +749,7 @@ def serve_and_report(server, on_iteration) -> str | None:
 
 
 def progress(server) -> str:
-    return f"{len(server.finished)} of {len(server.lines)} are finished"
+    return f"{server.finished.sum()} of {len(server.lines)} are finished"
 
 
 def serve_and_verify(server, on_iteration, outcome):

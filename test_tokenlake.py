@@ -42,6 +42,7 @@ import tokenlake
 from balancer import Balancer, PrefixTree, Request
 from kernels import KVSpans, QueryRuns, Work, merge, partial_attention, ranges, to_device
 from model import Llama, LlamaConfig, Sampler, load_config, random_weights
+from cluster import Cluster
 from pool import LakeConfig
 from tokenlake import Scheduler, TokenLake
 
@@ -472,7 +473,7 @@ def test_exchanges_over_nccl():
     store = dist.HashStore()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
-        cluster = pool.Cluster().connect()
+        cluster = Cluster().connect()
         group = dist.new_group([0], backend="nccl")
         made = pool.Pool(cluster, [group, group], LlamaConfig(), LakeConfig(8, 4), 1, torch.float32,
                          "cuda")
@@ -2662,7 +2663,7 @@ def test_what_is_not_finite_ends_the_run_with_its_name(tmp_path, prelude, said):
 
 def test_large_finite_values_are_fit():
     """Their sum overflows: only then is each looked at."""
-    lake = TokenLake([0], LlamaConfig(), LakeConfig(), pool.Cluster(), torch.float32)
+    lake = TokenLake([0], LlamaConfig(), LakeConfig(), Cluster(), torch.float32)
     buffer = pool.KVBuffer(pool.TransferPlan(pool.SlabWrites(*np.array([[0], [0], [16], [3]])),
                                              pool.Moves.of((0, 0, 0, 0, 0, 0)), 1), 0, 99, "cpu")
     lake.pool.k[2, 16:19] = 3e38
@@ -2828,10 +2829,11 @@ def test_finished_requests_leave_no_tokens_behind(tmp_path):
 
 def nothing_is_left(rank, seen):
     def observe(server, finished):
+        finished = set(np.flatnonzero(server.finished))
         left = {line.index for line in server.lines if line.request}
         live = {request.id for request in server.scheduler.running + server.scheduler.waiting}
         wanted = {line.previous.index for line in server.lines
-                  if line.previous and line.index not in live | server.finished}
+                  if line.previous and line.index not in live | finished}
         assert left <= live | wanted
         per_request = server.times, server.scheduler.cached_tokens
         assert all(set(kept) <= live for kept in per_request)

@@ -72,9 +72,10 @@ from balancer import (
     Run,
     dynamic_program,
 )
+from cluster import Cluster, LakeError
 from kernels import Column, ranges, select, starts, starts_in_groups
 from pool import EVEN_SLACK, HERE, LATE, PULL, PUT, REPLICA, SIBLING
-from pool import Cluster, KVBuffer, LakeConfig, LakeError, Pool, QueryBuffer
+from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
