@@ -31,10 +31,13 @@ from model import (
     Llama,
     LlamaConfig,
     Sampler,
+    cut,
     load_config,
     load_weights,
+    one_line,
     random_weights,
     require,
+    shown,
 )
 from pool import Cluster, LakeConfig, LakeError, SetupError, Stopped, plan_digest
 from tokenlake import Policy, Scheduler, TokenLake
@@ -67,16 +70,23 @@ class OptionType(NamedTuple):
             value = self.convert(text)
             if self.allows(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r}: {self.expected} is expected")
+        said = f"{shown(text)}: {self.expected} is expected"
+        raise argparse.ArgumentTypeError(said)
+
+
+def _is_path(path) -> bool:
+    """Whether a file can have the name. ValueError where its characters have no bytes."""
+    name = os.fsencode(path)
+    return path != Path() and len(name) < 4096 and b"\0" not in name
 
 
 def one_of(*names) -> OptionType:
     return OptionType(str, names.__contains__, "one of " + ", ".join(names))
 
 
-PATH = OptionType(Path, lambda x: x != Path(), "a path")
-COUNT = OptionType(int, lambda x: 0 < x < 2**48, "a positive integer")
-NATURAL = OptionType(int, lambda x: 0 <= x < 2**63, "an integer from 0")
+PATH = OptionType(Path, _is_path, "a path")
+COUNT = OptionType(int, lambda x: 0 < x < 2**48, "a positive integer below 2**48")
+NATURAL = OptionType(int, lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1")
 DIVISOR = OptionType(
     int, lambda x: x > 0 and TRACE_BLOCK % x == 0, f"a divisor of {TRACE_BLOCK}"
 )
@@ -120,12 +130,18 @@ OPTIONS = [
 # fmt: on
 
 
+def refuse_options(message):
+    """Raises ValueError with argparse's message, which quotes arguments of any length."""
+    words = message.removeprefix("argument ").split(" ")
+    require(False, " ".join(map(cut, words)))
+
+
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError naming the option."""
     parser = argparse.ArgumentParser(
         "run_cluster.py", description="Serve a trace on a pool."
     )
-    parser.error = lambda message: require(False, message.removeprefix("argument "))
+    parser.error = refuse_options
     add = parser.add_argument
     for name, type, metavar, help, default in OPTIONS:
         if type is FLAG:
@@ -146,6 +162,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         const=0,
         help="with --output: rank 0 writes profile.json.gz, of 8 iterations after K (0)",
     )
+    for text in arguments:
+        # argparse takes that for no value at all.
+        require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
     options = parser.parse_args(arguments)
     require(
         options.model or not options.random_weights,
@@ -191,9 +210,10 @@ def prepare(options, cluster, device, memory):
     config = load_config(options.model) if options.model else LlamaConfig()
     said = "--stop-at-eos: the model's config.json has no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
-    lines = open_trace(options, config)
+    lines = open_trace(options, config, warn if cluster.rank == 0 else None)
     check_policy(options.scheduler, cluster.size)
     dtype = choose_dtype(options, config, device)
+    check_weights(options, config, dtype, device, cluster, memory)
     lake_config = size_lake(options, config, dtype, device, cluster, memory)
     check_lines(lines, config, lake_config, cluster.size)
     if options.model and not options.random_weights:
@@ -203,14 +223,20 @@ def prepare(options, cluster, device, memory):
     return lines, lake_config, Llama(config, weights)
 
 
-def open_trace(options, config) -> list[TraceLine]:
+def warn(said):
+    """Of what is ignored."""
+    print(f"run_cluster.py: {one_line(said)}", file=sys.stderr, flush=True)
+
+
+def open_trace(options, config, warn) -> list[TraceLine]:
     scale = options.trace_scale or 1
     if not options.trace:
         demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
         return read_trace(demo, "demo")
     try:
         with open(options.trace, "rb") as file:
-            return read_trace(file, str(options.trace), scale, options.num_requests)
+            name = str(options.trace)
+            return read_trace(file, name, scale, options.num_requests, warn)
     except OSError as error:
         raise ValueError(f"--trace {options.trace}: {error.strerror}") from None
 
@@ -225,9 +251,17 @@ def check_policy(name, num_ranks):
 def choose_dtype(options, config, device) -> torch.dtype:
     usual = config.dtype if options.model and device.type == "cuda" else "float32"
     name = options.dtype or usual
-    said = f"config.json says {name!r}; one of {DTYPES} is expected"
+    said = f"config.json says {shown(name)}; one of {DTYPES} is expected"
     require(name in DTYPES, f"--dtype: {said}")
     return getattr(torch, name)
+
+
+def check_weights(options, config, dtype, device, cluster, memory):
+    """Raises ValueError if a device is too small for the weights of all its ranks."""
+    sharing = cluster.ranks_per_device(device)
+    needed = sharing * config.num_parameters * dtype.itemsize
+    said = f"the weights of {sharing} ranks need {needed:,} bytes on {device}"
+    require(needed <= memory, f"--model {options.model}: {said}, {memory:,} are there")
 
 
 def size_lake(options, config, dtype, device, cluster, memory):
@@ -248,9 +282,10 @@ def size_lake(options, config, dtype, device, cluster, memory):
     row_bytes = 2 * config.num_layers * config.num_kv_heads * head_bytes
     staging_bytes = lake_config.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
-    room = memory // sharing
-    # By default half of it is left for weights and activations, and a CPU holds 32k tokens at most.
-    slots = max(1, (room // 2 - staging_bytes) // (C * row_bytes))
+    half = memory // sharing // 2
+    room = memory // sharing - config.num_parameters * dtype.itemsize
+    # By default half is left for weights and activations, and a CPU holds 32k tokens at most.
+    slots = max(1, (min(half, room) - staging_bytes) // (C * row_bytes))
     if not on_gpu:
         slots = min(slots, -(-32_768 // C))
     slots = options.slots or slots
@@ -258,7 +293,8 @@ def size_lake(options, config, dtype, device, cluster, memory):
     require(
         slab_bytes <= room,
         f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
-        f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, {memory:,} are there",
+        f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, "
+        f"{sharing * room:,} are there beside the weights",
     )
     return replace(lake_config, slots=slots)
 
@@ -708,7 +744,7 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
         error = problem if str(problem) else "stopped by a signal"
     finally:
         if error and cluster.speaks():
-            print(f"run_cluster.py: {error}", file=sys.stderr, flush=True)
+            print(f"run_cluster.py: {one_line(str(error))}", file=sys.stderr, flush=True)
         cluster.close()
     return 2 if isinstance(error, SetupError) else int(error is not None)
 
