@@ -133,7 +133,7 @@ OPTIONS = [
 def refuse_options(message):
     """Raises ValueError with argparse's message, which quotes arguments of any length."""
     words = message.removeprefix("argument ").split(" ")
-    require(False, " ".join(map(cut, words)))
+    require(False, cut(" ".join(map(cut, words)), 200))
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:

@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Of what argparse refuses. It quotes arguments of any length."""
-        self.refuse(" ".join(map(wording().cut, message.split(" "))))
+        cut = wording().cut
+        self.refuse(cut(" ".join(map(cut, message.split(" "))), 200))
 
     def refuse(self, problem):
         """Of what is wrong with the input otherwise."""

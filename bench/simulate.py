@@ -89,6 +89,7 @@ REUSE = 16  # iterations at most that a plan is used again
 # Rates per second, and tokens of cache, that a simulation may have.
 RATE = number(float, 1e-6, 1e6)
 TOKENS = number(int, 1, 2**40)
+MOST_TOKENS = 2**30  # of a request, whose chunks are listed
 SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
@@ -580,7 +581,11 @@ def check(options):
     # A trace is read once for its warnings: a comparison reads it many times.
     for name in (options.workload, getattr(options, "trace", None)):
         if name and name not in ("demo", *WORKLOADS):
-            load(name, options.num_requests, 1.0, 0, warn=warn)
+            lines = load(name, options.num_requests, 1.0, 0, warn=warn)
+            longest = max(lines, key=attrgetter("total"))
+            if longest.total > MOST_TOKENS:
+                said = f"prompt and answer are {longest.total} tokens, at most {MOST_TOKENS}"
+                raise ValueError(f"{longest.where}: {said} are simulated")
 
 
 def table(options):
