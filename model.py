@@ -56,9 +56,6 @@ LIMITS = {int: 2**48, float: 1e38}
 MAX_LAYERS = 10_000
 
 
-# ── what is said to a user ───────────────────────────────────────────────────────────────────────
-
-
 def require(ok, *said):
     """Raises ValueError if not ok. That is a user's mistake: one line that names file or option,
     and what is wrong."""
@@ -67,12 +64,12 @@ def require(ok, *said):
 
 
 def cut(text, most=80) -> str:
-    """Text that a user gave, in `most` characters."""
+    """Text that a user gave, in at most so many characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def shown(value) -> str:
-    """A refused value, in 80 characters with what follows, a colon or so."""
+    """A refused value, in at most 80 characters with the colon behind it."""
     try:
         return cut(repr(value), 79)
     except RecursionError:

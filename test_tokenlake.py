@@ -907,7 +907,7 @@ def test_bad_option_is_named(tmp_path, arguments, said):
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in run_cluster.OPTIONS] + ["--profile"])
-@pytest.mark.parametrize("value", ["--", "x" * 5000, "9" * 5000, "x " * 2000, "\0", "\ud800"])
+@pytest.mark.parametrize("value", ["--", "x" * 5000, "9" * 5000, "x " * 3000, "\0", "\ud800"])
 def test_any_option_is_refused_shortly(name, value):
     """Whatever is given for a value that it cannot be. (A float of many digits is infinite.)"""
     if name == "--speed" or name == "--tbt-slo-ms":

@@ -41,7 +41,7 @@ def warn(said):
 
 
 def number(convert, lowest, highest):
-    """The type of an option: an int or float within a range."""
+    """The type of an option: an int or float in a range."""
 
     def parse(text):
         try:

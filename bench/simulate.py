@@ -578,14 +578,18 @@ def check(options):
         raise ValueError(
             f"--max-batch {options.max_batch}: at least --instances is expected"
         )
-    # A trace is read once for its warnings: a comparison reads it many times.
     for name in (options.workload, getattr(options, "trace", None)):
         if name and name not in ("demo", *WORKLOADS):
-            lines = load(name, options.num_requests, 1.0, 0, warn=warn)
-            longest = max(lines, key=attrgetter("total"))
-            if longest.total > MOST_TOKENS:
-                said = f"prompt and answer are {longest.total} tokens, at most {MOST_TOKENS}"
-                raise ValueError(f"{longest.where}: {said} are simulated")
+            check_trace(name, options.num_requests)
+
+
+def check_trace(name: str, num_requests: int):
+    """Raises ValueError for a file's lines. This warns of them: a comparison reads it often."""
+    lines = load(name, num_requests, 1.0, 0, warn=warn)
+    longest = max(lines, key=attrgetter("total"))
+    if longest.total > MOST_TOKENS:
+        said = f"prompt and answer are {longest.total} tokens; at most {MOST_TOKENS} are"
+        raise ValueError(f"{longest.where}: {said} simulated")
 
 
 def table(options):
