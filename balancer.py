@@ -689,9 +689,14 @@ def _are_ids(value):
     )
 
 
-MILLISECONDS = Field(_is_time, "a number of ms from 0 up")
-LENGTH = Field(lambda value: _is_integer(value, 1, 2**53), "a positive integer")
-IDS = Field(_are_ids, "a list of integers from 0 up")
+MILLISECONDS = Field(_is_time, "a number of ms from 0 to 2**53")
+LENGTH = Field(
+    lambda value: _is_integer(value, 1, 2**53), "a positive integer below 2**53"
+)
+IDS = Field(_are_ids, "a list of integers from 0 up to 2**63 - 1")
+# A prompt is given by its length and the ids of its blocks, or by the ids of its tokens.
+BY_BLOCKS = {"input_length": LENGTH, "hash_ids": IDS}
+BY_TOKENS = {"input_ids": IDS}
 FIELDS = {
     "session_id": Field(
         lambda value: value is None or type(value) in (str, int),
@@ -702,6 +707,7 @@ FIELDS = {
     "think_ms": MILLISECONDS._replace(default=0),
     "salt": Field(lambda value: type(value) is str, "a string", ""),
 }
+KNOWN = (*FIELDS, *BY_BLOCKS, *BY_TOKENS)
 
 
 @dataclass
@@ -744,52 +750,82 @@ class TraceLine:
 
 
 def read_trace(
-    source, name: str, scale: int = 1, limit: int | None = None
+    source, name: str, scale: int = 1, limit: int | None = None, warn=None
 ) -> list[TraceLine]:
     """The first `limit` requests of a trace, checked; `source` yields its lines, bytes or text.
-    Lengths are divided by `scale`. Raises ValueError: file:line, what is wrong, what is right."""
+    Lengths are divided by `scale`. Raises ValueError: file:line, what is wrong, what is right;
+    `warn`, if there is one, is told of what is ignored."""
     lines = []
+    # By salt and session id: tenants do not know of each other's.
     last_of_session = {}
+    unknown = set()
     texts = ((number, text) for number, text in enumerate(source, 1) if text.strip())
     for number, text in islice(texts, limit):
         where = f"{name}:{number}"
-        fields = _read_fields(text, where)
-        session_id = fields["session_id"]
-        previous = None if session_id is None else last_of_session.get(session_id)
+        raw = _parse(text, where)
+        fields = _read_fields(raw, where)
+        if warn:
+            _warn_of_unknown(raw, where, unknown, warn)
+        session = fields["salt"], fields["session_id"]
+        previous = last_of_session.get(session)
         line = _make_line(len(lines), where, fields, previous, scale)
         if lines and line.timestamp < lines[-1].timestamp:
             said = f"timestamp {line.timestamp} is before the previous line's "
             said += f"{lines[-1].timestamp}; lines in order of time are expected"
             raise ValueError(f"{where}: {said}")
-        last_of_session[session_id] = line
+        if line.session_id is not None:
+            last_of_session[session] = line
         lines.append(line)
     if not lines:
         raise ValueError(f"{name}: is empty; one JSON object per line is expected")
     return lines
 
 
-def _read_fields(text, where):
-    """The known fields of a line, each as it must be."""
+def _parse(text, where) -> dict:
     try:
         raw = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: not JSON; one object per line is expected") from None
+    except (ValueError, RecursionError) as error:
+        said = f"not JSON ({error}); one object per line is expected"
+        raise ValueError(f"{where}: {said}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: a JSON object is expected")
-    if "input_ids" not in raw:
-        form = {"input_length": LENGTH, "hash_ids": IDS}
-    elif "hash_ids" in raw or "input_length" in raw:
-        said = "input_ids stands in place of input_length and hash_ids; one or the other"
-        raise ValueError(f"{where}: {said} is expected")
-    else:
-        form = {"input_ids": IDS}
+    return raw
+
+
+def _read_fields(raw, where):
+    """The known fields of a line, each as it must be."""
+    form = BY_BLOCKS
+    if "input_ids" in raw:
+        form = BY_TOKENS
+        if "hash_ids" in raw or "input_length" in raw:
+            said = "input_ids stands in place of input_length and hash_ids"
+            raise ValueError(f"{where}: {said}; one or the other is expected")
+    elif "prompt" in raw and "hash_ids" not in raw:
+        said = "prompt is text, and there is no tokenizer; token ids (input_ids) are expected"
+        raise ValueError(f"{where}: {said}")
     fields = {}
     for key, rule in (form | FIELDS).items():
         value = fields[key] = raw.get(key, rule.default)
         if not rule.allows(value):
-            found = f"is {json.dumps(value)[:40]}" if key in raw else "is missing"
+            found = f"is {_shown(value)}" if key in raw else "is missing"
             raise ValueError(f"{where}: {key} {found}; {rule.expected} is expected")
     return fields
+
+
+def _warn_of_unknown(raw, where, unknown, warn):
+    """Says once of each key that nothing is done with it: public traces have keys of their own, and
+    others are misspelt. unknown: those that were said."""
+    for key in raw:
+        if key not in KNOWN and key not in unknown:
+            unknown.add(key)
+            known = ", ".join(KNOWN)
+            warn(f"{where}: unknown key {_shown(key)} is ignored (known are {known})")
+
+
+def _shown(value) -> str:
+    """A value as JSON, in at most 80 characters, and no more of it is looked at."""
+    text = "".join(islice(json.JSONEncoder().iterencode(value), 81))
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _make_line(index, where, fields, previous, scale):

@@ -21,7 +21,8 @@ Notation: T rows · V vocabulary · L layers · H query heads · Hkv KV heads ·
 
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,11 @@ INDEX = "model.safetensors.index.json"
 CHECKED_AT_ONCE = 1 << 18
 MIXER = 0x9E3779B97F4A7C1
 UNFIT = -1  # in place of a token, where logits are not finite
+# Sizes of a config.json are below 2**48, so that products of a few stay exact and printable, and
+# other numbers fit into float32.
+LIMITS = {int: 2**48, float: 1e38}
+# Every layer has nine tensors, each found by its name. The deepest models have a thousand layers.
+MAX_LAYERS = 10_000
 
 
 def require(ok, *said):
@@ -59,6 +65,25 @@ def require(ok, *said):
     and what is wrong."""
     if not ok:
         raise ValueError(": ".join(map(str, said)))
+
+
+def cut(text, most=80) -> str:
+    """Text that a user gave, in at most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def shown(value) -> str:
+    """A refused value, in at most 80 characters with the colon behind it."""
+    try:
+        return cut(repr(value), 79)
+    except RecursionError:
+        return "a value nested too deep"
+
+
+def one_line(text) -> str:
+    """The text with every character escaped that is not printable. Names may have line breaks, and
+    surrogates, which cannot be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 @dataclass(frozen=True)
@@ -88,8 +113,28 @@ class LlamaConfig:
         layers = [shape for name, shape in shapes if "layers" in name and len(shape) == 2]
         return self.vocab_size * self.hidden_size + sum(map(math.prod, layers))
 
+    @property
+    def num_parameters(self) -> int:
+        """All weights: those of no layers, and of each layer as many as of the first."""
+        outside, with_one = (
+            sum(map(math.prod, tensor_shapes(replace(self, num_layers=n)).values()))
+            for n in (0, 1)
+        )
+        return outside + self.num_layers * (with_one - outside)
+
 
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────
+
+
+def read_json(file: Path, hint=""):
+    """What a file holds. Raises ValueError naming the file; `hint` says more of one that is not
+    there."""
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON: {error}") from None
 
 
 class ConfigFile:
@@ -97,16 +142,11 @@ class ConfigFile:
     key. RoPE's parameters stand in an object of their own, `rope_parameters` or `rope_scaling`."""
     def __init__(self, file: Path):
         self.file = file
-        try:
-            self.values = json.loads(file.read_text())
-        except OSError as error:
-            said = f"{error.strerror} (a Hugging Face model folder has this file)"
-            raise ValueError(f"{file}: {said}") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: not readable as JSON: {error}") from None
+        hint = " (a Hugging Face model folder has this file)"
+        self.values = read_json(file, hint)
         self.require(isinstance(self.values, dict), "a JSON object is expected")
         rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
-        said = f"rope parameters are {rope!r}; an object is expected"
+        said = f"rope parameters are {shown(rope)}; an object is expected"
         self.require(isinstance(rope, dict), said)
         self.rope = rope
 
@@ -119,17 +159,18 @@ class ConfigFile:
         value = (self.values if source is None else source).get(key)
         if value is None:
             value = default
-        if kind is float and type(value) is int:
-            value = float(value)
-        is_number = kind in (int, float)
-        ok = type(value) is kind and (not is_number or 0 < value < math.inf)
+        is_whole = kind is float and type(value) is int
+        ok = type(value) is kind or is_whole
+        if ok and kind in LIMITS:
+            ok = 0 < value < LIMITS[kind]
         wanted = {
-            int: "a positive integer",
-            float: "a positive number",
+            int: "a positive integer below 2**48",
+            float: "a positive number below 1e38",
             bool: "true or false",
         }
-        self.require(ok, f"{key} is {value!r}; {wanted.get(kind, 'a string')} expected")
-        return value
+        said = f"{key} is {shown(value)}; {wanted.get(kind, 'a string')} expected"
+        self.require(ok, said)
+        return float(value) if is_whole else value
 
     def require_supported(self):
         """Whatever would change what is computed has the only value that this code implements."""
@@ -137,12 +178,12 @@ class ConfigFile:
         values = {"model_type": None} | self.values | self.rope
         for key, only in SUPPORTED.items():
             value = values.get(key, only)
-            said = f"{key} {value!r} is not supported (only {only!r} is)"
+            said = f"{key} {shown(value)} is not supported (only {only!r} is)"
             self.require(value == only, said)
 
     def rope_scaling(self) -> tuple | None:
         kind = self.rope.get("rope_type", self.rope.get("type", "default"))
-        said = f"rope_type {kind!r} is not supported (default, llama3 are)"
+        said = f"rope_type {shown(kind)} is not supported (default, llama3 are)"
         self.require(kind in ("default", "llama3"), said)
         if kind == "default":
             return None
@@ -165,10 +206,15 @@ class ConfigFile:
         eos = self.values.get("eos_token_id")
         tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
         ok = all(type(token) is int and token >= 0 for token in tokens)
-        self.require(
-            ok, f"eos_token_id is {tokens!r}; null, token ids or one are expected"
-        )
+        said = f"eos_token_id is {shown(tokens)}; null, token ids or one are expected"
+        self.require(ok, said)
         return tuple(tokens)
+
+    def num_layers(self) -> int:
+        layers = self.get("num_hidden_layers", int)
+        said = f"num_hidden_layers is {layers}; at most {MAX_LAYERS} layers are supported"
+        self.require(layers <= MAX_LAYERS, said)
+        return layers
 
 
 def load_config(folder: Path) -> LlamaConfig:
@@ -182,7 +228,7 @@ def load_config(folder: Path) -> LlamaConfig:
         vocab_size=file.get("vocab_size", int),
         hidden_size=file.get("hidden_size", int),
         intermediate_size=file.get("intermediate_size", int),
-        num_layers=file.get("num_hidden_layers", int),
+        num_layers=file.num_layers(),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -247,37 +293,38 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists() and not (folder / names[0]).exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            said = "not a safetensors index; a weight_map of tensors to files is expected"
+            raise ValueError(f"{index}: {said}") from None
     for name in names:
         inside = isinstance(name, str) and Path(name).name == name
-        require(inside, index, f"names the file {name!r}, which is outside the folder")
-        require((folder / name).is_file(), folder / name, "no such file")
+        said = f"names the file {shown(name)}, which is outside the folder"
+        require(inside, index, said)
+        # os.path's answer is no, also to a name that no file can have.
+        require(os.path.isfile(folder / name), folder / cut(name), "no such file")
     return [folder / name for name in names]
 
 
 def load_weights(folder: Path, config, dtype, device) -> dict:
     """The weights of a folder. ValueError, besides those of `weight_files`: a missing, misshapen
-    or unknown tensor, a damaged file."""
+    or unknown tensor, values that are not finite, a damaged file."""
     shapes = tensor_shapes(config)
     weights = {}
     for file in weight_files(folder):
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            said = f"damaged or not a safetensors file ({error})"
+            said = f"damaged or not a safetensors file ({cut(str(error))})"
             raise ValueError(f"{file}: {said}") from None
         for key, tensor in tensors.items():
-            shape = tuple(tensor.shape)
             if key in shapes:
-                said = f"{key} has the shape {shape}, config.json makes it {shapes[key]}"
-                require(shape == shapes[key], file, said)
-                weights[key] = tensor.to(device, dtype)
+                where = f"{file}: {key}"
+                weights[key] = _checked(tensor, shapes[key], where, dtype, device)
             else:
                 # The head of a model with tied embeddings, and angles that are computed here.
                 unused = key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq")
-                require(unused, file, f"{key} is not a tensor of a Llama")
+                require(unused, file, f"{cut(key)} is not a tensor of a Llama")
     missing = [name for name in shapes if name not in weights]
     if missing:
         raise ValueError(
@@ -300,6 +347,18 @@ def checksums(weights: dict) -> dict[str, int]:
             total = total * MIXER + (chunk * odd[: len(chunk)]).sum()
         sums[name] = int(total)
     return sums
+
+
+def _checked(tensor, shape, where, dtype, device):
+    """A weight as it is used. It has its shape, and fits the dtype: an infinite one makes every
+    answer wrong."""
+    found = tuple(tensor.shape)
+    said = f"{where} has the shape {shown(found)}, config.json makes it {shape}"
+    require(found == shape, said)
+    weight = tensor.to(device, dtype)
+    name = str(dtype).removeprefix("torch.")
+    require(weight.isfinite().all(), f"{where} has values that are not finite in {name}")
+    return weight
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────

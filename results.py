@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from balancer import variation
-from model import require
+from model import read_json, require, shown
 
 CV_WINDOW = 32  # iterations
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
@@ -82,12 +82,12 @@ class Results:
             raise ValueError(f"--output {self.folder}: {said}") from None
 
     def _require_same(self, basis):
-        before = read_json(self.folder / "run.json")
+        before = read_basis(self.folder)
         for what, value in basis.items():
             was = before.get(what)
             said = f"it was begun with another {what}"
             if what not in ("trace", "model"):
-                said += f": {was!r}, now {value!r}"
+                said += f": {shown(was)}, now {shown(value)}"
             said += "; the same, or a new folder, is expected"
             require(was == value, f"--resume {self.folder}: {said}")
 
@@ -146,16 +146,12 @@ class Results:
             raise ValueError(f"{file}: {error.strerror}") from None
 
 
-def read_json(file: Path) -> dict:
-    """Raises ValueError."""
-    try:
-        value = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{file}: not readable as JSON") from None
-    require(isinstance(value, dict), file, "a JSON object is expected")
-    return value
+def read_basis(folder: Path) -> dict:
+    """run.json. Raises ValueError."""
+    file = folder / "run.json"
+    basis = read_json(file)
+    require(isinstance(basis, dict), file, "a JSON object is expected")
+    return basis
 
 
 def launch() -> str:
@@ -171,7 +167,7 @@ def resumes(options) -> bool:
         return True
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with contextlib.suppress(ValueError):
-        return restarted and read_json(options.output / "run.json").get(LAUNCH) == launch()
+        return restarted and read_basis(options.output).get(LAUNCH) == launch()
     return False
 
 

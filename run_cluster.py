@@ -42,10 +42,13 @@ from model import (
     LlamaConfig,
     Sampler,
     checksums,
+    cut,
     load_config,
     load_weights,
+    one_line,
     random_weights,
     require,
+    shown,
 )
 from pool import LakeConfig, plan_digest
 from results import CV_WINDOW, OUTPUTS, Outcome, Results
@@ -78,16 +81,23 @@ class OptionType(NamedTuple):
             value = self.convert(text)
             if self.allows(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r}: {self.expected} is expected")
+        said = f"{shown(text)}: {self.expected} is expected"
+        raise argparse.ArgumentTypeError(said)
+
+
+def _is_path(path) -> bool:
+    """Whether a file can have the name. ValueError where its characters have no bytes."""
+    name = os.fsencode(path)
+    return path != Path() and len(name) < 4096 and b"\0" not in name
 
 
 def one_of(*names) -> OptionType:
     return OptionType(str, names.__contains__, "one of " + ", ".join(names))
 
 
-PATH = OptionType(Path, lambda x: x != Path(), "a path")
-COUNT = OptionType(int, lambda x: 0 < x < 2**48, "a positive integer")
-NATURAL = OptionType(int, lambda x: 0 <= x < 2**63, "an integer from 0")
+PATH = OptionType(Path, _is_path, "a path")
+COUNT = OptionType(int, lambda x: 0 < x < 2**48, "a positive integer below 2**48")
+NATURAL = OptionType(int, lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1")
 DIVISOR = OptionType(
     int, lambda x: x > 0 and TRACE_BLOCK % x == 0, f"a divisor of {TRACE_BLOCK}"
 )
@@ -132,12 +142,18 @@ OPTIONS = [
 # fmt: on
 
 
+def refuse_options(message):
+    """Raises ValueError with argparse's message, which quotes arguments of any length."""
+    words = message.removeprefix("argument ").split(" ")
+    require(False, cut(" ".join(map(cut, words)), 200))
+
+
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError naming the option."""
     parser = argparse.ArgumentParser(
         "run_cluster.py", description="Serve a trace on a pool."
     )
-    parser.error = lambda message: require(False, message.removeprefix("argument "))
+    parser.error = refuse_options
     add = parser.add_argument
     for name, type, metavar, help, default in OPTIONS:
         if type is FLAG:
@@ -158,6 +174,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         const=0,
         help="with --output: rank 0 writes profile.json.gz, of 8 iterations after K (0)",
     )
+    for text in arguments:
+        # argparse takes that for no value at all.
+        require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
     options = parser.parse_args(arguments)
     require(
         options.model or not options.random_weights,
@@ -205,9 +224,10 @@ def prepare(options, cluster, device, memory):
     config = load_config(options.model) if options.model else LlamaConfig()
     said = "--stop-at-eos: the model's config.json has no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
-    lines = open_trace(options, config)
+    lines = open_trace(options, config, warn if cluster.rank == 0 else None)
     check_policy(options.scheduler, cluster.size)
     dtype = choose_dtype(options, config, device)
+    check_weights(options, config, dtype, device, cluster, memory)
     lake_config = size_lake(options, config, dtype, device, cluster, memory)
     check_lines(lines, config, lake_config, cluster.size)
     if options.model and not options.random_weights:
@@ -217,14 +237,20 @@ def prepare(options, cluster, device, memory):
     return lines, lake_config, Llama(config, weights)
 
 
-def open_trace(options, config) -> list[TraceLine]:
+def warn(said):
+    """Of what is ignored."""
+    print(f"run_cluster.py: {one_line(said)}", file=sys.stderr, flush=True)
+
+
+def open_trace(options, config, warn) -> list[TraceLine]:
     scale = options.trace_scale or 1
     if not options.trace:
         demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
         return read_trace(demo, "demo")
     try:
         with open(options.trace, "rb") as file:
-            return read_trace(file, str(options.trace), scale, options.num_requests)
+            name = str(options.trace)
+            return read_trace(file, name, scale, options.num_requests, warn)
     except OSError as error:
         raise ValueError(f"--trace {options.trace}: {error.strerror}") from None
 
@@ -239,9 +265,17 @@ def check_policy(name, num_ranks):
 def choose_dtype(options, config, device) -> torch.dtype:
     usual = config.dtype if options.model and device.type == "cuda" else "float32"
     name = options.dtype or usual
-    said = f"config.json says {name!r}; one of {DTYPES} is expected"
+    said = f"config.json says {shown(name)}; one of {DTYPES} is expected"
     require(name in DTYPES, f"--dtype: {said}")
     return getattr(torch, name)
+
+
+def check_weights(options, config, dtype, device, cluster, memory):
+    """Raises ValueError if a device is too small for the weights of all its ranks."""
+    sharing = cluster.ranks_per_device(device)
+    needed = sharing * config.num_parameters * dtype.itemsize
+    said = f"the weights of {sharing} ranks need {needed:,} bytes on {device}"
+    require(needed <= memory, f"--model {options.model}: {said}, {memory:,} are there")
 
 
 def size_lake(options, config, dtype, device, cluster, memory):
@@ -262,9 +296,10 @@ def size_lake(options, config, dtype, device, cluster, memory):
     row_bytes = 2 * config.num_layers * config.num_kv_heads * head_bytes
     staging_bytes = lake_config.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
-    room = memory // sharing
-    # By default half of it is left for weights and activations, and a CPU holds 32k tokens at most.
-    slots = max(1, (room // 2 - staging_bytes) // (C * row_bytes))
+    half = memory // sharing // 2
+    room = memory // sharing - config.num_parameters * dtype.itemsize
+    # By default half is left for weights and activations, and a CPU holds 32k tokens at most.
+    slots = max(1, (min(half, room) - staging_bytes) // (C * row_bytes))
     if not on_gpu:
         slots = min(slots, -(-32_768 // C))
     slots = options.slots or slots
@@ -272,7 +307,8 @@ def size_lake(options, config, dtype, device, cluster, memory):
     require(
         slab_bytes <= room,
         f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
-        f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, {memory:,} are there",
+        f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, "
+        f"{sharing * room:,} are there beside the weights",
     )
     return replace(lake_config, slots=slots)
 
@@ -651,11 +687,12 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
 
 def tell(error, cluster):
     """One rank says it, and all say it to torchrun, whose own report is the last on the screen."""
+    said = one_line(str(error))
     if cluster.speaks():
-        print(f"run_cluster.py: {error}", file=Forgiving(sys.stderr), flush=True)
+        print(f"run_cluster.py: {said}", file=Forgiving(sys.stderr), flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(file, "w") as file:
-            json.dump(dict(message=str(error), timestamp=int(time.time())), file)
+            json.dump(dict(message=said, timestamp=int(time.time())), file)
 
 
 class Forgiving:
@@ -703,7 +740,7 @@ def set_up(arguments, cluster) -> "Server":
     what = "options, another trace or another model"
     cluster.together(cluster.require_same, repr(made), what)
     sums = checksums(model.weights)
-    check_weights(sums, cluster)
+    require_same_weights(sums, cluster)
     results = Results(options.output, cluster)
     basis = answers_basis(options, lines, model, sums)
     cluster.together(results.begin, basis, lines, bool(options.output) and resumes(options))
@@ -711,7 +748,7 @@ def set_up(arguments, cluster) -> "Server":
     return Server(options, cluster, lines, lake_config, model, results, finished)
 
 
-def check_weights(sums, cluster):
+def require_same_weights(sums, cluster):
     """Raises SetupError, on all ranks, if any has other weights than rank 0."""
     every = cluster.gather_integers(list(sums.values()))
     for rank, values in enumerate(every):

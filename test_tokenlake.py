@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ import run_cluster
 import tokenlake
 from balancer import Balancer, PrefixTree, Request
 from kernels import KVSpans, QueryRuns, Work, merge, partial_attention, ranges, to_device
-from model import Llama, LlamaConfig, Sampler, load_config, random_weights
 from cluster import Cluster
+from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
 from pool import LakeConfig
 from tokenlake import Scheduler, TokenLake
 
@@ -239,10 +240,10 @@ def oracle(lines, model=None, sampler=Sampler()):
     """Tokens of every line by recomputation, sessions followed turn by turn."""
     model, sessions, answers = model or small_model(), {}, {}
     for index, line in enumerate(lines):
-        session = line.get("session_id")
+        session = line.get("salt"), line.get("session_id")
         prompt = sessions.get(session, []) + line["input_ids"]
         answers[index] = generate(model, prompt, line["output_length"], sampler, index)
-        if session is not None:
+        if session[1] is not None:
             sessions[session] = prompt + answers[index]
     return answers
 
@@ -662,11 +663,76 @@ def save_model(folder, config=None, drop=(), change=None):
     (dict(num_key_value_heads=3), "not a multiple"),
     (dict(head_dim=7), "head_dim 7"),
     (dict(sliding_window=16), "sliding_window 16"), (dict(eos_token_id=-5), "eos_token_id"),
-    (dict(rms_norm_eps=math.inf), "rms_norm_eps"), (dict(eos_token_id="</s>"), "eos_token_id")])
+    (dict(rms_norm_eps=math.inf), "rms_norm_eps"), (dict(eos_token_id="</s>"), "eos_token_id"),
+    (dict(hidden_size=10**400), "…; a positive integer below 2**48 expected"),
+    (dict(hidden_size=2**48), "hidden_size is 281474976710656; a positive integer below 2**48"),
+    (dict(rope_theta=10**400), "…; a positive number below 1e38 expected"),
+    (dict(num_hidden_layers=10**6), "num_hidden_layers is 1000000; at most 10000 layers"),
+    (dict(hidden_act="x" * 5000), "xxx… is not supported (only 'silu' is)"),
+    (dict(quantization_config=["a\n"] * 5000), "… is not supported (only None is)"),
+    (dict(rope_scaling="x" * 5000), "xxx…; an object is expected"),
+    (dict(eos_token_id=[10**400, -1]), "…; null, token ids or one are expected")])
 def test_config_is_refused_by_name(tmp_path, change, said):
     with pytest.raises(ValueError) as caught:
         load_config(save_model(tmp_path / "m", change))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    text = str(caught.value).removeprefix(f"{tmp_path}/m/config.json: ")
+    assert said in text and "\n" not in text and len(text) < 200
+
+
+@pytest.mark.parametrize("depth", [100_000, *range(940, 1000)])
+def test_nested_values_are_refused(tmp_path, depth):
+    """Whether reading a value or showing it is too deep."""
+    for open, close in (("[", "]"), ('{"a":', "}")):
+        value = open * depth + "1" + close * depth
+        (tmp_path / "config.json").write_text('{"model_type": %s}' % value)
+        with pytest.raises(ValueError, match="model_type|not readable as JSON: max"):
+            load_config(tmp_path)
+        with pytest.raises(ValueError, match="salt is|not JSON \\(max"):
+            balancer.read_trace(['{"input_ids": [1], "timestamp": 0, "output_length": 1, '
+                                 '"salt": %s}' % value], "t")
+
+
+@pytest.mark.parametrize("value, stored, dtype, fits", [
+    (math.nan, "float32", "float32", False), (-math.inf, "bfloat16", "float32", False),
+    (1e5, "float32", "float16", False), (1e5, "bfloat16", "float16", False),
+    (1e5, "float32", "bfloat16", True), (6e4, "float32", "float16", True)])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, stored, dtype, fits):
+    """In the type that they are used in: float16 ends at 65504."""
+    norm = torch.ones(32, dtype=getattr(torch, stored))
+    norm[17] = value
+    folder = save_model(tmp_path / "m", change={"model.norm.weight": norm})
+
+    def load():
+        return load_weights(folder, load_config(folder), getattr(torch, dtype), "cpu")
+    if fits:
+        assert load()["model.norm.weight"][17] > 5e4
+        return
+    with pytest.raises(ValueError) as caught:
+        load()
+    assert str(caught.value) == (f"{folder}/model.safetensors: model.norm.weight has values that "
+                                 f"are not finite in {dtype}")
+
+
+def test_weights_have_to_fit(tmp_path):
+    """Before they are made: into a device together with those of other ranks, and with the slots."""
+    config = load_config(save_model(tmp_path / "m", dict(intermediate_size=9999)))
+    weights = random_weights(config, 0, torch.float32, "cpu")
+    size = 4 * sum(weight.numel() for weight in weights.values())
+    assert size == 4 * config.num_parameters
+
+    def prepare(memory, *arguments):
+        options = run_cluster.parse_options(
+            ["--model", str(tmp_path / "m"), "--random-weights", *arguments])
+        two = SimpleNamespace(size=2, rank=1, ranks_per_device=lambda device: 2)
+        return run_cluster.prepare(options, two, torch.device("cpu"), memory)[1]
+    with pytest.raises(ValueError, match=f"/m: the weights of 2 ranks need {2 * size:,} bytes on "
+                                         f"cpu, {2 * size - 1:,} are there"):
+        prepare(2 * size - 1)
+    with pytest.raises(ValueError, match="need .* bytes on cpu, 0 are there beside the weights"):
+        prepare(2 * size)
+    slots = prepare(3 * size).slots  # what is left is less than half
+    with pytest.raises(ValueError, match=f"{size:,} are there beside the weights"):
+        prepare(3 * size, "--slots", str(slots + 1))
 
 
 def test_rope_parameters_are_no_other_keys(tmp_path):
@@ -689,21 +755,30 @@ def test_config_defaults(tmp_path):
 
 @pytest.mark.parametrize("case, said", [
     ("missing", "model.layers.0.mlp.up_proj.weight is missing"),
-    ("misshapen", "model.norm.weight has the shape (31,)"),
+    ("long name", r": \nxx"), ("misshapen", "model.norm.weight has the shape (31,)"),
     ("unknown", "model.layers.0.self_attn.q_proj.bias is not a tensor"),
     ("truncated", "damaged"), ("empty", "damaged"), ("outside", "outside the folder"),
     ("no file", "model.safetensors: no such file"), ("bad index", "not a safetensors index"),
-    ("no config", "config.json: No such file"), ("bad config", "not readable as JSON")])
+    ("no config", "config.json: No such file"), ("bad config", "not readable as JSON"),
+    ("[" * 100_000, "index.json: not readable as JSON: maximum recursion depth"),
+    ("9" * 5000, "index.json: not readable as JSON: Exceeds the limit (4300 digits)"),
+    ({"weight_map": 3}, "not a safetensors index; a weight_map of tensors to files is expected"),
+    ({"weight_map": dict(a="x" * 300)}, "/" + "x" * 79 + "…: no such file"),
+    ({"weight_map": dict(a="x\0\ny")}, r"/x\x00\ny: no such file"),
+    ({"weight_map": dict(a="\ud800")}, r"/\ud800: no such file"),
+    ({"weight_map": dict(a="/" + "x" * 300)}, "xxx…, which is outside the folder")])
 def test_damaged_model_folder_is_one_line(tmp_path, case, said):
     """Through the program: one line, status 2."""
     folder = tmp_path / "model"
     save_model(folder, drop=["model.layers.0.mlp.up_proj.weight"] * (case == "missing"),
                change={"misshapen": {"model.norm.weight": torch.ones(31)},
+                       "long name": {"\n" + "x" * 5000: torch.ones(1)},
                        "unknown": {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}}
-               .get(case))
+               .get(str(case)))
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if case in ("outside", "bad index"):
+    if not isinstance(case, str) or case[:1] in "[9" or case in ("outside", "bad index"):
         file.unlink()
+        index.write_text(case if isinstance(case, str) else json.dumps(case))
     if case == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif case == "empty":
@@ -719,7 +794,7 @@ def test_damaged_model_folder_is_one_line(tmp_path, case, said):
     elif case == "bad config":
         (folder / "config.json").write_text("{")
     text = refused(tmp_path, "--model", folder, "--num-requests", 1)
-    assert said in text
+    assert said in text and len(text) < 200 + len(str(index))
 
 
 def test_temperature_samples_the_softmax():
@@ -742,6 +817,7 @@ def refused(folder, *arguments, ranks=1) -> str:
     assert [status for status, *_ in results] == [2] * ranks, results
     text = "".join(text for _, text, _ in results)
     assert text.startswith("run_cluster.py: ") and text.count("\n") == 1, text
+    assert text[:-1].isprintable() and "Traceback" not in text
     return text
 
 
@@ -770,7 +846,15 @@ IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
     ({**IDS, "salt": 3}, "salt is 3"), ({**IDS, "session_id": [1]}, "session_id is [1]"),
     ({**IDS, "think_ms": -1}, "think_ms is -1"), ("\n\n{", "not JSON"),
     ({**IDS, "output_length": 8191}, "8193 tokens, the model has 8192 positions"),
-    ({**GOOD, "output_length": 1000}, "needs 100 segments, the pool has 60")])
+    ({**GOOD, "output_length": 1000}, "needs 100 segments, the pool has 60"),
+    ("[" * 100_000, "not JSON (maximum recursion depth"),
+    ('{"timestamp": %s}' % ("9" * 5000), "not JSON (Exceeds the limit (4300 digits)"),
+    ({**GOOD, "timestamp": 10**400}, "…; a number of ms from 0 to 2**53 is expected"),
+    ({**GOOD, "input_length": 10**400}, "…; a positive integer below 2**53 is expected"),
+    ({**GOOD, "hash_ids": [1, 2**63]}, "a list of integers from 0 up to 2**63 - 1 is expected"),
+    ({**IDS, "input_ids": [1] * 5000 + ["\n"]}, "1, 1, 1, 1, …; a list of integers"),
+    ({**IDS, "salt": ["x" * 5000]}, 'salt is ["xxxx'),
+    (dict(timestamp=1, output_length=3, prompt="Hi"), "token ids (input_ids) are expected")])
 def test_bad_line_is_named(tmp_path, line, said):
     """Line 17 of a trace is wrong in one way or another."""
     path = tmp_path / "trace.jsonl"
@@ -781,6 +865,7 @@ def test_bad_line_is_named(tmp_path, line, said):
                         *(["--segment-tokens", 200] if "8193" in said else []))
     number = 17 + text.count("\n") if isinstance(line, str) else 17
     assert f"{path}:{number}: " in said_text and said in said_text
+    assert len(said_text) < 240 + len(str(path))
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -793,7 +878,7 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--trace-scale", "3", "--trace", "x"], "'3': a divisor of 512 is expected"),
     (["--speed", "0"], "--speed"), (["--speed", "nan"], "--speed"), (["--seed", "-1"], "--seed"),
     (["--timeout", "0"], "--timeout"), (["--profile"], "--profile needs --output DIR"),
-    (["--profile", "-1", "--output", "{tmp}/new"], "--profile: '-1': an integer from 0 is expected"),
+    (["--profile", "-1", "--output", "{tmp}/new"], "--profile: '-1': an integer from 0 to 2**63"),
     (["--trace-scale", "2"], "needs --trace"), (["--random-weights"], "needs --model"),
     (["--model", "{tmp}/missing"], "No such file"), (["--dtype", "int8"], "--dtype"),
     (["--placement", "here"], "--placement"), (["--bogus"], "--bogus"), (["extra"], "extra"),
@@ -810,18 +895,56 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--scheduler", "pd:3x2"], "--scheduler pd:3x2: 5 instances, there are 1; as many are exp"),
     (["--scheduler", "pd:0x1"], "--scheduler"), (["--scheduler", "fast"], "--scheduler"),
     (["--stop-at-eos", "--model", "{tmp}/model", "--random-weights"], "no eos_token_id"),
-    (["--trace", "{tmp}/ids", "--trace-scale", "2"], "cannot be scaled")])
+    (["--trace", "{tmp}/ids", "--trace-scale", "2"], "cannot be scaled"),
+    (["--trace", "{tmp}/a\nb\x1b"], r"/a\nb\x1b: No such file"),
+    (["--output", "{tmp}/empty\n/x"], r"/empty\n/x: Not a directory"),
+    (["--model", "{tmp}/a\u2028b"], r"/a\u2028b/config.json: No such file"),
+    (["--bogus\n"], r"--bogus\n"), (["--timeout=--"], "--timeout=--: a value is expected"),
+    (["--model", "{tmp}/huge", "--random-weights"], "the weights of 1 ranks need 281,474,976,7")])
 def test_bad_option_is_named(tmp_path, arguments, said):
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "requests.jsonl").write_text("{}\n")
     (tmp_path / "ids").write_text(json.dumps(IDS) + "\n")
+    (tmp_path / "empty\n").write_text("")
     save_model(tmp_path / "model", dict(eos_token_id=None))
+    huge = dict(json.loads((tmp_path / "model" / "config.json").read_text()), vocab_size=2**40)
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge" / "config.json").write_text(json.dumps(huge))
     if "--device" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert said in refused(tmp_path, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert (tmp_path / "held" / "requests.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in run_cluster.OPTIONS] + ["--profile"])
+@pytest.mark.parametrize("value", ["--", "x" * 5000, "9" * 5000, "x " * 3000, "\0", "\ud800"])
+def test_any_option_is_refused_shortly(name, value):
+    """Whatever is given for a value that it cannot be. (A float of many digits is infinite.)"""
+    if name == "--speed" or name == "--tbt-slo-ms":
+        value = value.replace("9", "x")
+    with pytest.raises(ValueError) as caught:
+        run_cluster.parse_options([f"{name}={value}"])
+    assert name in str(caught.value) and len(str(caught.value)) <= 200
+
+
+def test_unknown_keys_are_warned_of_once(tmp_path):
+    """By name, by rank 0 alone; the line is served."""
+    lines = [dict(timestamp=0, input_ids=[1], output_length=1, **{key: "a"})
+             for key in ("sesion_id", "a\n\ud800", "sesion_id", "prompt")]
+    trace = write_trace(tmp_path, lines)
+    known = "known are session_id, timestamp, output_length, think_ms, salt, input_length, "
+    said = [f"{trace}:1: unknown key \"sesion_id\" is ignored ({known}hash_ids, input_ids)",
+            f"{trace}:2: unknown key \"a\\n\\ud800\" is ignored ({known}hash_ids, input_ids)",
+            f"{trace}:4: unknown key \"prompt\" is ignored ({known}hash_ids, input_ids)"]
+    served = serve(tmp_path, trace, ranks=2)
+    assert served.text.count("unknown key") == 3
+    assert all(f"run_cluster.py: {text}\n" in served.text for text in said)
+    warned = []
+    with open(trace) as file:
+        assert len(balancer.read_trace(file, str(trace), 1, None, warned.append)) == 4
+    assert warned == said
 
 
 def test_bad_input_with_several_ranks_is_said_once(tmp_path):
@@ -1002,6 +1125,17 @@ def test_salts_share_nothing(tmp_path):
     run = serve(tmp_path, lines, "--max-batch", 1, ranks=2)
     assert [run.records[i]["cached_tokens"] for i in range(3)] == [0, 0, 63]
     assert len(set(map(tuple, run.tokens.values()))) == 1
+
+
+def test_a_session_belongs_to_its_salt(tmp_path):
+    """The same session id under another salt is another session, here and where it goes on."""
+    lines = [dict(input_ids=tokens(20, i), output_length=3, session_id="s", salt=salt)
+             for i, salt in enumerate(("a", "b", "a", "b", ""))]
+    run = serve(tmp_path, lines, ranks=2)
+    assert run.tokens == oracle(lines)
+    assert [run.records[i]["input_length"] for i in range(5)] == [20, 20, 43, 43, 20]
+    made = balancer.read_trace((json.dumps(dict(line, timestamp=0)) for line in lines), "t")
+    assert [line.previous and line.previous.index for line in made] == [None, None, 0, 1, None]
 
 
 def test_any_salt(tmp_path):
@@ -3230,7 +3364,10 @@ def test_ranges():
 
 sys.path.insert(0, str(HERE / "bench"))
 import baselines  # noqa: E402
+import compare  # noqa: E402
 import golden_plans  # noqa: E402
+import kernel_speed  # noqa: E402
+import plan  # noqa: E402
 import replay  # noqa: E402
 import simulate  # noqa: E402
 import workloads  # noqa: E402
@@ -3279,12 +3416,40 @@ def test_benchmarks_run(tmp_path, command, said):
     (["compare.py", "--policies", "dp"], "dp"), (["compare.py", "--rates", "1,0"], "--rates"),
     (["simulate.py", "--policy", "tokenlake:hash"], "tokenlake:hash"),
     (["compare.py", "--workload", "demo"], "--workload"),
-    (["compare.py", "--seeds", "0"], "--seeds"), (["compare.py", "--real"], "torchrun")])
+    (["compare.py", "--seeds", "0"], "--seeds"), (["compare.py", "--real"], "torchrun"),
+    (["simulate.py", "--tp", "0"], "argument --tp: '0': an integer from 1 to 1024 is expected"),
+    (["simulate.py", "--workload", "a\nb"], r"'a\nb'"), (["simulate.py", "a\nb"], r"a\nb"),
+    (["simulate.py", "--workload", "deep.jsonl"], "deep.jsonl:1: not JSON (maximum recursion"),
+    (["simulate.py", "--workload", "long.jsonl"], "at most 1073741824 are simulated"),
+    (["replay.py", "--trace", "deep.jsonl"], "deep.jsonl:1: not JSON (maximum recursion"),
+    (["replay.py", "--trace", "a\nb"], r"'a\nb'"),
+    (["compare.py", "--capacities", "1"], "--capacities 1: 2048 at least"),
+    (["compare.py", "--policies", ","], "--policies"), (["kernel_speed.py", "--segments", "0"], "'0'"),
+    (["plan.py", "--repeat", "0"], "--repeat: '0': an integer from 1 to 1000000 is expected"),
+    (["workloads.py", "loogle", "--rate", "0"], "--rate: '0': a number from 1e-06 to 1000000.0")])
 def test_wrong_options_of_benchmarks_are_named(tmp_path, command, said):
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "long.jsonl").write_text(json.dumps({**IDS, "output_length": 2**50}))
     done = subprocess.run([sys.executable, HERE / "bench" / command[0], *command[1:]], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("program, names", [
+    (simulate, "model hardware instances tp num-requests seed chunk-tokens max-batch "
+               "capacity-tokens tbt-slo-ms workload policy rate trace validate table"),
+    (compare, "policies seeds rate rates capacities output slots"), (workloads, "rate seed"),
+    (replay, "trace instances placement replicate-factor segment-tokens capacity-tokens"),
+    (plan, "instances requests segments repeat"), (golden_plans, "record"),
+    (kernel_speed, "models segments dtype json")])
+def test_any_option_of_benchmarks_is_refused_shortly(program, names, capsys):
+    for name in names.split():
+        for value in ("--", "9" * 5000, "\0"):
+            with pytest.raises(SystemExit, match="2"):
+                program.main([f"--{name}={value}"])
+            text = capsys.readouterr().err
+            assert text.count("\n") == 1 and len(text) < 300, text
 
 
 def test_generated_loads_share_what_they_say():

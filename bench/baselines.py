@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from balancer import Request  # noqa: E402
+from model import cut  # noqa: E402
 from pool import LakeConfig  # noqa: E402
 from tokenlake import FORBIDDEN, Scheduler, TokenLake  # noqa: E402
 
@@ -363,7 +364,7 @@ POLICIES = (*VARIANTS, "tokenlake:auto", "tokenlake:even", "tokenlake:dp", "rout
 def pd_counts(policy: str, N: int) -> tuple[int, int] | None:
     """P and D of `pd:PxD` and `tokenlake:pd:PxD`; None for others. Raises ValueError if they do
     not make N instances."""
-    match = re.fullmatch(r"pd:(\d+)x(\d+)", policy.removeprefix("tokenlake:"))
+    match = re.fullmatch(r"pd:(\d{1,4})x(\d{1,4})", policy.removeprefix("tokenlake:"))
     if match is None:
         return None
     prefills = int(match[1])
@@ -396,7 +397,7 @@ def make_fleet(
     counts = pd_counts(policy, N)
     if counts is None and policy not in POLICIES:
         raise ValueError(
-            f"{policy}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
+            f"{cut(policy)}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
             "router and pd:PxD are there, and each with :fcfs behind it"
         )
 

@@ -39,7 +39,8 @@ from pool import (  # noqa: E402
     LakeError,
     Moves,
 )
-from run_cluster import CV_WINDOW, TOLERANCE, Engine, sum_bytes  # noqa: E402
+from options import number  # noqa: E402
+from run_cluster import CV_WINDOW, PATH, TOLERANCE, Engine, sum_bytes  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
@@ -503,10 +504,10 @@ def write_json(path: Path, result):
 def by_commas(convert):
     """The type of an option with several values."""
 
-    def numbers(text: str) -> list:
+    def values(text: str) -> list:
         return [convert(part) for part in text.split(",") if part]
 
-    return numbers
+    return values
 
 
 def parser():
@@ -521,30 +522,30 @@ def parser():
         default=["tokenlake", "router", "pd:1x3", "pd:3x1"],
         help="separated by commas; see simulate.py --policy",
     )
-    add("--seeds", type=int, default=3, help="runs of each (default 3)")
+    add("--seeds", type=number(int, 1, 1000), default=3, help="runs of each (default 3)")
     add(
         "--rate",
-        type=float,
+        type=sim.RATE,
         default=1.0,
         help="where the search begins (default 1 per second)",
     )
     add(
         "--rates",
-        type=by_commas(float),
+        type=by_commas(sim.RATE),
         default=[],
         help="of the curves; default: around the best goodput",
     )
     add(
         "--capacities",
-        type=by_commas(int),
+        type=by_commas(sim.TOKENS),
         default=[],
         help="tokens; goodput and hits at each",
     )
-    add("--output", type=Path, help="folder for compare.json and figures")
+    add("--output", type=PATH, help="folder for compare.json and figures")
     add("--real", action="store_true", help="on these ranks, with the small model")
     add(
         "--slots",
-        type=int,
+        type=number(int, 1, 2**16),
         default=160,
         help="with --real: segments of 8 tokens per instance",
     )
@@ -558,9 +559,10 @@ def check(options):
     N = int(os.environ.get("WORLD_SIZE", 1)) if options.real else options.instances
     if options.real and (N < 2 or options.workload not in WORKLOADS):
         raise ValueError("--real: a generated load, and ranks by torchrun, are expected")
-    for number in (*options.rates, *options.capacities):
-        if not 0 < number < 2**40:
-            raise ValueError("--rates and --capacities: positive numbers are expected")
+    for tokens in options.capacities:
+        sim.check_capacity(options, "--capacities", tokens)
+    if not options.policies:
+        raise ValueError("--policies: names separated by commas are expected")
     if options.workload == "demo":
         raise ValueError(
             "--workload demo has no rate; a generated load or a file is expected"
@@ -589,7 +591,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
     except (OSError, ValueError, LakeError) as error:
-        command_line.error(str(error))
+        command_line.refuse(error)
     return 0
 
 

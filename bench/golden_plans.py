@@ -15,7 +15,6 @@ before it. So while a scene runs, every planned read is checked: each row reads 
 its own exactly once, and finds there what was written for it.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -25,11 +24,12 @@ from pathlib import Path
 import numpy as np
 
 FILE = Path(__file__).resolve().with_suffix(".json")
-sys.path.insert(0, str(FILE.parent.parent))
+sys.path[:0] = [str(FILE.parent.parent), str(FILE.parent)]
 
 import tokenlake  # noqa: E402
 from balancer import Request  # noqa: E402
 from model import LlamaConfig  # noqa: E402
+from options import Parser  # noqa: E402
 from pool import (  # noqa: E402
     HERE,
     LATE,
@@ -282,7 +282,7 @@ def scenes(seeds) -> tuple[list[str], Counter]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Compare plans with recorded ones.")
+    parser = Parser(description="Compare plans with recorded ones.")
     parser.add_argument("--record", action="store_true", help=f"write {FILE.name}")
     options = parser.parse_args(arguments)
     digests, counts = scenes(range(NUM_SCENES))

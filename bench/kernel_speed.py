@@ -32,7 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 GPU = torch.cuda.is_available()
 if not GPU:
     # Before triton is imported, as the next line does.
@@ -42,6 +43,8 @@ from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 
 import kernels  # noqa: E402
 from kernels import KVSpans, QueryRuns, Work, merge, partial_attention  # noqa: E402
+from model import one_line, shown  # noqa: E402
+from options import Parser  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -364,8 +367,7 @@ def write_json(file, copy, results: list[dict]):
 
 
 def parse_options(arguments: list[str]):
-    parser = argparse.ArgumentParser(description="Benchmark the kernels.")
-    parser.print_usage = lambda *_: None  # an error is one line
+    parser = Parser(description="Benchmark the kernels.")
     add = parser.add_argument
     add(
         "--models",
@@ -386,11 +388,10 @@ def parse_options(arguments: list[str]):
     options.models = (options.models or default).split(",")
     for name in options.models:
         if name not in MODELS:
-            parser.error(f"--models {name}: {', '.join(MODELS)} are there")
+            parser.refuse(f"--models {shown(name)}: {', '.join(MODELS)} are there")
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", options.segments):
-        parser.error(
-            f"--segments {options.segments}: positive numbers by commas are expected"
-        )
+        said = "positive numbers below a million, by commas, are expected"
+        parser.refuse(f"--segments {shown(options.segments)}: {said}")
     options.segments = [int(tokens) for tokens in options.segments.split(",")]
     options.dtype = options.dtype or ("bfloat16" if GPU else "float16")
     return options
@@ -419,7 +420,7 @@ def main(arguments: list[str]) -> int:
             else:
                 result = time_merge(case, copy)
         except (ValueError, torch.OutOfMemoryError) as error:
-            print(f"bench/kernel_speed.py: {error}", file=sys.stderr)
+            print(f"bench/kernel_speed.py: {one_line(error)}", file=sys.stderr)
             return 1
         results.append(result)
         print(format_result(result), flush=True)

@@ -9,7 +9,6 @@ No tensors, no process group; `gen_plans` is timed alone, then with the digest t
 `--table` shows how it grows with instances, requests and segments.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -18,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from balancer import Request, Run  # noqa: E402
 from model import LlamaConfig  # noqa: E402
+from options import Parser, check_segments, number  # noqa: E402
 from pool import LakeConfig, plan_digest  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 
@@ -127,16 +128,18 @@ def milliseconds(instances, requests, segments, shared, repeat) -> np.ndarray:
 
 
 def parse_options(arguments: list[str]):
-    parser = argparse.ArgumentParser(description="Time gen_plans.")
+    parser = Parser(description="Time gen_plans.")
     add = parser.add_argument
-    defaults = {
-        "--instances": 64,
-        "--requests": 64,
-        "--segments": 200,
-        "--repeat": 20,
+    # Default and highest value.
+    numbers = {
+        "--instances": (64, 1024),
+        "--requests": (64, 4096),
+        "--segments": (200, 100_000),
+        "--repeat": (20, 1_000_000),
     }
-    for name, default in defaults.items():
-        add(name, type=int, default=default, help=f"default {default}")
+    for name, (default, highest) in numbers.items():
+        kind = number(int, 1, highest)
+        add(name, type=kind, default=default, help=f"default {default}")
     add(
         "--shared",
         action="store_true",
@@ -145,8 +148,10 @@ def parse_options(arguments: list[str]):
     add("--json", action="store_true", help="print one JSON object")
     add("--table", action="store_true", help="how it grows, up to 512 instances")
     options = parser.parse_args(arguments)
-    if min(options.instances, options.requests, options.segments, options.repeat) < 1:
-        parser.error("positive integers are expected")
+    try:
+        check_segments(options.instances * options.requests * options.segments)
+    except ValueError as error:
+        parser.refuse(error)
     return options
 
 

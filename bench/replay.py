@@ -7,7 +7,6 @@ Requests of one timestamp are an iteration. Each reads each of its hit segments 
 admitted, and puts the others; sessions and salts are not looked at. No tensors, no processes.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -18,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from balancer import TRACE_BLOCK, Balancer, Request, read_trace, variation  # noqa: E402
+from options import Parser, check_segments, file_name, warn, wording  # noqa: E402
 
 WINDOW_MS = 10_000  # of the trace, that a CV is taken over
 KV_BYTES = 131_072  # of a token, all layers: Llama-3.1-8B in 16 bits
@@ -98,14 +99,11 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = KV_BYTES) -> 
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "balancer.py", description="Replay a trace, planning only."
-    )
-    parser.print_usage = lambda *_: None  # an error is one line
+def make_parser() -> Parser:
+    parser = Parser("balancer.py", description="Replay a trace, planning only.")
     add = parser.add_argument
     trace = "timestamp, input_length, hash_ids per line"
-    add("--trace", required=True, metavar="FILE", help=trace)
+    add("--trace", type=file_name, required=True, metavar="FILE", help=trace)
     add("--instances", type=int, default=8, metavar="N", help="default 8")
     add(
         "--placement", choices=("stripe", "hash"), default="stripe", help="default stripe"
@@ -123,15 +121,17 @@ def check_numbers(options):
     """Raises ValueError naming the option."""
     for name, value in vars(options).items():
         lowest = 0 if name == "replicate_factor" else 1
-        if type(value) in (int, float) and not lowest <= value < 2**40:
-            said = f"a number from {lowest} is expected"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {said}")
+        highest = 1024 if name == "instances" else 2**40
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            said = f"a number from {lowest} to {highest} is expected"
+            shown = wording().cut(str(value))
+            raise ValueError(f"--{name.replace('_', '-')} {shown}: {said}")
 
 
-def read_lines(file_name: str) -> list[tuple]:
+def read_lines(name: str) -> list[tuple]:
     """(timestamp, input_length, hash_ids) of each line of a trace."""
-    with open(file_name, "rb") as file:
-        lines = read_trace(file, file_name)
+    with open(name, "rb") as file:
+        lines = read_trace(file, name, warn=warn)
     for line in lines:
         if line.hash_ids is None:
             said = "input_ids are not replayed; input_length and hash_ids are expected"
@@ -150,12 +150,12 @@ def main(arguments: list[str] | None = None):
         room = options.capacity_tokens
         if room is None:
             room = 2 * C * sum(-(-length // C) for _, length, _ in lines)
-        balancer = Balancer(
-            N, -(-room // (N * C)), C, options.placement, options.replicate_factor
-        )
+        slots = -(-room // (N * C))
+        check_segments(N * slots)
+        balancer = Balancer(N, slots, C, options.placement, options.replicate_factor)
         result = replay(lines, balancer)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.refuse(error)
     if options.json:
         print(json.dumps(result))
         return

@@ -41,6 +41,7 @@ import run_cluster  # noqa: E402
 from balancer import TRACE_BLOCK, Request, read_trace, variation  # noqa: E402
 from baselines import VARIANTS, make_fleet  # noqa: E402
 from model import LlamaConfig  # noqa: E402
+from options import Parser, check_segments, file_name, number, warn  # noqa: E402
 from replay import WINDOW_MS  # noqa: E402
 from run_cluster import demo_trace  # noqa: E402
 from pool import LakeConfig  # noqa: E402
@@ -85,6 +86,10 @@ FLOPS_SHARE = 0.6  # of the peak that is reached
 BANDWIDTH_SHARE = 0.8
 ALPHA = 10e-6  # seconds of an exchange of nothing
 REUSE = 16  # iterations at most that a plan is used again
+# Rates per second, and tokens of cache, that a simulation may have.
+RATE = number(float, 1e-6, 1e6)
+TOKENS = number(int, 1, 2**40)
+MOST_TOKENS = 2**30  # of a request, whose chunks are listed
 SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
@@ -458,15 +463,16 @@ def mean(values) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def load(name: str, num_requests: int, rate: float, seed: int, vocab: int = 512):
-    """Checked lines of the demo, a generated load, or a file."""
+def load(name: str, num_requests: int, rate: float, seed: int, vocab=512, warn=None):
+    """Checked lines of the demo, a generated load, or a file, of which `warn` is told what is
+    ignored."""
     if name == "demo":
         return read_trace(demo_trace(num_requests, vocab, seed), "demo")
     if name in WORKLOADS:
         generated = generate(name, num_requests, rate, seed)
         return read_trace(map(json.dumps, generated), name)
     with open(name, "rb") as file:
-        return read_trace(file, name, limit=num_requests)
+        return read_trace(file, name, limit=num_requests, warn=warn)
 
 
 def segment_tokens(model_name: str) -> int:
@@ -515,70 +521,75 @@ def simulate(
     return Simulation(fleet, lines, roofline, speed=speed).run(limit)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str) -> Parser:
     """The options of a simulation."""
-    command_line = argparse.ArgumentParser(description=description)
+    command_line = Parser(description=description)
     add = command_line.add_argument
     add("--model", choices=MODELS, default="lwm-7b", help="default lwm-7b")
     add("--hardware", choices=HARDWARE, default="a100", help="default a100")
-    defaults = {
-        "--instances": 4,
-        "--tp": 2,
-        "--num-requests": 300,
-        "--seed": 0,
-        "--chunk-tokens": 512,
-        "--max-batch": 512,
+    # Default, lowest and highest value.
+    numbers = {
+        "--instances": (4, 1, 1024),
+        "--tp": (2, 1, 1024),
+        "--num-requests": (300, 1, 10_000_000),
+        "--seed": (0, 0, 2**63 - 1),
+        "--chunk-tokens": (512, 1, 2**20),
+        "--max-batch": (512, 1, 2**20),
     }
-    for name, default in defaults.items():
-        add(name, type=int, default=default, help=f"default {default}")
+    for name, (default, lowest, highest) in numbers.items():
+        kind = number(int, lowest, highest)
+        add(name, type=kind, default=default, help=f"default {default}")
     add(
         "--capacity-tokens",
-        type=int,
+        type=TOKENS,
         metavar="T",
         help="of cache in all instances; "
         "default: what 90 %% of the GPUs' memory has room for beside the weights",
     )
-    add("--tbt-slo-ms", type=float, help="default: what 99 of 100 requests allow")
+    slo = "default: what 99 of 100 requests allow"
+    add("--tbt-slo-ms", type=number(float, 1e-3, 1e9), help=slo)
     add(
         "--workload",
+        type=file_name,
         default="loogle",
         help=f"demo, {', '.join(WORKLOADS)}, or a trace's file",
     )
-    command_line.print_usage = lambda *_: None  # an error is one line
     return command_line
 
 
+def check_capacity(options, name: str, tokens: int):
+    """Raises ValueError if so much cache is too few segments, or too many."""
+    C = segment_tokens(options.model)
+    least = options.instances * C
+    if tokens < least:
+        said = f"{least} at least, a segment per instance, are expected"
+        raise ValueError(f"{name} {tokens}: {said}")
+    check_segments(tokens // C)
+
+
 def check(options):
-    """Raises ValueError naming the option. Fills in the capacity that the GPUs' memory has."""
+    """Raises ValueError naming the option, or the line of a trace. Fills in the capacity that the
+    GPUs' memory has."""
     if options.capacity_tokens is None:
         roofline = Roofline(MODELS[options.model], options.hardware, options.tp)
         options.capacity_tokens = options.instances * roofline.capacity
-    for name in (
-        "instances",
-        "tp",
-        "num-requests",
-        "capacity-tokens",
-        "chunk-tokens",
-        "max-batch",
-        "rate",
-        "seeds",
-        "tbt-slo-ms",
-    ):
-        value = getattr(options, name.replace("-", "_"), None)
-        if value is not None and not 0 < value < 2**40:
-            raise ValueError(f"--{name} {value}: a positive number is expected")
-    if options.seed < 0:
-        raise ValueError(f"--seed {options.seed}: an integer from 0 is expected")
-    least = options.instances * segment_tokens(options.model)
-    if options.capacity_tokens < least:
-        raise ValueError(
-            f"--capacity-tokens {options.capacity_tokens}: {least} at least, a "
-            "segment per instance, are expected"
-        )
+    check_capacity(options, "--capacity-tokens", options.capacity_tokens)
     if options.max_batch < options.instances:
         raise ValueError(
             f"--max-batch {options.max_batch}: at least --instances is expected"
         )
+    for name in (options.workload, getattr(options, "trace", None)):
+        if name and name not in ("demo", *WORKLOADS):
+            check_trace(name, options.num_requests)
+
+
+def check_trace(name: str, num_requests: int):
+    """Raises ValueError for a file's lines. This warns of them: a comparison reads it often."""
+    lines = load(name, num_requests, 1.0, 0, warn=warn)
+    longest = max(lines, key=attrgetter("total"))
+    if longest.total > MOST_TOKENS:
+        said = f"prompt and answer are {longest.total} tokens; at most {MOST_TOKENS} are"
+        raise ValueError(f"{longest.where}: {said} simulated")
 
 
 def table(options):
@@ -685,8 +696,9 @@ def main(arguments: list[str]) -> int:
         default="tokenlake",
         help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD, each also with :fcfs",
     )
-    add("--rate", type=float, help="requests per second; default: 1, a trace's own")
-    add("--trace", help="with --table: a trace to be in it, at its own times")
+    add("--rate", type=RATE, help="requests per second; default: 1, a trace's own")
+    trace = "with --table: a trace to be in it, at its own times"
+    add("--trace", type=file_name, help=trace)
     add(
         "--table",
         action="store_true",
@@ -707,7 +719,7 @@ def main(arguments: list[str]) -> int:
             summary = simulate(options).summary()
             print(json.dumps(summary, indent=1))
     except (OSError, ValueError) as error:
-        command_line.error(str(error))
+        command_line.refuse(error)
     return 0
 
 

@@ -18,7 +18,6 @@ tokens, so a shared part is rounded up to blocks:
 A later turn repeats the whole blocks of the one before; its last, started block counts as new.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -28,9 +27,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from balancer import TRACE_BLOCK  # noqa: E402
+from options import Parser, number  # noqa: E402
 
 
 class Turn(NamedTuple):
@@ -162,19 +163,15 @@ def generate(name: str, num_requests: int, rate: float, seed: int):
 
 
 def parse_options(arguments: list[str]):
-    parser = argparse.ArgumentParser(description="Write a generated load as a trace.")
-    parser.add_argument("name", choices=WORKLOADS)
-    parser.add_argument(
-        "--rate", type=float, default=1.0, help="requests per second (default 1)"
-    )
-    parser.add_argument("--num-requests", type=int, default=300, help="default 300")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if not 0 < options.rate < 1e6 or options.num_requests < 1 or options.seed < 0:
-        parser.error(
-            "--rate and --num-requests: positive numbers are expected; --seed: from 0"
-        )
-    return options
+    parser = Parser(description="Write a generated load as a trace.")
+    add = parser.add_argument
+    add("name", choices=WORKLOADS)
+    rate = "requests per second (default 1)"
+    add("--rate", type=number(float, 1e-6, 1e6), default=1.0, help=rate)
+    requests = number(int, 1, 10_000_000)
+    add("--num-requests", type=requests, default=300, help="default 300")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
