@@ -31,16 +31,16 @@ import simulate as sim  # noqa: E402
 from balancer import TRACE_BLOCK, read_trace, variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, random_weights  # noqa: E402
+from cluster import Cluster, LakeError  # noqa: E402
 from pool import (  # noqa: E402
     PUT,
-    Cluster,
     InstanceMoves,
     LakeConfig,
-    LakeError,
     Moves,
 )
 from options import number  # noqa: E402
-from run_cluster import CV_WINDOW, PATH, TOLERANCE, Engine, sum_bytes  # noqa: E402
+from results import CV_WINDOW, sum_bytes  # noqa: E402
+from run_cluster import PATH, TOLERANCE, Engine  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
