@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -3024,21 +3024,27 @@ END = 1_000_000  # the end-of-sequence token: no prompt has it
 MOST_WAITING = 6  # requests: then no more arrive, so that draining stays short
 
 
-class NaiveCache:
-    """What should be cached, as simply as it can be said: prefixes, when each was last read, and by
-    whom. It knows no slots, hashes, tree or pins; a prefix is (salt, *tokens up to a segment's
-    end). Its methods are told of each call to the balancer before it is made, with the same
-    arguments."""
+@dataclass
+class NaiveReader:
+    """A running request in the naive model."""
+    request: Request
+    asked: list  # the prefixes that its tokens had at its admission
+    reading: list  # the prefixes that it reads: the first ones of its tokens
+    done: int  # its tokens in the pool
 
-    def __init__(self, C):
-        self.C = C
-        self.last_read = {}  # published prefix → when
-        self.reading = {}  # id of a running request → the prefixes that it reads, the shortest first
-        self.asked = {}  # the same → the prefixes that its tokens had at its admission
-        self.done = {}  # the same → its tokens in the pool
-        self.copies = {}  # slot → prefix
-        self.prefix_of = {}  # id of a segment → prefix
+
+class NaiveCache:
+    """What should be cached, as simply as it can be said: prefixes, when each was last read, and
+    who reads it. A prefix is (salt, *tokens up to a segment's end). There is no tree, no hash and
+    no count of pins. Its methods are told of the balancer's calls before these are made."""
+
+    def __init__(self, C, num_slots):
+        self.C, self.num_slots = C, num_slots
         self.time = 0
+        self.last_read = {}  # published prefix → when
+        self.copies = {}  # slot → prefix, in order of last reading or making
+        self.running = {}  # request id → NaiveReader
+        self.prefix_of = {}  # id of a segment → prefix
 
     def prefixes(self, request) -> list[tuple]:
         tokens, C = request.tokens, self.C
@@ -3050,40 +3056,58 @@ class NaiveCache:
         return (*published, False).index(False)
 
     def read(self, prefixes):
-        self.last_read.update(dict.fromkeys(prefixes, self.time))
+        """Published prefixes are read, or new ones published."""
+        for prefix in prefixes:
+            self.last_read[prefix] = self.time
+            for slot in [slot for slot, copied in self.copies.items() if copied == prefix]:
+                self.copies[slot] = self.copies.pop(slot)
 
-    def unread(self) -> dict[tuple, int]:
-        """Published prefixes that no running request reads."""
-        read = set().union(*self.reading.values())
-        return {prefix: when for prefix, when in self.last_read.items() if prefix not in read}
+    def pinned(self) -> set[tuple]:
+        return {prefix for reader in self.running.values() for prefix in reader.reading}
+
+    def unread_since(self) -> list[int]:
+        """When the published prefixes that nobody reads were last read."""
+        pinned = self.pinned()
+        return [when for prefix, when in self.last_read.items() if prefix not in pinned]
 
     def admit(self, request, matched):
-        """A request hits the longest prefix there is. Nobody else is about to compute its next."""
+        """A request hits the longest prefix there is. Nobody is about to compute the next one, and
+        there is room."""
         prefixes = self.prefixes(request)
         assert matched == self.longest(prefixes), "not the longest published prefix"
-        for other, asked in self.asked.items():
-            assert not set(prefixes[matched:matched + 1]) & set(asked[len(self.reading[other]):])
+        for other in self.running.values():
+            to_come = other.asked[len(other.reading):]
+            assert not set(prefixes[matched:matched + 1]) & set(to_come), "should have waited"
+        assert self.room(request, prefixes[:matched]) >= 0, "admitted without room"
         self.time += 1
         self.read(prefixes[:matched])
-        self.asked[request.id] = prefixes
-        self.reading[request.id] = prefixes[:matched]
-        self.done[request.id] = min(matched * self.C, len(request.tokens) - 1)
+        done = min(matched * self.C, len(request.tokens) - 1)
+        self.running[request.id] = NaiveReader(request, prefixes, prefixes[:matched], done)
+
+    def room(self, request, matched) -> int:
+        """Slots that nobody needs when this request has its prompt, and those that run have theirs
+        and a segment of their answers. The last token needs none."""
+        needed = -(-len(request.tokens) // self.C) - len(matched)
+        for other in self.running.values():
+            most = min(len(other.request.tokens) + self.C, other.request.max_tokens - 1)
+            needed += -(-most // self.C) - len(other.reading)
+        return self.num_slots - len(self.pinned().union(matched)) - needed
 
     def commit(self, request, rows):
         """Prefixes that are filled are published, and read by who filled them."""
-        self.done[request.id] += rows
-        reading, end = self.reading[request.id], self.done[request.id] // self.C
-        filled = self.prefixes(request)[len(reading):end]
-        for id, prefix in zip(request.ids[len(reading):], filled):
+        reader = self.running[request.id]
+        reader.done += rows
+        known = len(reader.reading)
+        filled = self.prefixes(request)[known:reader.done // self.C]
+        for id, prefix in zip(request.ids[known:], filled):
             assert self.prefix_of.setdefault(id, prefix) == prefix, "two prefixes have one id"
         self.read(filled)
-        reading += filled
+        reader.reading += filled
 
     def release(self, request):
-        """All that a request reads was read now; what it has besides is forgotten."""
+        """What a request has read it reads until now, the longest first; the rest is forgotten."""
         self.time += 1
-        self.read(self.reading.pop(request.id))
-        del self.asked[request.id], self.done[request.id]
+        self.read(reversed(self.running.pop(request.id).reading))
 
     def copy(self, segment, slot):
         """A copy is made of what is published."""
@@ -3092,23 +3116,25 @@ class NaiveCache:
         self.copies[slot] = prefix
 
     def evict_copy(self, slot):
-        """Of a prefix that was not read after one that could have left in its place."""
-        when = self.last_read[self.copies.pop(slot)]
-        assert all(when <= other for other in self.unread().values())
+        """The prefix with the oldest copy was read no later than any that could leave whole."""
+        oldest = next(iter(self.copies.values()))
+        assert self.copies.pop(slot) == oldest, "a copy that is not the oldest"
+        assert all(self.last_read[oldest] <= when for when in self.unread_since())
 
     def evict(self, prefix):
-        """A prefix leaves that nobody reads, the least recently read of these, after its copies
-        and after all that continue it."""
-        unread = self.unread()
-        assert prefix in unread and prefix not in self.copies.values(), "evicted while it is read"
-        assert self.last_read[prefix] == min(unread.values()), "not the least recently read"
+        """The least recently read leaves of those that nobody reads, all that continue it before,
+        and if its turn comes before that of the oldest copy."""
+        assert prefix not in self.pinned(), "evicted while it is read"
+        assert self.last_read[prefix] == min(self.unread_since()), "not the least recently read"
+        for oldest in list(self.copies.values())[:1]:
+            assert self.last_read[prefix] < self.last_read[oldest], "evicted before a copy"
         del self.last_read[prefix]
         assert not any(other[:len(prefix)] == prefix for other in self.last_read), "a lost parent"
 
     def slots_in_use(self) -> int:
-        """A slot for each published prefix, each copy, and each segment that is a request's own."""
-        own = (max(0, -(-done // self.C) - len(self.reading[id])) for id, done in self.done.items())
-        return len(self.last_read) + len(self.copies) + sum(own)
+        """One for each published prefix, each copy, and each segment that is a request's own."""
+        own = (-(-reader.done // self.C) - len(reader.reading) for reader in self.running.values())
+        return len(self.last_read) + len(self.copies) + sum(max(0, number) for number in own)
 
 
 def tell(owner, name, told):
@@ -3148,7 +3174,7 @@ class ControlPlane:
         self.most_tokens = most_segments * C
         self.sent = []
         self.identities = {}  # by prefix: of its last C tokens
-        self.naive = NaiveCache(C)
+        self.naive = NaiveCache(C, N * config.slots)
         for name, told in (("admit", self.naive.admit), ("commit", self.naive.commit),
                            ("release", self.naive.release), ("_add_replica", self.naive.copy)):
             tell(self.balancer, name, told)
@@ -3161,7 +3187,7 @@ class ControlPlane:
         slot = self.evict()
         gone = [id for id in before if id not in self.tree.segments]
         if slot is None:
-            assert not self.naive.unread() and not self.naive.copies
+            assert not self.naive.unread_since() and not self.naive.copies
         elif gone:
             self.naive.evict(self.naive.prefix_of[gone[0]])
         else:
@@ -3300,13 +3326,16 @@ class ControlPlane:
         check_bookkeeping(bal, running)
         found = {naive.prefix_of[id]: segment for id, segment in self.tree.segments.items()}
         assert found.keys() == naive.last_read.keys() and len(found) == len(self.tree.segments)
-        readers = Counter(prefix for reading in naive.reading.values() for prefix in reading)
+        readers = Counter(prefix for r in naive.running.values() for prefix in r.reading)
         assert all(segment.pins == readers[prefix] for prefix, segment in found.items())
-        assert {request.id: request.done for request in running} == naive.done
-        copies = {slot: naive.prefix_of[segment.id] for slot, segment in self.tree.extras.items()}
-        assert copies == naive.copies
-        in_use = bal.num_instances * bal.slots - sum(map(len, bal.free))
-        assert in_use == naive.slots_in_use()
+        copies = [(slot, naive.prefix_of[segment.id]) for slot, segment in self.tree.extras.items()]
+        assert copies == list(naive.copies.items())
+        assert len(copies) <= naive.num_slots // balancer.REPLICA_SLOTS
+        assert naive.num_slots - sum(map(len, bal.free)) == naive.slots_in_use()
+        done = {id: reader.done for id, reader in naive.running.items()}
+        assert done == {request.id: request.done for request in running}
+        for request in self.sent:
+            assert request in running or not (request.done or request.num_slots or request.segments)
         for prefix, segment in found.items():
             self.check_contents(prefix, segment)
 
@@ -3387,7 +3416,7 @@ def take_random_steps(monkeypatch, folder, seed) -> Counter:
     return ControlPlane.happened
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_control_plane_equals_a_naive_model(monkeypatch, tmp_path, seed):
     """Lakes of one to five instances with few slots, 1,000 steps: requests that share prefixes
     come, end, end early and are preempted, iterations are busy, idle, or make copies."""
