@@ -3044,6 +3044,7 @@ class NaiveCache:
         self.last_read = {}  # published prefix → when
         self.copies = {}  # slot → prefix, in order of last reading or making
         self.running = {}  # request id → NaiveReader
+        self.cached = {}  # request id → tokens that hit at its first admission
         self.prefix_of = {}  # id of a segment → prefix
 
     def prefixes(self, request) -> list[tuple]:
@@ -3082,6 +3083,7 @@ class NaiveCache:
         self.time += 1
         self.read(prefixes[:matched])
         done = min(matched * self.C, len(request.tokens) - 1)
+        self.cached.setdefault(request.id, done)
         self.running[request.id] = NaiveReader(request, prefixes, prefixes[:matched], done)
 
     def room(self, request, matched) -> int:
@@ -3334,6 +3336,7 @@ class ControlPlane:
         assert naive.num_slots - sum(map(len, bal.free)) == naive.slots_in_use()
         done = {id: reader.done for id, reader in naive.running.items()}
         assert done == {request.id: request.done for request in running}
+        assert naive.cached == self.scheduler.cached_tokens
         for request in self.sent:
             assert request in running or not (request.done or request.num_slots or request.segments)
         for prefix, segment in found.items():
