@@ -3118,16 +3118,18 @@ class NaiveCache:
         self.copies[slot] = prefix
 
     def evict_copy(self, slot):
-        """The prefix with the oldest copy was read no later than any that could leave whole."""
-        oldest = next(iter(self.copies.values()))
-        assert self.copies.pop(slot) == oldest, "a copy that is not the oldest"
-        assert all(self.last_read[oldest] <= when for when in self.unread_since())
+        """Of the prefix with the oldest copy, or of one that nobody reads: the least recently read
+        of these."""
+        oldest = self.last_read[next(iter(self.copies.values()))]
+        when = self.last_read[self.copies.pop(slot)]
+        assert when == min([oldest, *self.unread_since()]), "a copy of one read more recently"
 
     def evict(self, prefix):
-        """The least recently read leaves of those that nobody reads, all that continue it before,
-        and if its turn comes before that of the oldest copy."""
+        """The least recently read leaves of those that nobody reads, after its copies and all that
+        continue it, and only if it was read before the prefix with the oldest copy."""
         assert prefix not in self.pinned(), "evicted while it is read"
         assert self.last_read[prefix] == min(self.unread_since()), "not the least recently read"
+        assert prefix not in self.copies.values(), "evicted before its copies"
         for oldest in list(self.copies.values())[:1]:
             assert self.last_read[prefix] < self.last_read[oldest], "evicted before a copy"
         del self.last_read[prefix]
