@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,8 +170,19 @@ def serve(folder, trace, *arguments, ranks=1, prelude=None, status=0, dtype="flo
 
 
 def check_invariants(server):
-    """Section by section what must hold between two iterations, and that the ranks agree on it."""
+    """What must hold between two iterations, and that the ranks agree on it."""
     bal, running = server.lake.balancer, server.scheduler.running
+    check_bookkeeping(bal, running)
+    state = repr((sorted(bal.tree.segments), list(bal.tree.lru), bal.free,
+                  [r.tokens for r in running], [r.table.tolist() for r in running],
+                  server.engine.clock))
+    digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest(),
+                            "little")
+    assert len(set(map(tuple, server.cluster.gather_integers([digest])))) == 1, "ranks disagree"
+
+
+def check_bookkeeping(bal, running):
+    """Section by section what must hold of slots, segments and pins between two iterations."""
     tree, (N, S, C) = bal.tree, bal.sizes
     owners = Counter(slot for free in bal.free for slot in free)
     for instance, free in enumerate(bal.free):
@@ -209,11 +220,6 @@ def check_invariants(server):
         parent = tree.segments[id].parent
         assert parent is tree.root or parent.pins or place[id] < place[parent.id]
     assert all(owner in running for owner in bal.in_progress.values())
-    state = repr((sorted(tree.segments), list(tree.lru), bal.free, [r.tokens for r in running],
-                  [r.table.tolist() for r in running], server.engine.clock))
-    digest = int.from_bytes(balancer.hashlib.blake2b(state.encode(), digest_size=7).digest(),
-                            "little")
-    assert len(set(map(tuple, server.cluster.gather_integers([digest])))) == 1, "ranks disagree"
 
 
 MODEL = {}
@@ -3776,3 +3782,425 @@ def test_comparison_on_real_ranks(tmp_path):
     pool = results.pop("tokenlake")
     assert pool["cache_load_cv"] < min(r["cache_load_cv"] for r in results.values())
     assert all(r["moved_bytes"]["put"] > 0 for name, r in results.items() if "pd" in name)
+
+
+# ── the control plane against a naive model ───────────────────────────────────────────────────
+
+END = 1_000_000  # the end-of-sequence token: no prompt has it
+MOST_WAITING = 6  # requests: then no more arrive, so that draining stays short
+
+
+@dataclass
+class NaiveReader:
+    """A running request in the naive model."""
+    request: Request
+    asked: list  # the prefixes that its tokens had at its admission
+    reading: list  # the prefixes that it reads: the first ones of its tokens
+    done: int  # its tokens in the pool
+
+
+class NaiveCache:
+    """What should be cached, as simply as it can be said: prefixes, when each was last read, and
+    who reads it. A prefix is (salt, *tokens up to a segment's end). There is no tree, no hash and
+    no count of pins. Its methods are told of the balancer's calls before these are made."""
+
+    def __init__(self, C, num_slots):
+        self.C, self.num_slots = C, num_slots
+        self.time = 0
+        self.last_read = {}  # published prefix → when
+        self.copies = {}  # slot → prefix, in order of last reading or making
+        self.running = {}  # request id → NaiveReader
+        self.cached = {}  # request id → tokens that hit at its first admission
+        self.prefix_of = {}  # id of a segment → prefix
+
+    def prefixes(self, request) -> list[tuple]:
+        tokens, C = request.tokens, self.C
+        return [(request.salt, *tokens[:end]) for end in range(C, len(tokens) + 1, C)]
+
+    def longest(self, prefixes) -> int:
+        """How many of a request's prefixes are published, up to the first that is not."""
+        published = [prefix in self.last_read for prefix in prefixes]
+        return (*published, False).index(False)
+
+    def read(self, prefixes):
+        """Published prefixes are read, or new ones published."""
+        for prefix in prefixes:
+            self.last_read[prefix] = self.time
+            for slot in [slot for slot, copied in self.copies.items() if copied == prefix]:
+                self.copies[slot] = self.copies.pop(slot)
+
+    def pinned(self) -> set[tuple]:
+        return {prefix for reader in self.running.values() for prefix in reader.reading}
+
+    def unread_since(self) -> list[int]:
+        """When the published prefixes that nobody reads were last read."""
+        pinned = self.pinned()
+        return [when for prefix, when in self.last_read.items() if prefix not in pinned]
+
+    def admit(self, request, matched):
+        """A request hits the longest prefix there is. Nobody is about to compute the next one, and
+        there is room."""
+        prefixes = self.prefixes(request)
+        assert matched == self.longest(prefixes), "not the longest published prefix"
+        for other in self.running.values():
+            to_come = other.asked[len(other.reading):]
+            assert not set(prefixes[matched:matched + 1]) & set(to_come), "should have waited"
+        assert self.room(request, prefixes[:matched]) >= 0, "admitted without room"
+        self.time += 1
+        self.read(prefixes[:matched])
+        done = min(matched * self.C, len(request.tokens) - 1)
+        self.cached.setdefault(request.id, done)
+        self.running[request.id] = NaiveReader(request, prefixes, prefixes[:matched], done)
+
+    def room(self, request, matched) -> int:
+        """Slots that nobody needs when this request has its prompt, and those that run have theirs
+        and a segment of their answers. The last token needs none."""
+        needed = -(-len(request.tokens) // self.C) - len(matched)
+        for other in self.running.values():
+            most = min(len(other.request.tokens) + self.C, other.request.max_tokens - 1)
+            needed += -(-most // self.C) - len(other.reading)
+        return self.num_slots - len(self.pinned().union(matched)) - needed
+
+    def commit(self, request, rows):
+        """Prefixes that are filled are published, and read by who filled them."""
+        reader = self.running[request.id]
+        reader.done += rows
+        known = len(reader.reading)
+        filled = self.prefixes(request)[known:reader.done // self.C]
+        for id, prefix in zip(request.ids[known:], filled):
+            assert self.prefix_of.setdefault(id, prefix) == prefix, "two prefixes have one id"
+        self.read(filled)
+        reader.reading += filled
+
+    def release(self, request):
+        """What a request has read it reads until now, the longest first; the rest is forgotten."""
+        self.time += 1
+        self.read(reversed(self.running.pop(request.id).reading))
+
+    def copy(self, segment, slot):
+        """A copy is made of what is published."""
+        prefix = self.prefix_of[segment.id]
+        assert prefix in self.last_read and slot not in self.copies
+        self.copies[slot] = prefix
+
+    def evict_copy(self, slot):
+        """Of the prefix with the oldest copy, or of one that nobody reads: the least recently read
+        of these."""
+        oldest = self.last_read[next(iter(self.copies.values()))]
+        when = self.last_read[self.copies.pop(slot)]
+        assert when == min([oldest, *self.unread_since()]), "a copy of one read more recently"
+
+    def evict(self, prefix):
+        """The least recently read leaves of those that nobody reads, after its copies and all that
+        continue it, and only if it was read before the prefix with the oldest copy."""
+        assert prefix not in self.pinned(), "evicted while it is read"
+        assert self.last_read[prefix] == min(self.unread_since()), "not the least recently read"
+        assert prefix not in self.copies.values(), "evicted before its copies"
+        for oldest in list(self.copies.values())[:1]:
+            assert self.last_read[prefix] < self.last_read[oldest], "evicted before a copy"
+        del self.last_read[prefix]
+        assert not any(other[:len(prefix)] == prefix for other in self.last_read), "a lost parent"
+
+    def slots_in_use(self) -> int:
+        """One for each published prefix, each copy, and each segment that is a request's own."""
+        own = (-(-reader.done // self.C) - len(reader.reading) for reader in self.running.values())
+        return len(self.last_read) + len(self.copies) + sum(max(0, number) for number in own)
+
+
+def tell(owner, name, told):
+    """Before each call of a method, `told` is called with the same arguments."""
+    call = getattr(owner, name)
+
+    def watched(*arguments):
+        told(*arguments)
+        return call(*arguments)
+
+    setattr(owner, name, watched)
+
+
+class ControlPlane:
+    """A lake without tensors at work: scheduler and balancer as they are. After each step the pool
+    is compared with the naive model and with what the slabs hold.
+
+    Prompts begin with the rising numbers of a stem, and all requests sample the number after their
+    last token: so equal prefixes get equal answers, and answers run into longer prompts."""
+
+    happened = Counter()  # in all lakes
+    sound = False  # whether all went well so far
+
+    def begin(self, N, C, most_segments, spare, policy, prefills, slo, few_rows, kv_heads,
+              exchange_bytes, **options):
+        """most_segments: of a request. The pool has room for one such and `spare` more."""
+        if policy == "pd":
+            P = min(prefills, N - 1)
+            policy = f"pd:{P}x{N - P}" if P else "even"
+        config = LakeConfig(C, -(-(most_segments + spare) // N), **options)
+        self.lake = TokenLake(list(range(N)), LlamaConfig(num_kv_heads=kv_heads), config)
+        self.lake.exchange_bytes = exchange_bytes
+        tokenlake.FEW_ROWS = few_rows
+        self.scheduler = Scheduler(self.lake, (END,), policy, slo)
+        self.balancer, self.tree = self.lake.balancer, self.lake.get_prefix_tree()
+        self.slabs = golden_plans.Slabs(self.lake)
+        self.most_tokens = most_segments * C
+        self.sent = []
+        self.identities = {}  # by prefix: of its last C tokens
+        self.naive = NaiveCache(C, N * config.slots)
+        for name, told in (("admit", self.naive.admit), ("commit", self.naive.commit),
+                           ("release", self.naive.release), ("_add_replica", self.naive.copy)):
+            tell(self.balancer, name, told)
+        self.evict, self.tree.evict = self.tree.evict, self.watched_evict
+        self.sound = True
+
+    def watched_evict(self):
+        """Tells the naive model what is evicted, once it is known."""
+        before = list(self.tree.segments)
+        slot = self.evict()
+        gone = [id for id in before if id not in self.tree.segments]
+        if slot is None:
+            assert not self.naive.unread_since() and not self.naive.copies
+        elif gone:
+            self.naive.evict(self.naive.prefix_of[gone[0]])
+        else:
+            self.naive.evict_copy(slot)
+        return slot
+
+    @contextlib.contextmanager
+    def step(self, name):
+        """What a step does goes inside."""
+        self.sound = False
+        yield
+        self.compare()
+        self.happened.update(["steps", name])
+        self.sound = True
+
+    # ── steps ──
+
+    def arrive(self, stem, shared, own, length, answer, salt):
+        """A prompt of `shared` tokens of a stem, then `length` of its own."""
+        with self.step("arrivals"):
+            prompt = [1000 * stem + i for i in range(shared)]
+            self.send(prompt + [10_000 * own + i for i in range(length)], answer, salt)
+
+    def arrive_at_a_boundary(self, stem, segments, beyond, answer, salt):
+        """A prompt that follows its stem to a segment's end, or to a token less or more."""
+        with self.step("arrivals"):
+            length = segments * self.naive.C + beyond
+            self.send([1000 * stem + i for i in range(length)], answer, salt)
+
+    def repeat(self, which, dropped, answer):
+        """An earlier request's prompt and answer so far, to the last token or nearly."""
+        with self.step("repeats"):
+            earlier = self.sent[which % len(self.sent)]
+            prompt = [token for token in earlier.tokens if token != END]
+            self.send(prompt[:max(1, len(prompt) - dropped)], answer, earlier.salt)
+
+    def send(self, prompt, answer, salt):
+        """Cut to what the pool has room for."""
+        prompt = (prompt or [0])[:self.most_tokens - 1]
+        most = min(len(prompt) + answer, self.most_tokens)
+        self.sent.append(Request(len(self.sent), prompt, most, salt))
+        self.scheduler.add(self.sent[-1])
+
+    def iterate(self):
+        with self.step("iterations"):
+            self.serve()
+
+    def end_early(self, which):
+        """An iteration in which a request samples the end-of-sequence token."""
+        with self.step("ended early"):
+            self.serve(ends=which)
+
+    def press(self, instance):
+        """An iteration before which an instance seems overloaded: what it holds gets copied."""
+        with self.step("pressed"):
+            self.balancer.load[instance % self.balancer.num_instances] += 1 << 30
+            self.serve()
+
+    def stay_idle(self):
+        """An iteration without rows: nothing is read, moved or copied."""
+        with self.step("idle"):
+            N = self.balancer.num_instances
+            before = dict(self.naive.copies)
+            plan, transfer, _ = self.lake.gen_plans([[]] * N, [1] * N, self.tree)
+            assert not plan.runs and not plan.load.any() and not len(transfer.moves.kind)
+            assert self.naive.copies == before
+            self.update(plan, {})
+
+    def preempt(self):
+        with self.step("preempted"):
+            self.scheduler._preempt()
+
+    def drain(self):
+        """All that were sent are served, and only what is published keeps slots. An iteration
+        computes one token at least of what is left; few are computed again."""
+        scheduler, bal = self.scheduler, self.balancer
+        left = sum(request.max_tokens for request in (*scheduler.waiting, *scheduler.running))
+        for _ in range(2 * left):
+            if scheduler.waiting or scheduler.running:
+                self.serve()
+                self.compare()
+        assert not scheduler.waiting and not scheduler.running, "not served in time"
+        assert not bal.in_progress and len(self.tree.lru) == len(self.tree.segments)
+        assert len(bal._free_held_rows) == len(bal.held)
+        kept = len(self.tree.lru) + len(self.tree.extras)
+        assert sum(map(len, bal.free)) + kept == bal.num_instances * bal.slots
+        self.happened.update(evictions=bal.evictions, duplicates=bal.duplicates,
+                             preemptions=scheduler.counters["preemptions"])
+
+    # ── what a step does, and what is compared after it ──
+
+    def serve(self, ends=None):
+        """An iteration. ends: which of those that sample is given the end-of-sequence token."""
+        batches, dops = self.scheduler.schedule()
+        plan, transfer, _ = self.lake.gen_plans(batches, dops, self.tree)
+        assert plan.runs or not (self.scheduler.waiting or self.scheduler.running), "a standstill"
+        self.check_copies(plan, transfer)
+        requests = {run.request.id: run.request for run in plan.runs}
+        identities = {id: golden_plans.identities(request) for id, request in requests.items()}
+        self.slabs.iterate(plan, transfer, identities)
+        sampling = [run.request for run in plan.runs if run.samples]
+        sampled = {request.id: request.tokens[-1] + 1 for request in sampling}
+        if sampling and ends is not None:
+            sampled[sampling[ends % len(sampling)].id] = END
+        self.update(plan, sampled)
+
+    def update(self, plan, sampled):
+        """Requests that sample grow; those with their last token end. All but that is computed, and
+        cached as far as it fills segments."""
+        lengths = {request.id: len(request.tokens) for request in self.scheduler.running}
+        ended = self.scheduler.update(plan, sampled)
+        for request in (*ended, *self.scheduler.running):
+            assert len(request.tokens) == lengths[request.id] + (request.id in sampled)
+            full = len(request.tokens) == request.max_tokens or request.tokens[-1] == END
+            assert full == (request in ended)
+        for request in ended:
+            fed = len(request.tokens) - 1
+            filled = self.naive.prefixes(request)[:fed // self.naive.C]
+            assert request.peak == fed and self.naive.longest(filled) == len(filled)
+
+    def check_copies(self, plan, transfer):
+        """A copy is made of a segment that is in the tree, and read from the next iteration on."""
+        S, C = self.balancer.slots, self.naive.C
+        copies = kernels.select(transfer.moves, transfer.moves.kind == pool.REPLICA)
+        copied = (copies.source * S + copies.source_row // C).tolist()
+        filled = (copies.target * S + copies.target_row // C).tolist()
+        ids = {segment.slot: id for id, segment in self.tree.segments.items()}
+        for source, target in zip(copied, filled):
+            assert self.naive.prefix_of[ids[source]] == self.naive.copies[target]
+        assert not set(filled) & set(plan.segment_reads.slot.tolist()), "read as it is made"
+        self.happened.update(copies=len(filled), **{"read replicas": len(plan.old.replicas.slot)})
+
+    def compare(self):
+        """The tree has the prefixes of the naive model, pinned by as many; so have the slots."""
+        bal, naive, running = self.balancer, self.naive, self.scheduler.running
+        check_bookkeeping(bal, running)
+        found = {naive.prefix_of[id]: segment for id, segment in self.tree.segments.items()}
+        assert found.keys() == naive.last_read.keys() and len(found) == len(self.tree.segments)
+        readers = Counter(prefix for r in naive.running.values() for prefix in r.reading)
+        assert all(segment.pins == readers[prefix] for prefix, segment in found.items())
+        copies = [(slot, naive.prefix_of[segment.id]) for slot, segment in self.tree.extras.items()]
+        assert copies == list(naive.copies.items())
+        assert len(copies) <= naive.num_slots // balancer.REPLICA_SLOTS
+        assert naive.num_slots - sum(map(len, bal.free)) == naive.slots_in_use()
+        done = {id: reader.done for id, reader in naive.running.items()}
+        assert done == {request.id: request.done for request in running}
+        assert naive.cached == self.scheduler.cached_tokens
+        for request in self.sent:
+            assert request in running or not (request.done or request.num_slots or request.segments)
+        for prefix, segment in found.items():
+            self.check_contents(prefix, segment)
+
+    def check_contents(self, prefix, segment):
+        """All slots of a segment hold its tokens."""
+        S, C = self.balancer.slots, self.naive.C
+        if prefix not in self.identities:
+            request = Request(0, prefix[1:], 0, prefix[0])
+            self.identities[prefix] = golden_plans.identities(request)[-C:].tolist()
+        for instance, slot in segment.replicas.items():
+            row = pool.slab_row(slot, S, C)
+            held = self.slabs.rows[instance, row:row + C].tolist()
+            assert held == self.identities[prefix], "something else lies in a segment's slot"
+
+
+def random_steps():
+    """A machine for Hypothesis, which draws lakes and steps, and shortens what fails."""
+    from hypothesis import strategies as some
+    from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+    lake = dict(
+        N=some.integers(1, 5), C=some.sampled_from([1, 2, 4, 8]), most_segments=some.integers(2, 8),
+        spare=some.sampled_from([0, 2, 6, 24]), policy=some.sampled_from(["even", "dp", "pd"]),
+        prefills=some.integers(1, 4), slo=some.sampled_from([None, 1e-2]),
+        few_rows=some.sampled_from([1, 128]), kv_heads=some.sampled_from([1, 4]),
+        exchange_bytes=some.sampled_from([0, 3_000_000]),
+        placement=some.sampled_from(["stripe", "hash"]),
+        replicate_factor=some.sampled_from([0, 3, 50]), pull_tokens=some.sampled_from([0, 20, 999]),
+        chunk_tokens=some.sampled_from([2, 7, 16, 40]), max_batch=some.sampled_from([2, 4, 8]))
+    asked = dict(stem=some.integers(0, 2), answer=some.integers(1, 24),
+                 salt=some.sampled_from(["", "", "b"]))
+    few_wait = precondition(lambda plane: len(plane.scheduler.waiting) < MOST_WAITING)
+    any_sent = precondition(lambda plane: plane.sent)
+    any_left = precondition(lambda plane: plane.scheduler.waiting or plane.scheduler.running)
+    any_runs = precondition(lambda plane: plane.scheduler.running)
+    plane = ControlPlane
+
+    class RandomSteps(ControlPlane, RuleBasedStateMachine):
+        begin = initialize(**lake)(plane.begin)
+        arrive = few_wait(rule(shared=some.integers(0, 16), own=some.integers(1, 4),
+                               length=some.integers(0, 8), **asked)(plane.arrive))
+        arrive_at_a_boundary = few_wait(rule(
+            segments=some.integers(0, 8), beyond=some.integers(-1, 1), **asked)(
+                plane.arrive_at_a_boundary))
+        repeat = any_sent(few_wait(rule(
+            which=some.integers(0, 99), dropped=some.integers(0, 3), answer=asked["answer"])(
+                plane.repeat)))
+        iterate = any_left(rule()(plane.iterate))
+        end_early = any_left(rule(which=some.integers(0, 3))(plane.end_early))
+        press = any_left(rule(instance=some.integers(0, 4))(plane.press))
+        stay_idle = any_left(rule()(plane.stay_idle))
+        preempt = any_runs(rule()(plane.preempt))
+
+        def teardown(self):
+            if self.sound:
+                self.drain()
+
+    return RandomSteps
+
+
+def take_random_steps(monkeypatch, folder, seed) -> Counter:
+    """Ten lakes, 100 steps in each: Hypothesis counts the beginning as one more, and makes ten
+    anew, later ones mostly by altering these. Returns what happened."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis.configuration import set_hypothesis_home_dir
+    from hypothesis.stateful import run_state_machine_as_test
+
+    # Each lake sets the first one. A sixteenth of so few slots would be no copies at all.
+    monkeypatch.setattr(tokenlake, "FEW_ROWS", tokenlake.FEW_ROWS)
+    monkeypatch.setattr(balancer, "REPLICA_SLOTS", 4)
+    monkeypatch.setattr(ControlPlane, "happened", Counter())
+    # What it notes of the constants in our code does not go into the checkout.
+    set_hypothesis_home_dir(folder)
+    machine = hypothesis.seed(seed)(random_steps())
+    run_state_machine_as_test(machine, settings=hypothesis.settings(
+        max_examples=10, stateful_step_count=101, deadline=None, database=None, derandomize=True,
+        report_multiple_bugs=False, suppress_health_check=list(hypothesis.HealthCheck)))
+    return ControlPlane.happened
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_control_plane_equals_a_naive_model(monkeypatch, tmp_path, seed):
+    """Lakes of one to five instances with few slots, 1,000 steps: requests that share prefixes
+    come, end, end early and are preempted, iterations are busy, idle, or make copies."""
+    happened = take_random_steps(monkeypatch, tmp_path, seed)
+    assert all(happened[what] for what in (
+        "arrivals", "repeats", "iterations", "idle", "ended early", "preemptions", "evictions",
+        "duplicates", "copies", "read replicas"))
+
+
+@pytest.mark.slow
+def test_the_control_plane_equals_a_naive_model_for_long(monkeypatch, tmp_path):
+    """100,000 steps: 100 seeds, ten lakes of each, 100 steps in each. (Some more are taken in lakes
+    that come to where no step is allowed: Hypothesis does not count these.)"""
+    happened = sum((take_random_steps(monkeypatch, tmp_path, seed) for seed in range(100, 200)),
+                   Counter())
+    assert happened["steps"] >= 100_000 and happened["preemptions"] > happened["preempted"]
