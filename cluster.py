@@ -86,14 +86,14 @@ class Cluster:
         # After a restart torchrun's store may still have the keys of the run before.
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"attempt {restarts}", store)
-        self.guard(self.store.set, f"here/{self.rank}", "")
         deadline = time.monotonic() + self.timeout.total_seconds()
-        everyone = range(self.size)
-        while self._missing("here", everyone) and time.monotonic() < deadline:
+        here = self.guard(self.store.add, "here", 1)
+        while here < self.size:
+            if time.monotonic() > deadline:
+                raise self.lost("not all ranks are here")
             self._look_up()
             time.sleep(0.05)
-        if self._missing("here", everyone):
-            raise self.lost("not all ranks are here")
+            here = self.guard(self.store.add, "here", 0)
         self.guard(
             dist.init_process_group,
             "gloo",
@@ -301,15 +301,12 @@ class Cluster:
         silent = list(range(self.size))
         since = time.monotonic()
         while silent and time.monotonic() - since < TO_ANSWER:
-            missing = self._missing("answer", silent)
+            missing = [r for r in silent if not self.store.check([f"answer/{r}"])]
             if len(missing) < len(silent):
                 since = time.monotonic()
             silent = missing
             time.sleep(0.05)
         return silent
-
-    def _missing(self, what, ranks) -> list[int]:
-        return [rank for rank in ranks if not self.store.check([f"{what}/{rank}"])]
 
     def _leave_with_parent(self):
         """No rank outlives torchrun. This is for one that is stuck: others see it themselves."""

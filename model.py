@@ -340,7 +340,9 @@ def checksums(weights: dict) -> dict[str, int]:
     sums = {}
     for name, weight in weights.items():
         content = weight.detach().flatten().view(torch.uint8)
-        words = F.pad(content, (0, -len(content) % 8)).view(torch.int64)
+        if missing := -len(content) % 8:
+            content = F.pad(content, (0, missing))
+        words = content.view(torch.int64)
         odd = 2 * torch.arange(CHECKED_AT_ONCE, device=words.device) + 1
         total = words.new_zeros(())
         for chunk in words.split(CHECKED_AT_ONCE):

@@ -216,7 +216,7 @@ def demo_trace(num_requests, vocab_size, seed):
 def prepare(options, cluster, device, memory):
     """Checks what the user gave → (lines, LakeConfig, Llama). memory: bytes of the smallest device.
     (`said`, here and elsewhere: the message if what follows is not so.)"""
-    if options.output and not resumes(options):
+    if options.output and cluster.rank == 0 and not resumes(options):
         for name in OUTPUTS:
             exists = os.path.exists(options.output / name)
             said = f"already holds {name}; a new folder, or --resume, is expected"
@@ -665,9 +665,11 @@ class Server:
 def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int:
     """The whole program on one rank; returns its exit status. One rank says what went wrong."""
     error = None
-    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in SIGNALS}
     cluster = Cluster(first_timeout(arguments))
+    before = {kind: signal.getsignal(kind) for kind in SIGNALS}
     try:
+        for kind in SIGNALS:
+            signal.signal(kind, signal.default_int_handler)
         server = set_up(arguments, cluster.connect())
         for kind in SIGNALS:
             signal.signal(kind, lambda *_: cluster.ask_stop())
@@ -710,7 +712,7 @@ class Forgiving:
     def _try(self, method, *arguments):
         try:
             method(*arguments)
-        except (OSError, ValueError):  # a ValueError: it is closed, or lacks a character
+        except (OSError, ValueError):  # a ValueError: it is closed
             self.broken = True
 
     def __getattr__(self, name):
@@ -836,8 +838,8 @@ def verify_all(server, bar, outcome):
 def report(server, outcome):
     """summary.json, then the table. What can't be written is an error, too."""
     said = [outcome.error] if outcome.error else []
+    summary = summarise(server, outcome)
     try:
-        summary = summarise(server, outcome)
         server.results.write("summary.json", summary)
     except ValueError as problem:
         said.append(str(problem))
@@ -849,8 +851,11 @@ def report(server, outcome):
 
 
 def main() -> int:
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # if its encoding lacks a character
     status = run(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         Forgiving(stream).flush()
     return status
 
