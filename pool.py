@@ -29,6 +29,7 @@ C tokens per segment · B runs · G shares (the runs of one request at one insta
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import chain
@@ -580,17 +581,18 @@ class Pool:
 
     def first_unfit(self, buffer) -> tuple[int, int] | None:
         """The first layer in which new KV of this instance is not finite, and the first such row of
-        those that it computes. A sum of each layer tells; as one of large finite values may be
-        infinite, too, that layer's values are looked at then."""
+        those that it computes. One sum tells for all; as a sum of large finite values may be
+        infinite, too, only the values themselves say where."""
         wide = torch.promote_types(self.k.dtype, torch.float32)
-        new = self.k[:, buffer.slab_rows], self.v[:, buffer.slab_rows]  # [L, n, Hkv, D]
-        sums = sum(x.sum((1, 2, 3), dtype=wide) for x in new)
-        for layer in (~sums.isfinite()).nonzero()[:, 0].tolist():
-            fit = [x[layer].isfinite().all(-1).all(-1) for x in new]
-            unfit = buffer.rows[~(fit[0] & fit[1])]
-            if len(unfit):
-                return layer, int(unfit.min())
-        return None
+        new = [x.index_select(1, buffer.slab_rows) for x in (self.k, self.v)]
+        if math.isfinite(sum(x.sum(dtype=wide) for x in new)):
+            return None
+        unfit = ~(new[0].isfinite() & new[1].isfinite()).flatten(2).all(2)  # [L, n]
+        layers = unfit.any(1).nonzero()
+        if not len(layers):
+            return None
+        layer = int(layers[0])
+        return layer, int(buffer.rows[unfit[layer]].min())
 
     def query(self, buffer):
         """Attention of this rank's rows over the whole pool → [T, H, D]."""
