@@ -64,9 +64,9 @@ class Results:
         path = self.folder / "requests.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab" if resuming else "xb", buffering=0)
+            self._file = open(path, "ab", buffering=0)
             self._lock()
-            if path.stat().st_size:
+            if resuming and path.stat().st_size:
                 self._require_same(basis)
                 self._read(path, lines)
         except OSError as error:
@@ -110,8 +110,9 @@ class Results:
                 said = "not the record of a request of this trace"
                 raise ValueError(f"{where}: {said}") from None
             require(not twice, where, f"request {id} is there twice")
-            said = f"request {id} is there, but not {previous and previous.index} before it"
-            require(previous is None or previous.index in self.finished, where, said)
+            if previous and previous.index not in self.finished:
+                said = f"request {id} is there, but not {previous.index} before it"
+                raise ValueError(f"{where}: {said}")
 
     def add(self, record: dict):
         """A request has finished. What goes wrong is kept in `error`."""
@@ -163,12 +164,21 @@ def launch() -> str:
 def resumes(options) -> bool:
     """Whether to go on with what --output holds: if that is asked for, or torchrun has restarted
     the run that wrote it."""
-    if options.resume:
-        return True
+    if options.resume or not options.output:
+        return options.resume
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with contextlib.suppress(ValueError):
         return restarted and read_basis(options.output).get(LAUNCH) == launch()
     return False
+
+
+def require_unused(folder: Path):
+    """Raises ValueError if a folder holds results. An empty file holds none."""
+    for name in OUTPUTS:
+        file = folder / name
+        said = f"already holds {name}; a new folder, or --resume, is expected"
+        used = os.path.exists(file) and os.path.getsize(file)
+        require(not used, f"--output {folder}: {said}")
 
 
 def answers_basis(options, lines, model, sums: dict) -> dict:
@@ -177,8 +187,9 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     def digest(value):
         return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
-    fields = "session_id timestamp think_ms salt input_length output_length input_ids hash_ids"
-    asked = [attrgetter(*fields.split())(line) for line in lines]
+    fields = "session_id timestamp think_ms salt input_length output_length"
+    fields = [*fields.split(), "input_ids", "hash_ids"]
+    asked = [attrgetter(*fields)(line) for line in lines]
     names = "trace_scale", "seed", "temperature", "stop_at_eos"
     return {
         "number of requests": len(lines),

@@ -51,8 +51,8 @@ from model import (
     shown,
 )
 from pool import LakeConfig, plan_digest
-from results import CV_WINDOW, OUTPUTS, Outcome, Results
-from results import answers_basis, format_report, resumes, sum_bytes, summarise
+from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
+from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
 
 # A served token passes --verify if its score is this close to the best: by so much rounding may
@@ -217,10 +217,7 @@ def prepare(options, cluster, device, memory):
     """Checks what the user gave → (lines, LakeConfig, Llama). memory: bytes of the smallest device.
     (`said`, here and elsewhere: the message if what follows is not so.)"""
     if options.output and cluster.rank == 0 and not resumes(options):
-        for name in OUTPUTS:
-            exists = os.path.exists(options.output / name)
-            said = f"already holds {name}; a new folder, or --resume, is expected"
-            require(not exists, f"--output {options.output}: {said}")
+        require_unused(options.output)
     config = load_config(options.model) if options.model else LlamaConfig()
     said = "--stop-at-eos: the model's config.json has no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
@@ -489,11 +486,11 @@ class Engine:
                 layer = f"the KV of layer {said.unfit_layer} is not finite"
                 self._stop_with(f"request {said.unfit_request}: {layer}")
         ranks = [self.lake.instances[instance] for instance in sampling.instance]
-        sampled = {id: every[rank].tokens[i] for i, (id, rank) in enumerate(zip(ids, ranks))}
-        for id, token in sampled.items():
+        sampled = [every[rank].tokens[i] for i, rank in enumerate(ranks)]
+        for id, token in zip(ids, sampled):
             if token == UNFIT:
                 self._stop_with(f"request {id}: its logits are not finite")
-        return sampled
+        return dict(zip(ids, sampled))
 
     def _stop_with(self, said):
         raise LakeError(f"{self.cluster.doing}: {said}")
@@ -745,7 +742,7 @@ def set_up(arguments, cluster) -> "Server":
     require_same_weights(sums, cluster)
     results = Results(options.output, cluster)
     basis = answers_basis(options, lines, model, sums)
-    cluster.together(results.begin, basis, lines, bool(options.output) and resumes(options))
+    cluster.together(results.begin, basis, lines, resumes(options))
     finished = cluster.gather_objects(results.finished)[0]
     return Server(options, cluster, lines, lake_config, model, results, finished)
 
@@ -824,7 +821,8 @@ def verify_all(server, bar, outcome):
     bar.reset(len(requests))
     gaps = outcome.gaps = server.engine.verify(requests, bar.update)
     limit = TOLERANCE[server.model.dtype]
-    outcome.wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]  # NaN is wrong, too
+    # NaN is wrong, too.
+    outcome.wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]
     if outcome.wrong:
         said = f"request {outcome.wrong[0]} differs from recomputation without a cache"
         outcome.status = "failed"

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,9 +73,10 @@ class Run:
         self.samples = []
         self.kills = 0
         self.began = time.monotonic()
+        program = str(HERE.parent / "run_cluster.py")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={ranks}", "--max-restarts=100000"]
-        command += [str(HERE.parent / "run_cluster.py"), "--trace", str(trace), "--resume"]
+        command += [program, "--trace", str(trace), "--resume"]
         self.log = open(output.with_suffix(".log"), "w+")
         self.process = subprocess.Popen(
             [*command, "--output", str(output), *OPTIONS],
@@ -143,8 +145,8 @@ class Run:
         rows = []
         for rank in sorted({sample.rank for sample in self.samples}):
             mine = [sample for sample in self.samples if sample.rank == rank]
-            lives = [[s for s in mine if s.process == id] for id in {s.process for s in mine}]
-            longest = max(lives, key=len)
+            life, _ = Counter(sample.process for sample in mine).most_common(1)[0]
+            longest = [sample for sample in mine if sample.process == life]
             warm = [s for s in longest if s.finished][int(len(longest) * WARM_UP) :]
             if len(warm) < 3 or warm[0].finished == warm[-1].finished:
                 continue
@@ -155,7 +157,8 @@ class Run:
 
 
 def show(name: str, run: Run):
-    print(f"{name}: {len(run.answers()):,} requests in {run.seconds:,.0f} s, {run.kills} kills")
+    served = f"{len(run.answers()):,} requests in {run.seconds:,.0f} s"
+    print(f"{name}: {served}, {run.kills} kills")
     for rank, first, last, slope in run.memory():
         said = f"{first:,.1f} MiB after warm-up, {last:,.1f} at the end"
         print(f"  rank {rank}  {said}, {slope:+,.0f} KiB per 1,000 requests", flush=True)
@@ -165,7 +168,7 @@ def parse_options(arguments: list[str]):
     parser = argparse.ArgumentParser(description="Serve a long trace, and kill ranks.")
     parser.add_argument("--num-requests", type=int, default=10_000, help="default 10,000")
     parser.add_argument("--ranks", type=int, default=4, help="default 4")
-    parser.add_argument("--kill-every", type=float, default=20.0, help="seconds (20)")
+    parser.add_argument("--kill-every", type=float, default=12.0, help="seconds (12)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if min(options.num_requests, options.ranks) < 1 or not options.kill_every > 0:
@@ -182,7 +185,8 @@ def main(arguments: list[str]) -> int:
         lines = make_trace(options.num_requests, options.seed)
         trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
         answers = []
-        for name, kill_every in (("undisturbed", np.inf), ("with kills", options.kill_every)):
+        both = {"undisturbed": np.inf, "with kills": options.kill_every}
+        for name, kill_every in both.items():
             run = Run(trace, folder / name.replace(" ", "-"), options.ranks)
             run.finish(kill_every, rng)
             show(name, run)
