@@ -7,10 +7,11 @@ small integers, over gloo on the CPU:
     before an iteration    `announce`, `confirm`: a digest of the plan; is it the same on all?
     after it               `gather_and_time`: the tokens of all, and rank 0's clock when it has them
 
-Who was lost? A rank that can't go on says so in the job's store, and all that wait for an exchange
-look there now and then: so each that is alive comes to `Cluster.lost`, and answers. Who does not is
-named. A dead process doesn't, nor one that is stopped or stuck; one that torchrun ends because of
-another still does. All then leave: what was cached is lost, what was finished is not (results.py).
+Who was lost? A rank that cannot go on says so in the job's store. A thread of every rank looks there
+(`Lookout`), so all that wait for an exchange learn of it, come to `Cluster.give_up` too, and answer.
+Ranks that do not are named: dead or stopped ones do not answer at all, for busy or stuck ones only
+the thread does. A rank that torchrun ends because of another still answers. All then leave: what
+was cached is lost, what was finished is not (results.py).
 """
 
 import hashlib
@@ -22,23 +23,25 @@ from datetime import timedelta
 from threading import Thread
 from typing import Callable, NamedTuple
 
+PARENT = os.getppid()  # asked before torch is imported: that takes seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-# Seconds between two looks of a waiting rank: was there a signal, has another rank given up?
-LOOK = 1.0
+# Between two looks of a waiting rank: was there a signal, has another rank given up?
+LOOK_SECONDS = 1.0
 # After a signal an iteration has so long to end. (torchrun kills its ranks after 30 s.)
-TO_STOP = 10.0
-# Ranks that answer do it soon: if none has for so long, the others do not.
-TO_ANSWER = 3.0
+STOP_SECONDS = 10.0
+# So long after the last answer, whoever has not answered counts as lost.
+ANSWER_SECONDS = 3.0
 # Stands for a plan's digest when there is nothing more to plan.
 THE_END = hashlib.blake2b(b"the end", digest_size=16).digest()
 
 
 class SetupError(ValueError):
-    """A rank's error during set-up, on every rank."""
+    """Set-up failed on some rank by a user's mistake: every rank raises this, with one message."""
 
 
 class LakeError(RuntimeError):
@@ -47,6 +50,50 @@ class LakeError(RuntimeError):
 
 class Stopped(LakeError):
     """A rank was asked to stop (a signal); all stop at the same iteration."""
+
+
+def rank_list(ranks: list[int]) -> str:
+    """`rank 2` or `ranks 1, 2`."""
+    return "rank" + "s" * (len(ranks) > 1) + " " + ", ".join(map(str, ranks))
+
+
+def in_time(seconds, function):
+    """What a function returns; None if it fails or takes longer. If the store is lost, a call of it
+    may do either."""
+    results = []
+
+    def call():
+        with suppress(RuntimeError):
+            results.append(function())
+
+    thread = Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+class Lookout(Thread):
+    """Looks after the job while the rank is busy or waits: has torchrun ended, has another rank
+    given up? No rank outlives torchrun for long, not even a stuck one."""
+    def __init__(self, rank):
+        super().__init__(daemon=True)
+        self.rank = rank
+        self.store = None  # once it is known
+        self.given_up = False
+        self.parent = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def orphaned(self) -> bool:
+        return self.parent is not None and os.getppid() != self.parent
+
+    def run(self):
+        while not self.orphaned():
+            time.sleep(LOOK_SECONDS)
+            with suppress(RuntimeError):  # the store is lost: its ranks will be, too
+                if self.store and self.store.check(["given up"]):
+                    self.given_up = True
+                    self.store.set(f"alive/{self.rank}", "")
+        time.sleep(STOP_SECONDS)
+        os._exit(1)
 
 
 class Announcement(NamedTuple):
@@ -66,31 +113,34 @@ class Cluster:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.timeout = timedelta(seconds=timeout)
         self.doing = ""  # for messages; during set-up, nothing
-        self.iteration = 0
-        self.stop_asked = None  # when, by time.monotonic
+        self.stop_asked_at = None  # by time.monotonic
         self.store = None
-        self._announced = None  # waits for what all ranks say, see `announce`
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._orphan = False
+        self._lookout = Lookout(self.rank)
+        self._wait_for_announcements = None  # see `announce`
 
     def connect(self) -> "Cluster":
         """Meets the others in the store, so that who does not come can be named, then in gloo."""
-        if self._parent:
-            Thread(target=self._leave_with_parent, daemon=True).start()
-        if self.size == 1:
-            return self
+        self._lookout.start()
+        if self.size > 1:
+            self.store = self._lookout.store = self._reach_store()
+            self._meet()
+        return self
+
+    def _reach_store(self):
         try:
             store, _, _ = next(rendezvous("env://", timeout=self.timeout))
         except RuntimeError:
             raise LakeError("the store of this job is not reached") from None
         # After a restart torchrun's store may still have the keys of the run before.
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"attempt {restarts}", store)
+        return dist.PrefixStore(f"attempt {restarts}", store)
+
+    def _meet(self):
         deadline = time.monotonic() + self.timeout.total_seconds()
         here = self.guard(self.store.add, "here", 1)
         while here < self.size:
             if time.monotonic() > deadline:
-                raise self.lost("not all ranks are here")
+                raise self.give_up("not all ranks have come")
             self._look_up()
             time.sleep(0.05)
             here = self.guard(self.store.add, "here", 0)
@@ -102,16 +152,15 @@ class Cluster:
             world_size=self.size,
             timeout=self.timeout,
         )
-        return self
 
     def ask_stop(self):
         """Asks all ranks to stop at the next iteration."""
-        self.stop_asked = self.stop_asked or time.monotonic()
+        self.stop_asked_at = self.stop_asked_at or time.monotonic()
 
-    def find_device(self, wanted):
-        """This rank's device for `auto`, `cpu` or `cuda`, and its memory in bytes: a CPU's whole
-        memory, what is free of a GPU's. Ranks take a machine's GPUs in turn. Raises ValueError when
-        there is none."""
+    def choose_device(self, wanted):
+        """This rank's device from now on, for `auto`, `cpu` or `cuda`, and its memory in bytes: a
+        CPU's whole memory, what is free of a GPU's. Ranks take a machine's GPUs in turn. Raises
+        ValueError when there is none."""
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "--device cuda: no CUDA device is visible; cpu or auto is expected"
@@ -140,20 +189,31 @@ class Cluster:
         pickled = self._begin_gather(padded)().numpy()
         return [pickle.loads(row[:n].tobytes()) for row, n in zip(pickled, lengths)]
 
+    def from_rank_0(self, mine):
+        """Rank 0's (picklable) object, on every rank."""
+        mine = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        length = self.gather_integers([len(mine)])[0][0]
+        first = mine if self.rank == 0 else torch.zeros(length, dtype=torch.uint8)
+        if self.size > 1:
+            self.wait(self.guard(dist.broadcast, first, 0, async_op=True))
+        return pickle.loads(first.numpy().tobytes())
+
     def together(self, step, *arguments):
-        """`step(*arguments)` on every rank. If any fails, raises SetupError on all, with the
-        message of the lowest that failed. A rank whose own error is no ValueError (so no user's
-        mistake) raises that instead."""
+        """`step(*arguments)` on every rank. If any fails by a user's mistake, a ValueError, raises
+        SetupError on all, with the message of the lowest such rank. If one fails otherwise, that
+        rank raises its own error, and the others LakeError."""
         result = problem = None
         try:
             result = step(*arguments)
         except Exception as caught:
             problem = caught
-        said = self.gather_objects(problem and (str(problem) or repr(problem)))
-        if problem and not isinstance(problem, ValueError):
+        mistake = isinstance(problem, ValueError)
+        mine = problem and (mistake, str(problem) or repr(problem))
+        problems = list(filter(None, self.gather_objects(mine)))
+        if problem and not mistake:
             raise problem
-        if errors := [text for text in said if text]:
-            raise SetupError(errors[0])
+        for is_mistake, text in sorted(problems, key=lambda each: each[0]):
+            raise SetupError(text) if is_mistake else LakeError(text)
         return result
 
     def require_same(self, text, what):
@@ -166,21 +226,21 @@ class Cluster:
 
     def gather_integers(self, values: list[int]) -> list:
         """Every rank's integers: [size][len(values)]."""
-        return self.gather_and_time(values, lambda: 0)[1]
+        return self.gather_and_time(values, now=lambda: 0)[1]
 
-    def gather_and_time(self, values: list[int], clock) -> tuple[int, list]:
-        """What rank 0's clock says when it has all, and every rank's integers. They go through rank
-        0: a gather and a broadcast take gloo a third of the time of an all-gather."""
+    def gather_and_time(self, values: list[int], now) -> tuple[int, list]:
+        """What rank 0's clock, `now()`, says when it has all, and every rank's integers. They go
+        through rank 0: a gather and a broadcast take gloo a third of an all-gather's time."""
         length = len(values)
         mine = torch.tensor(values, dtype=torch.int64)
         message = torch.zeros(1 + self.size * length, dtype=torch.int64)
         rows = message[1:].view(self.size, length)
         rows[self.rank] = mine
-        if self.size > 1 and length:
+        if self.size > 1 and length:  # gloo gathers nothing only by mistake
             gathered = list(rows) if self.rank == 0 else None
             self.wait(self.guard(dist.gather, mine, gathered, async_op=True))
         if self.rank == 0:
-            message[0] = clock()
+            message[0] = now()
         if self.size > 1:
             self.wait(self.guard(dist.broadcast, message, 0, async_op=True))
         return int(message[0]), rows.tolist()
@@ -201,31 +261,33 @@ class Cluster:
     def announce(self, digest: bytes, fault=False):
         """Sends the digest of this rank's next plan, and its flags; `confirm` waits for all."""
         self._require_parent()
-        self.iteration += 1
-        self.doing = f"iteration {self.iteration}"
-        stop = self.stop_asked is not None
+        stop = self.stop_asked_at is not None
         mine = Announcement(*np.frombuffer(digest, "<i8").tolist(), stop, fault)
-        self._announced = self._begin_gather(torch.tensor(mine, dtype=torch.int64))
+        mine = torch.tensor(mine, dtype=torch.int64)
+        self._wait_for_announcements = self._begin_gather(mine)
 
     def confirm(self):
-        """Before the first exchange of data: raises LakeError on every rank if the plans differ
-        (collectives whose splits disagree end the process in C++), Stopped if a rank was asked to
-        stop. Called in every layer; only the first call waits."""
-        if self._announced is None:
+        """Before the first exchange of data: raises LakeError on every rank if one could not plan or
+        planned otherwise (collectives whose splits disagree end the process in C++), Stopped if a
+        rank was asked to stop. Called in every layer; only the first call waits."""
+        if self._wait_for_announcements is None:
             return
-        all_said = [Announcement(*values) for values in self._announced().tolist()]
-        self._announced = None
-        if faults := [str(rank) for rank, said in enumerate(all_said) if said.fault]:
-            said = f"planning failed on rank {', '.join(faults)}"
-            raise LakeError(self._where() + said)
-        digests = [(said.digest_head, said.digest_tail) for said in all_said]
-        if odd := [
-            str(rank) for rank, digest in enumerate(digests) if digest != digests[0]
-        ]:
-            said = f"the plan of rank {', '.join(odd)} differs from that of rank 0"
-            raise LakeError(self._where() + said)
-        if any(said.stop for said in all_said):
-            raise Stopped(self._where() + "stopped by a signal")
+        rows = self._wait_for_announcements().tolist()
+        self._wait_for_announcements = None
+        announcements = [Announcement(*row) for row in rows]
+        if faults := [rank for rank, said in enumerate(announcements) if said.fault]:
+            raise self.problem(f"planning failed on {rank_list(faults)}")
+        digests = [(said.digest_head, said.digest_tail) for said in announcements]
+        if odd := [rank for rank in range(self.size) if digests[rank] != digests[0]]:
+            whose = "the plan of" if len(odd) == 1 else "the plans of"
+            differ = "differs" if len(odd) == 1 else "differ"
+            raise self.problem(f"{whose} {rank_list(odd)} {differ} from that of rank 0")
+        if any(said.stop for said in announcements):
+            raise self.problem("stopped by a signal", Stopped)
+
+    def problem(self, text, kind=LakeError) -> LakeError:
+        """An error that says what this rank was doing."""
+        return kind(f"{self.doing}: {text}" if self.doing else text)
 
     def new_groups(self, instances: list[int], device, count) -> list:
         """Process groups over a lake's ranks, made by all: NCCL if each has a GPU of its own, else
@@ -237,96 +299,91 @@ class Cluster:
 
     # ── when a rank is lost ──
 
-    def guard(self, collective, *arguments, **options):
-        """Calls a collective. If it fails, a rank was lost. (NCCL's watchdog ends the process
-        instead.)"""
+    def guard(self, call, *arguments, **options):
+        """Calls a collective or the store. If that fails, a rank was lost. (NCCL's watchdog ends the
+        process instead.)"""
         try:
-            return collective(*arguments, **options)
+            return call(*arguments, **options)
         except RuntimeError as error:
-            raise self.lost("an exchange failed", error) from None
+            raise self.give_up("an exchange failed", error) from None
 
     def wait(self, work):
         """Waits for a collective of gloo, and looks up now and then."""
         while True:
-            over = work.is_completed()
+            had_ended = work.is_completed()
             try:
-                work.wait(timedelta(seconds=LOOK))
+                work.wait(timedelta(seconds=LOOK_SECONDS))
                 return
             except RuntimeError as error:
-                # If it was not over, only the time of this wait may be.
-                if over:
-                    raise self.lost("an exchange failed", error) from None
+                # If it had not ended before, the error may only say that the time is over.
+                if had_ended:
+                    raise self.give_up("an exchange failed", error) from None
             self._look_up()
 
     def _look_up(self):
         """Raises LakeError if there is nothing to wait for any more."""
         self._require_parent()
-        since_stop = time.monotonic() - (self.stop_asked or np.inf)
-        if since_stop > TO_STOP:
-            raise self.lost("stopped by a signal")
-        if self.guard(self.store.check, ["given up"]):
-            raise self.lost("an exchange failed")
+        since_stop = time.monotonic() - (self.stop_asked_at or np.inf)
+        if since_stop > STOP_SECONDS:
+            raise self.give_up("stopped by a signal")
+        if self._lookout.given_up:
+            raise self.give_up("an exchange failed")
 
     def _require_parent(self):
-        if self._parent and os.getppid() != self._parent:
-            self._orphan = True
-            raise LakeError(self._where() + "torchrun has ended")
+        if self._lookout.orphaned():
+            raise self.problem("torchrun has ended")
 
-    def lost(self, reason: str, error=None) -> LakeError:
-        """What to raise when ranks can't go on together, naming those that do not answer."""
-        self._require_parent()
-        said = [self._where() + reason]
-        detail = str(error).splitlines()[:1]
-        try:
-            silent = self._silent_ranks()
-        except RuntimeError:
-            said += ["nobody knows which rank was lost: the store is lost, too"]
-        else:
-            if silent:
-                said += [f"rank {', '.join(map(str, silent))} does not answer"]
-            elif error:
-                said += ["all ranks answer", *detail]
-        return LakeError("; ".join(said))
-
-    def _where(self) -> str:
-        return self.doing and f"{self.doing}: "
-
-    def _silent_ranks(self) -> list[int]:
-        """Answers, and waits for the answers of the others."""
+    def give_up(self, reason: str, error=None) -> LakeError:
+        """To be raised: tells all ranks that this one cannot go on, hears who answers, and names who
+        does not."""
+        if self._lookout.orphaned():
+            return self.problem("torchrun has ended")
         if self.store is None:
-            return []
-        self.store.set_timeout(timedelta(seconds=TO_ANSWER))
+            return self.problem(reason)
+        answers = in_time(3 * ANSWER_SECONDS, self._hear_answers)
+        if answers is None:
+            return self.problem(f"{reason}; the store of this job is lost")
+        silent, busy = answers
+        found = []
+        if silent:
+            found += [f"{rank_list(silent)} {'do' if len(silent) > 1 else 'does'} not answer"]
+        if busy:
+            found += [f"{rank_list(busy)} {'are' if len(busy) > 1 else 'is'} busy or stuck"]
+        if error and not found:
+            found = ["all ranks answer", *str(error).splitlines()[:1]]
+        return self.problem("; ".join([reason, *found]))
+
+    def _hear_answers(self) -> tuple[list[int], list[int]]:
+        """Answers, and waits for the others. → Ranks that do not answer at all, and those for which
+        only their `Lookout` does."""
         self.store.set("given up", "")
         self.store.set(f"answer/{self.rank}", "")
-        silent = list(range(self.size))
+        missing = list(range(self.size))
         since = time.monotonic()
-        while silent and time.monotonic() - since < TO_ANSWER:
-            missing = [r for r in silent if not self.store.check([f"answer/{r}"])]
-            if len(missing) < len(silent):
+        while missing and time.monotonic() - since < ANSWER_SECONDS:
+            still = [rank for rank in missing if not self._has(f"answer/{rank}")]
+            if len(still) < len(missing):
                 since = time.monotonic()
-            silent = missing
+            missing = still
             time.sleep(0.05)
-        return silent
+        busy = [rank for rank in missing if self._has(f"alive/{rank}")]
+        return [rank for rank in missing if rank not in busy], busy
 
-    def _leave_with_parent(self):
-        """No rank outlives torchrun. This is for one that is stuck: others see it themselves."""
-        while os.getppid() == self._parent:
-            time.sleep(LOOK)
-        time.sleep(TO_STOP)
-        os._exit(1)
+    def _has(self, key) -> bool:
+        return self.store.check([key])
 
     def speaks(self) -> bool:
-        """True on the first rank that asks: it prints what went wrong. If the store is lost, on the
-        first of each machine. Rank 0 comes first if it can: it has the progress bar, and knows what
-        could not be written."""
-        if self.store is None:
+        """True on the first rank that asks: it prints what went wrong. Rank 0 comes first if it can:
+        it has the progress bar, and knows what could not be written. If the store is lost, one on
+        each machine speaks."""
+        if self.size == 1:
             return True
         if self.rank:
             time.sleep(0.5)
-        with suppress(RuntimeError):
-            if not self._orphan:  # torchrun has the store
-                return self.store.add("spoken", 1) == 1
-        return self.local_rank == 0
+        number = None
+        if self.store and not self._lookout.orphaned():  # torchrun has the store
+            number = in_time(ANSWER_SECONDS, lambda: self.store.add("spoken", 1))
+        return self.local_rank == 0 if number is None else number == 1
 
     def close(self):
         if dist.is_initialized():

@@ -49,10 +49,11 @@ LLAMA3_SCALING = (
     "original_max_position_embeddings",
 )
 INDEX = "model.safetensors.index.json"
-# Eight bytes each; and an odd number, to make the chunks of a weight count differently.
-CHECKED_AT_ONCE = 1 << 18
+# Words of four bytes. The sum so far is multiplied by an odd number between chunks of so many: so
+# their order counts.
+CHUNK_WORDS = 1 << 18
 MIXER = 0x9E3779B97F4A7C1
-UNFIT = -1  # in place of a token, where logits are not finite
+NOT_FINITE = -1  # in place of a token, where logits are not finite
 # Sizes of a config.json are below 2**48, so that products of a few stay exact and printable, and
 # other numbers fit into float32.
 LIMITS = {int: 2**48, float: 1e38}
@@ -335,17 +336,17 @@ def load_weights(folder: Path, config, dtype, device) -> dict:
 
 def checksums(weights: dict) -> dict[str, int]:
     """A number of each weight, made of all its bits: the same on every device, where a sum of
-    floats is not. Each eight bytes, as an integer, are multiplied by a number of their own, so that
-    rows that change places show, too; it is odd, so that no bit is lost when integers overflow."""
+    floats is not. Each four bytes, as an integer, are multiplied by an odd number of their own, so
+    that rows that change places show, too. The sum has 64 bits: no single bit is lost in it."""
     sums = {}
     for name, weight in weights.items():
         content = weight.detach().flatten().view(torch.uint8)
-        if missing := -len(content) % 8:
-            content = F.pad(content, (0, missing))
-        words = content.view(torch.int64)
-        odd = 2 * torch.arange(CHECKED_AT_ONCE, device=words.device) + 1
-        total = words.new_zeros(())
-        for chunk in words.split(CHECKED_AT_ONCE):
+        if padding := -len(content) % 4:
+            content = F.pad(content, (0, padding))
+        words = content.view(torch.int32)
+        odd = 2 * torch.arange(CHUNK_WORDS, device=words.device) + 1
+        total = odd.new_zeros(())
+        for chunk in words.split(CHUNK_WORDS):
             total = total * MIXER + (chunk * odd[: len(chunk)]).sum()
         sums[name] = int(total)
     return sums
@@ -480,6 +481,6 @@ class Sampler:
         return logits + self.temperature * torch.from_numpy(np.stack(noise)).to(logits)
 
     def sample(self, logits, keys) -> list[int]:
-        """The token of each row of logits; UNFIT where the best score is not finite."""
+        """The token of each row of logits; NOT_FINITE where the best score is not finite."""
         best, token = self.scores(logits, keys).max(-1)
-        return torch.where(best.isfinite(), token, UNFIT).tolist()
+        return torch.where(best.isfinite(), token, NOT_FINITE).tolist()

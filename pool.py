@@ -579,20 +579,20 @@ class Pool:
         self.v[buffer.layer, buffer.slab_rows] = buffer.v[buffer.rows]
         self.in_flight.staged = buffer.moves
 
-    def first_unfit(self, buffer) -> tuple[int, int] | None:
-        """The first layer in which new KV of this instance is not finite, and the first such row of
-        those that it computes. One sum tells for all; as a sum of large finite values may be
-        infinite, too, only the values themselves say where."""
+    def first_nonfinite(self, buffer) -> tuple[int, int] | None:
+        """The first layer in which new KV of this instance is not finite, and the lowest such row
+        among those that the instance computes. If the sum of all is finite, so is each. If not, it
+        may only have overflowed: then each value is looked at."""
         wide = torch.promote_types(self.k.dtype, torch.float32)
         new = [x.index_select(1, buffer.slab_rows) for x in (self.k, self.v)]
         if math.isfinite(sum(x.sum(dtype=wide) for x in new)):
             return None
-        unfit = ~(new[0].isfinite() & new[1].isfinite()).flatten(2).all(2)  # [L, n]
-        layers = unfit.any(1).nonzero()
+        finite = (new[0].isfinite() & new[1].isfinite()).flatten(2).all(2)  # [L, n]
+        layers = (~finite).any(1).nonzero()
         if not len(layers):
             return None
         layer = int(layers[0])
-        return layer, int(buffer.rows[unfit[layer]].min())
+        return layer, int(buffer.rows[~finite[layer]].min())
 
     def query(self, buffer):
         """Attention of this rank's rows over the whole pool → [T, H, D]."""

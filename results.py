@@ -33,14 +33,14 @@ CV_WINDOW = 32  # iterations
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 STATISTICS = ("mean", "median", "p90", "p99")  # of times
 OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz")
-LAUNCH = "launch"  # key of run.json: see `launch`
+LAUNCH = "launch"  # key of run.json: see `launch_id`
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Finished(NamedTuple):
+class EarlierAnswer(NamedTuple):
     """What the rest of a run needs of a request that an earlier run has finished."""
-    clock: int  # ns, when its last token was known
+    ended_ns: int  # when its last token was known, by the clock
     output_ids: list[int]
 
 
@@ -49,11 +49,11 @@ class Results:
     for each request as it finishes; at the end summary.json. Rank 0 has the folder; elsewhere, and
     without --output, nothing is written."""
     def __init__(self, folder: Path | None, cluster):
-        self.reports = cluster.rank == 0
-        self.folder = folder if self.reports else None
+        self.is_rank_0 = cluster.rank == 0
+        self.folder = folder if self.is_rank_0 else None
         self.totals = Totals()
-        self.finished = {}  # by request id: of the run that this one goes on with
-        self.error = None  # why no record is written any more
+        self.earlier = {}  # EarlierAnswers by request id, of the run that this one goes on with
+        self.error = None  # why nothing is written any more
         self._file = None
 
     def begin(self, basis: dict, lines, resuming):
@@ -67,11 +67,13 @@ class Results:
             self._file = open(path, "ab", buffering=0)
             self._lock()
             if resuming and path.stat().st_size:
-                self._require_same(basis)
-                self._read(path, lines)
+                self._require_same_basis(basis)
+                self._recover(path, lines)
+            # It says how the earlier run ended, not this one.
+            (self.folder / "summary.json").unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(f"--output {self.folder}: {error.strerror}") from None
-        self.write("run.json", basis | {LAUNCH: launch()})
+        self.write_json("run.json", basis | {LAUNCH: launch_id()})
 
     def _lock(self):
         """For as long as it is open: two runs would write a request twice."""
@@ -81,7 +83,7 @@ class Results:
             said = "another run writes there; a new folder is expected"
             raise ValueError(f"--output {self.folder}: {said}") from None
 
-    def _require_same(self, basis):
+    def _require_same_basis(self, basis):
         before = read_basis(self.folder)
         for what, value in basis.items():
             was = before.get(what)
@@ -91,36 +93,43 @@ class Results:
             said += "; the same, or a new folder, is expected"
             require(was == value, f"--resume {self.folder}: {said}")
 
-    def _read(self, path, lines):
-        """The records of finished requests. The last line may be torn: it is dropped."""
+    def _recover(self, path, lines):
+        """Takes over the records of finished requests. The last line may be torn: it is cut off."""
         text = path.read_bytes()
         *whole, torn = text.split(b"\n")
-        os.truncate(path, len(text) - len(torn))
-        for number, line in enumerate(whole, 1):
+        for number, record_text in enumerate(whole, 1):
             where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-                id = record["request_id"]
-                ended = round(record["finished_s"] * 1e9)
-                twice = id in self.finished
-                self.finished[id] = Finished(ended, record["output_ids"])
-                self.totals.add(record)
-                previous = lines[id].previous
-            except (ValueError, TypeError, LookupError, RecursionError):
-                said = "not the record of a request of this trace"
-                raise ValueError(f"{where}: {said}") from None
-            require(not twice, where, f"request {id} is there twice")
-            if previous and previous.index not in self.finished:
-                said = f"request {id} is there, but not {previous.index} before it"
-                raise ValueError(f"{where}: {said}")
+            line, answer = self._take_over(record_text, lines, where)
+            id = line.index
+            require(id not in self.earlier, where, f"request {id} is there twice")
+            before = line.previous
+            said = f"request {id} is there, but not the one before it in its session"
+            require(before is None or before.index in self.earlier, where, said)
+            self.earlier[id] = answer
+        os.truncate(path, len(text) - len(torn))
 
-    def add(self, record: dict):
-        """A request has finished. What goes wrong is kept in `error`."""
-        if self.reports:
+    def _take_over(self, record_text, lines, where):
+        """The line of the trace that a record answers, and the answer."""
+        try:
+            record = json.loads(record_text)
+            line = lines[range(len(lines)).index(record["request_id"])]
+            ids = record["output_ids"]
+            ok = 0 < len(ids) <= line.output_length and all(type(id) is int for id in ids)
+            answer = EarlierAnswer(round(record["finished_s"] * 1e9), ids)
             self.totals.add(record)
-        if self._file is None or self.error:
-            return
-        line = json.dumps(record).encode() + b"\n"
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+            ok = False
+        require(ok, where, "not the record of a request of this trace")
+        return line, answer
+
+    def append(self, record: dict):
+        """A request has finished. What goes wrong is kept in `error`."""
+        if self._file and not self.error:
+            self._append_line(json.dumps(record).encode() + b"\n")
+        if self.is_rank_0 and not self.error:
+            self.totals.add(record)
+
+    def _append_line(self, line):
         size = os.fstat(self._file.fileno()).st_size
         try:
             while line:
@@ -132,7 +141,7 @@ class Results:
             with contextlib.suppress(OSError):
                 self._file.truncate(size)
 
-    def write(self, name, value):
+    def write_json(self, name, value):
         """A JSON file, whole or not at all. Raises ValueError."""
         if self.folder is None:
             return
@@ -155,8 +164,8 @@ def read_basis(folder: Path) -> dict:
     return basis
 
 
-def launch() -> str:
-    """Tells a launch of torchrun from others: its restarts have the same."""
+def launch_id() -> str:
+    """The same for all restarts by one torchrun, and another for another torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"process {os.getppid()}" if run == "none" else run
 
@@ -168,7 +177,7 @@ def resumes(options) -> bool:
         return options.resume
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with contextlib.suppress(ValueError):
-        return restarted and read_basis(options.output).get(LAUNCH) == launch()
+        return restarted and read_basis(options.output).get(LAUNCH) == launch_id()
     return False
 
 
@@ -324,7 +333,7 @@ def summarise(server, outcome) -> dict:
         error=outcome.error,
         resumed=outcome.resumed,
         verified=None if gaps is None else len(gaps) - len(outcome.wrong),
-        max_logit_gap=None if np.isnan(gap) else gap,
+        max_logit_gap=gap if np.isfinite(gap) else None,
         config=summarise_config(server),
     )
 

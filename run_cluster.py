@@ -37,7 +37,7 @@ from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
 from cluster import THE_END, Cluster, LakeError, SetupError, Stopped
 from kernels import ranges, select, starts, to_device
 from model import (
-    UNFIT,
+    NOT_FINITE,
     Llama,
     LlamaConfig,
     Sampler,
@@ -333,19 +333,19 @@ def check_lines(lines, config, lake_config, num_ranks):
 
 
 class EndOfIteration(NamedTuple):
-    """What a rank says when an iteration is over. All take rank 0's fit for theirs."""
-    unfit_layer: int  # in which its new KV is not finite, −1 if there is none
-    unfit_request: int
-    fit: list[int]  # TimePredictor.fitted
+    """What a rank says when an iteration is over. All take what rank 0 has fitted."""
+    nonfinite_layer: int  # the first in which its new KV is not finite, −1 if there is none
+    nonfinite_request: int
+    fitted: list[int]  # TimePredictor.fitted
     tokens: list[int]  # of each request that samples: 0 where another rank computes it
 
     @classmethod
-    def gather(cls, cluster, mine, clock) -> tuple:
-        """Rank 0's clock when it has all, and every rank's, by rank."""
-        *unfit, fit, tokens = mine
-        time, every = cluster.gather_and_time([*unfit, *fit, *tokens], clock)
-        end = 2 + len(fit)
-        return time, [cls(*said[:2], said[2:end], said[end:]) for said in every]
+    def gather(cls, cluster, mine, now) -> tuple:
+        """What rank 0's clock says when it has all, and every rank's, by rank."""
+        *nonfinite, fitted, tokens = mine
+        clock, rows = cluster.gather_and_time([*nonfinite, *fitted, *tokens], now)
+        end = 2 + len(fitted)
+        return clock, [cls(*row[:2], row[2:end], row[end:]) for row in rows]
 
 
 @dataclass
@@ -362,8 +362,9 @@ class Engine:
     profile: object = None  # see `profiler`
     # Cache tokens read, [N], by window of CV_WINDOW iterations.
     reads: list = field(default_factory=list)
-    # Rows computed, by request id and rank: for `verify`.
+    # By request id and rank, for `verify`: rows that it has computed, tokens that it has sampled.
     computed: Counter = field(default_factory=Counter)
+    sampled: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
         # Sums over iterations of the predicted time: the mean over instances, and the longest.
@@ -380,17 +381,18 @@ class Engine:
         """One iteration: plan, agree, compute, exchange tokens, publish. With nothing to run it
         sleeps, `pause` seconds at most. Returns the sampled tokens by request id and the requests
         that ended. Raises LakeError, Stopped."""
+        self.cluster.doing = f"iteration {self.iterations + 1}"
         batches, groups, plan, transfer_plan = self._plan()
         self.cluster.announce(plan_digest(self.iterations, plan, transfer_plan))
         tokens = {}
-        unfit = None
+        nonfinite = None
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            tokens, unfit = self._compute(batches, groups, plan, transfer_plan)
+            tokens, nonfinite = self._compute(batches, groups, plan, transfer_plan)
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
         before = self.clock
-        sampled = self._exchange_tokens(plan, tokens, unfit)
+        sampled = self._exchange_tokens(plan, tokens, nonfinite)
         if plan.runs:
             self._count(plan)
             self._measure(plan, transfer_plan, self.clock - before)
@@ -442,12 +444,12 @@ class Engine:
         requests = [plan.runs[i].request for i in sampling]
         keys = [(request.id, len(request.tokens)) for request in requests]
         tokens = self.sampler.sample(logits, keys)
-        unfit = lake.pool.first_unfit(kv_buf)
-        if unfit:
-            layer, row = unfit
+        nonfinite = lake.pool.first_nonfinite(kv_buf)
+        if nonfinite:
+            layer, row = nonfinite
             run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
-            unfit = layer, int(table.request_id[run])
-        return {request.id: token for request, token in zip(requests, tokens)}, unfit
+            nonfinite = layer, int(table.request_id[run])
+        return {request.id: token for request, token in zip(requests, tokens)}, nonfinite
 
     def _count(self, plan):
         """Adds the iteration to what reports and `verify` need."""
@@ -457,7 +459,9 @@ class Engine:
         self.iterations += 1
         instances = plan.run_table.instance.tolist()
         for run, instance in zip(plan.runs, instances):
-            self.computed[run.request.id, self.lake.instances[instance]] += run.rows
+            request_and_rank = run.request.id, self.lake.instances[instance]
+            self.computed[request_and_rank] += run.rows
+            self.sampled[request_and_rank] += run.samples
 
     def _measure(self, plan, transfer_plan, ns):
         """Rank 0 fits the time predictor to the iteration, and the others receive its fit."""
@@ -470,7 +474,7 @@ class Engine:
         if self.cluster.rank == 0:
             predictor.measured(features, ns / 1e9)
 
-    def _exchange_tokens(self, plan, tokens, unfit):
+    def _exchange_tokens(self, plan, tokens, nonfinite):
         """The tokens of all requests that sample, from the ranks that computed them. They are known
         when rank 0 has them all: its clock says when, for all. Raises LakeError if any new KV, or
         the logits of a token, are not finite: so such a segment is never published."""
@@ -478,72 +482,82 @@ class Engine:
         sampling = select(plan.run_table, plan.samples)
         ids = sampling.request_id.tolist()
         mine = [tokens.get(id, 0) for id in ids]
-        end = EndOfIteration(*(unfit or (-1, -1)), predictor.fitted, mine)
-        self.clock, every = EndOfIteration.gather(self.cluster, end, self.now)
-        predictor.coefficients = every[0].fit
-        for said in every:
-            if said.unfit_layer >= 0:
-                layer = f"the KV of layer {said.unfit_layer} is not finite"
-                self._stop_with(f"request {said.unfit_request}: {layer}")
+        end = EndOfIteration(*(nonfinite or (-1, -1)), predictor.fitted, mine)
+        self.clock, ends = EndOfIteration.gather(self.cluster, end, self.now)
+        predictor.coefficients = ends[0].fitted
+        for end in ends:
+            if end.nonfinite_layer >= 0:
+                said = f"the KV of layer {end.nonfinite_layer} is not finite"
+                raise self.cluster.problem(f"request {end.nonfinite_request}: {said}")
         ranks = [self.lake.instances[instance] for instance in sampling.instance]
-        sampled = [every[rank].tokens[i] for i, rank in enumerate(ranks)]
+        sampled = [ends[rank].tokens[i] for i, rank in enumerate(ranks)]
         for id, token in zip(ids, sampled):
-            if token == UNFIT:
-                self._stop_with(f"request {id}: its logits are not finite")
+            if token == NOT_FINITE:
+                raise self.cluster.problem(f"request {id}: its logits are not finite")
         return dict(zip(ids, sampled))
 
-    def _stop_with(self, said):
-        raise LakeError(f"{self.cluster.doing}: {said}")
-
-    def verify(self, requests: list[Request], progress) -> dict[int, float]:
+    def verify(self, requests: list[Request], on_progress) -> dict[int, float]:
         """The gap in logits of each request (Llama.score_gap), each recomputed by one rank; after a
         signal, of those done by then."""
         self.cluster.doing = "verifying"
         gaps = {}
-        dealt = deal(requests, self.computed, self.cluster.size)
+        dealt = deal(requests, self.computed, self.sampled, self.cluster.size)
         for turn in range(max(map(len, dealt))):
             for request in dealt[self.cluster.rank][turn : turn + 1]:
                 gaps[request.id] = self.model.score_gap(
                     self.sampler, request.tokens, request.num_prompt, request.id
                 )
-            progress(sum(len(share) > turn for share in dealt))
-            stop = self.cluster.stop_asked is not None
+            on_progress(sum(len(share) > turn for share in dealt))
+            stop = self.cluster.stop_asked_at is not None
             if any(asked for (asked,) in self.cluster.gather_integers([stop])):
                 break
         parts = self.cluster.gather_objects(gaps)
         return {id: gap for part in parts for id, gap in part.items()}
 
 
-def deal(requests, computed: Counter, num_ranks) -> list[list[Request]]:
-    """Who recomputes what: lists of requests, by rank. No rank is to check what it computed alone:
-    if it is wrong in itself, it makes the same mistake again. So a request goes to a rank that has
-    computed no more than an even share of its rows, and of these to the one with the least to do."""
+def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[Request]]:
+    """Who recomputes what: lists of requests, by rank. No rank is to check its own work: if it is
+    wrong in itself, it makes the same mistake again. So a request goes to a rank that has sampled no
+    more than an even share of its answer; if possible, to one that has computed no more than an even
+    share of its rows, too; and of these to the one with the least to do."""
     dealt = [[] for _ in range(num_ranks)]
-    tokens = np.zeros(num_ranks, np.int64)
+    tokens = [0] * num_ranks
     for request in requests:
-        rows = np.array([computed[request.id, rank] for rank in range(num_ranks)])
-        others = np.flatnonzero(rows * num_ranks <= rows.sum())
-        rank = others[tokens[others].argmin()]
+
+        def even_share_at_most(done, ranks):
+            own = {rank: done[request.id, rank] for rank in range(num_ranks)}
+            return [rank for rank in ranks if own[rank] * num_ranks <= sum(own.values())]
+
+        others = even_share_at_most(sampled, range(num_ranks))
+        others = even_share_at_most(computed, others) or others
+        rank = min(others, key=lambda rank: tokens[rank])
         tokens[rank] += len(request.tokens)
         dealt[rank].append(request)
     return dealt
 
 
-def profiler(folder: Path, after):
+def profiler(file: Path, after, results):
     """Writes a profile of this rank for Perfetto: functions by name, operators, kernels. It covers
     eight iterations (a `step` ends one) after so many others: each takes megabytes, and a second to
     write."""
+
+    def write(seen):
+        try:
+            seen.export_chrome_trace(str(file))
+        except OSError as error:
+            results.error = f"{file}: {error.strerror}"
+
     return torch.profiler.profile(
         with_stack=True,
         schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),
-        on_trace_ready=lambda seen: seen.export_chrome_trace(f"{folder}/profile.json.gz"),
+        on_trace_ready=write,
     )
 
 
 class Server:
     """Serves a trace: sends requests when they are due, keeps their times, writes their records.
-    finished: what an earlier run has served of it, as `Results.finished` has it."""
-    def __init__(self, options, cluster, lines, lake_config, model, results, finished):
+    earlier: what an earlier run has served of it, see `Results.earlier`."""
+    def __init__(self, options, cluster, lines, lake_config, model, results, earlier):
         self.options = options
         self.cluster = cluster
         self.lines = lines
@@ -557,23 +571,26 @@ class Server:
         self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
         sampler = Sampler(options.temperature, options.seed)
         # The clock goes on from where the earlier run is known to have been.
-        clock = max((end.clock for end in finished.values()), default=0)
+        clock = max((answer.ended_ns for answer in earlier.values()), default=0)
         self.engine = Engine(cluster, self.lake, self.scheduler, model, sampler, clock)
-        self.finished = np.zeros(len(lines), bool)
-        self.finished[list(finished)] = True
-        self.asked_tokens = 0  # of requests that have left: see `summarise_pool`
+        self.is_finished = np.zeros(len(lines), bool)
+        self.is_finished[list(earlier)] = True
+        self.asked_tokens = 0  # of requests that have ended: see `summarise_pool`
         # By request id: rank 0's ns since the start, of its arrival and its tokens.
         self.times = {}
         self.next_turn = {line.previous.index: line for line in lines if line.previous}
         self.arrivals = []  # a heap of (time, request id)
         for line in lines:
-            if line.index in finished:
-                self._recall(line, finished[line.index])
+            if line.index in earlier:
+                self._recall(line, earlier[line.index])
             elif not line.previous:
                 self._expect(line, 0)
 
     def scaled_ns(self, trace_ms) -> int:
         return int(trace_ms * 1e6 / self.options.speed)
+
+    def count_finished(self) -> str:
+        return f"{self.is_finished.sum()} of {len(self.lines)} are finished"
 
     def serve(self, bar, on_iteration):
         """Iterations until all is finished. Raises LakeError, Stopped."""
@@ -585,10 +602,13 @@ class Server:
             tokens, ended = engine.step(pause)
             for id in tokens:
                 self.times[id].append(engine.clock)
-            finished = [self._finish(request) for request in ended]
-            bar.update(len(finished))
-            on_iteration(self, finished)
+            records = [self._finish(request) for request in ended]
+            bar.update(len(records))
+            on_iteration(self, records)
+            if self.results.error:
+                self.cluster.ask_stop()
         # Nobody leaves while another goes on.
+        self.cluster.doing = "the end"
         self.cluster.announce(THE_END)
         self.cluster.confirm()
 
@@ -601,26 +621,37 @@ class Server:
         while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
             due, index = heapq.heappop(self.arrivals)
             self.times[index] = [due]
-            self.scheduler.add(self._arrive(self.lines[index]))
+            self.scheduler.add(self._make_request(self.lines[index]))
 
-    def _arrive(self, line) -> Request:
+    def _make_request(self, line) -> Request:
         block = TRACE_BLOCK // (self.options.trace_scale or 1)
         request = line.arrive(self.model.config.vocab_size, block, self.options.seed)
-        if line.previous:
+        if line.previous:  # its tokens are part of the prompt now
             self._forget(line.previous)
         return request
 
-    def _recall(self, line, end):
-        """What an earlier run has finished: its tokens are wanted by the next turn and `verify`."""
+    def _recall(self, line, answer):
+        """What an earlier run has finished: the next turn and `verify` want its tokens."""
         if self.options.verify or line.index in self.next_turn:
-            self._arrive(line).tokens += end.output_ids
-            self._leave(line, end.clock)
+            self._make_request(line).tokens += answer.output_ids
+        elif line.previous:
+            self._forget(line.previous)
+        self._end_turn(line, answer.ended_ns)
 
     def _finish(self, request) -> dict:
-        """Its line of requests.jsonl."""
+        """A request has ended: writes and returns its record."""
         times = self.times.pop(request.id)
+        record = self._record(request, times)
+        self.is_finished[request.id] = True
+        self.asked_tokens += request.peak
+        self._end_turn(self.lines[request.id], times[-1])
+        self.results.append(record)
+        return record
+
+    def _record(self, request, times) -> dict:
+        """Its line of requests.jsonl."""
         first, *intervals = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
-        record = dict(
+        return dict(
             request_id=request.id,
             status="completed",
             arrival_s=times[0] / 1e9,
@@ -632,21 +663,14 @@ class Server:
             itl_ms=intervals,
             finished_s=times[-1] / 1e9,
         )
-        self.finished[request.id] = True
-        self.asked_tokens += request.peak
-        self._leave(self.lines[request.id], times[-1])
-        self.results.add(record)
-        if self.results.error:
-            self.cluster.ask_stop()
-        return record
 
-    def _leave(self, line, clock):
-        """A request has ended at `clock`: the session's next turn is due a while later."""
+    def _end_turn(self, line, ended_ns):
+        """The session's next turn is due a while after this one."""
         turn = self.next_turn.get(line.index)
         if turn is None:
             self._forget(line)
-        elif not self.finished[turn.index]:
-            self._expect(turn, clock + self.scaled_ns(turn.think_ms))
+        elif not self.is_finished[turn.index]:
+            self._expect(turn, ended_ns + self.scaled_ns(turn.think_ms))
 
     def _forget(self, line):
         """Nobody asks for its tokens any more, unless they are to be verified."""
@@ -654,6 +678,7 @@ class Server:
             line.request = None
             for rank in range(self.cluster.size):
                 self.engine.computed.pop((line.index, rank), None)
+                self.engine.sampled.pop((line.index, rank), None)
 
 
 # ── the program ──────────────────────────────────────────────────────────────────────────────────
@@ -674,14 +699,22 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     except (SetupError, LakeError) as problem:
         error = problem
     except KeyboardInterrupt:
-        error = cluster.lost("stopped by a signal")
+        ignore_signals()
+        error = cluster.give_up("stopped by a signal")
     finally:
+        ignore_signals()  # torchrun sends one as soon as a rank has left
         if error:
             tell(error, cluster)
-        cluster.close()
+        else:  # with a lost rank this may wait for it
+            cluster.close()
         for kind, handler in before.items():
             signal.signal(kind, handler)
     return 2 if isinstance(error, SetupError) else int(error is not None)
+
+
+def ignore_signals():
+    for kind in SIGNALS:
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def tell(error, cluster):
@@ -731,7 +764,7 @@ def set_up(arguments, cluster) -> "Server":
     if something is wrong on any."""
     options = cluster.together(parse_options, arguments)
     set_threads(options, cluster)
-    device, memory = cluster.together(cluster.find_device, options.device)
+    device, memory = cluster.together(cluster.choose_device, options.device)
     memory = min(cluster.gather_objects(memory))
     prepared = cluster.together(prepare, options, cluster, device, memory)
     lines, lake_config, model = prepared
@@ -743,8 +776,9 @@ def set_up(arguments, cluster) -> "Server":
     results = Results(options.output, cluster)
     basis = answers_basis(options, lines, model, sums)
     cluster.together(results.begin, basis, lines, resumes(options))
-    finished = cluster.gather_objects(results.finished)[0]
-    return Server(options, cluster, lines, lake_config, model, results, finished)
+    earlier = cluster.from_rank_0(results.earlier)
+    results.earlier = {}  # the server takes of it what it needs
+    return Server(options, cluster, lines, lake_config, model, results, earlier)
 
 
 def require_same_weights(sums, cluster):
@@ -768,24 +802,20 @@ def set_threads(options, cluster):
 def serve_and_report(server, on_iteration) -> str | None:
     """Serves, verifies, and reports however that ends; returns what is wrong. To be called once.
     `on_iteration(server, new records)`."""
-    outcome = Outcome(int(server.finished.sum()))
+    outcome = Outcome(int(server.is_finished.sum()))
     try:
         serve_and_verify(server, on_iteration, outcome)
+        server.cluster.doing = "the report"
         outcome.moved = sum_bytes(server.cluster, server.lake.pool)
-    except Exception as problem:
-        outcome.status = "failed"
-        known = isinstance(problem, LakeError)
-        outcome.error = f"{problem if known else repr(problem)}; {progress(server)}"
-        if not known:
-            raise
+    except LakeError as problem:
+        outcome.error = f"{problem}; {server.count_finished()}"
+    except BaseException as problem:
+        outcome.error = f"{problem!r}; {server.count_finished()}"
+        raise
     finally:
         if server.cluster.rank == 0:
             report(server, outcome)
     return outcome.error
-
-
-def progress(server) -> str:
-    return f"{server.finished.sum()} of {len(server.lines)} are finished"
 
 
 def serve_and_verify(server, on_iteration, outcome):
@@ -793,7 +823,8 @@ def serve_and_verify(server, on_iteration, outcome):
     first = server.cluster.rank == 0
     engine = server.engine
     if first and options.profile is not None:
-        engine.profile = profiler(options.output, options.profile)
+        file = options.output / "profile.json.gz"
+        engine.profile = profiler(file, options.profile, server.results)
     with tqdm(
         total=len(server.lines),
         initial=outcome.resumed,
@@ -805,13 +836,14 @@ def serve_and_verify(server, on_iteration, outcome):
         try:
             with engine.profile or contextlib.nullcontext():
                 server.serve(bar, on_iteration)
-            outcome.status = "completed"
             if options.verify:
                 verify_all(server, bar, outcome)
+            if outcome.error is None:
+                outcome.status = "completed"
         except Stopped as stopped:
-            unwritten = server.cluster.gather_objects(server.results.error)[0]
+            unwritten = server.cluster.from_rank_0(server.results.error)
             outcome.status = "failed" if unwritten else "stopped"
-            outcome.error = f"{unwritten or stopped}; {progress(server)}"
+            outcome.error = f"{unwritten or stopped}; {server.count_finished()}"
 
 
 def verify_all(server, bar, outcome):
@@ -824,28 +856,29 @@ def verify_all(server, bar, outcome):
     # NaN is wrong, too.
     outcome.wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]
     if outcome.wrong:
-        said = f"request {outcome.wrong[0]} differs from recomputation without a cache"
-        outcome.status = "failed"
-        outcome.error = said
+        first = outcome.wrong[0]
+        outcome.error = f"request {first} differs from recomputation without a cache"
     elif len(gaps) < len(requests):
-        said = f"stopped by a signal; {len(gaps)} of {len(requests)} are verified"
+        verified = f"{len(gaps)} of {len(requests)} are verified"
+        outcome.error = f"stopped by a signal; {verified}"
         outcome.status = "stopped"
-        outcome.error = said
 
 
 def report(server, outcome):
     """summary.json, then the table. What can't be written is an error, too."""
-    said = [outcome.error] if outcome.error else []
     summary = summarise(server, outcome)
+    unwritten = [server.results.error] if server.results.error else []
+    if outcome.error and unwritten and unwritten[0] in outcome.error:
+        unwritten = []
     try:
-        server.results.write("summary.json", summary)
+        server.results.write_json("summary.json", summary)
     except ValueError as problem:
-        said.append(str(problem))
+        unwritten.append(str(problem))
     out = Forgiving(sys.stdout)
     print(format_report(summary), file=out, flush=True)
     if out.broken:
-        said.append("the report could not be printed")
-    outcome.error = "; ".join(said) or None
+        unwritten.append("the report could not be printed")
+    outcome.error = "; ".join(filter(None, [outcome.error, *unwritten])) or None
 
 
 def main() -> int:

@@ -357,9 +357,10 @@ class RealRun:
             Engine(cluster, lake, scheduler, model, Sampler())
             for lake, scheduler in zip(self.fleet.lakes, self.fleet.schedulers)
         ]
-        # A request may have rows in several lakes: who has computed which is counted together.
+        # A request may have rows in several lakes: who has done what is counted together.
         for engine in self.engines:
             engine.computed = self.engines[0].computed
+            engine.sampled = self.engines[0].sampled
         self.pool = next(lake.pool for lake in self.fleet.lakes if lake.pool)
         if len(self.fleet.lakes) > 1:  # lakes of one have no group of their own
             self.pool.move_group = group[0]
