@@ -7,11 +7,11 @@ small integers, over gloo on the CPU:
     before an iteration    `announce`, `confirm`: a digest of the plan; is it the same on all?
     after it               `gather_and_time`: the tokens of all, and rank 0's clock when it has them
 
-Who was lost? A rank that cannot go on says so in the job's store. A thread of every rank looks there
-(`Lookout`), so all that wait for an exchange learn of it, come to `Cluster.give_up` too, and answer.
-Ranks that do not are named: dead or stopped ones do not answer at all, for busy or stuck ones only
-the thread does. A rank that torchrun ends because of another still answers. All then leave: what
-was cached is lost, what was finished is not (results.py).
+Who was lost? A rank that cannot go on says so in the job's store. A thread of every rank looks
+there (`Lookout`), so all that wait for an exchange learn of it, come to `Cluster.give_up` too, and
+answer. Ranks that do not are named: dead or stopped ones do not answer at all, for busy or stuck
+ones only the thread does. A rank that torchrun ends because of another still answers. All then
+leave: what was cached is lost, what was finished is not (results.py).
 """
 
 import hashlib
@@ -267,9 +267,9 @@ class Cluster:
         self._wait_for_announcements = self._begin_gather(mine)
 
     def confirm(self):
-        """Before the first exchange of data: raises LakeError on every rank if one could not plan or
-        planned otherwise (collectives whose splits disagree end the process in C++), Stopped if a
-        rank was asked to stop. Called in every layer; only the first call waits."""
+        """Before the first exchange of data: raises LakeError on every rank if one could not plan
+        or planned otherwise (collectives whose splits disagree end the process in C++), Stopped if
+        a rank was asked to stop. Called in every layer; only the first call waits."""
         if self._wait_for_announcements is None:
             return
         rows = self._wait_for_announcements().tolist()
@@ -300,8 +300,8 @@ class Cluster:
     # ── when a rank is lost ──
 
     def guard(self, call, *arguments, **options):
-        """Calls a collective or the store. If that fails, a rank was lost. (NCCL's watchdog ends the
-        process instead.)"""
+        """Calls a collective or the store. If that fails, a rank was lost. (NCCL's watchdog ends
+        the process instead.)"""
         try:
             return call(*arguments, **options)
         except RuntimeError as error:
@@ -334,8 +334,8 @@ class Cluster:
             raise self.problem("torchrun has ended")
 
     def give_up(self, reason: str, error=None) -> LakeError:
-        """To be raised: tells all ranks that this one cannot go on, hears who answers, and names who
-        does not."""
+        """To be raised: tells all ranks that this one cannot go on, hears who answers, and names
+        who does not."""
         if self._lookout.orphaned():
             return self.problem("torchrun has ended")
         if self.store is None:
@@ -373,9 +373,9 @@ class Cluster:
         return self.store.check([key])
 
     def speaks(self) -> bool:
-        """True on the first rank that asks: it prints what went wrong. Rank 0 comes first if it can:
-        it has the progress bar, and knows what could not be written. If the store is lost, one on
-        each machine speaks."""
+        """True on the first rank that asks: it prints what went wrong. Rank 0 comes first if it
+        can: it has the progress bar, and knows what could not be written. If the store is lost, one
+        on each machine speaks."""
         if self.size == 1:
             return True
         if self.rank:

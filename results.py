@@ -1,6 +1,6 @@
 """What does a run leave behind? The folder of --output, and the table at the end.
 
-    run.json         what the answers depend on: whoever goes on with the folder has to have the same
+    run.json         what the answers depend on: who goes on with the folder has to have the same
     requests.jsonl   a line for each request, as it finishes: each write leaves a whole line or none
     summary.json     at the end, however the run ends: a whole file or none
 
@@ -114,7 +114,8 @@ class Results:
             record = json.loads(record_text)
             line = lines[range(len(lines)).index(record["request_id"])]
             ids = record["output_ids"]
-            ok = 0 < len(ids) <= line.output_length and all(type(id) is int for id in ids)
+            ok = 0 < len(ids) <= line.output_length
+            ok = ok and all(type(number) is int for number in [record["request_id"], *ids])
             answer = EarlierAnswer(round(record["finished_s"] * 1e9), ids)
             self.totals.add(record)
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):

@@ -517,9 +517,9 @@ class Engine:
 
 def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[Request]]:
     """Who recomputes what: lists of requests, by rank. No rank is to check its own work: if it is
-    wrong in itself, it makes the same mistake again. So a request goes to a rank that has sampled no
-    more than an even share of its answer; if possible, to one that has computed no more than an even
-    share of its rows, too; and of these to the one with the least to do."""
+    wrong in itself, it makes the same mistake again. So a request goes to a rank that has sampled
+    no more than an even share of its answer; if possible, to one that has computed no more than an
+    even share of its rows, too; and of these to the one with the least to do."""
     dealt = [[] for _ in range(num_ranks)]
     tokens = [0] * num_ranks
     for request in requests:

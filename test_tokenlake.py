@@ -724,7 +724,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, stored, dtype,
 
 
 def test_weights_have_to_fit(tmp_path):
-    """Before they are made: into a device together with those of other ranks, and with the slots."""
+    """Before they are made: on a device together with those of other ranks, and with the slots."""
     config = load_config(save_model(tmp_path / "m", dict(intermediate_size=9999)))
     weights = random_weights(config, 0, torch.float32, "cpu")
     size = 4 * sum(weight.numel() for weight in weights.values())
@@ -2711,7 +2711,7 @@ def test_a_signal_stops_all_ranks_and_keeps_what_is_finished(tmp_path):
 
 
 def wrong_in_itself(rank, seen):
-    """Rank 1's weights change once they were compared: its answers and its oracle are wrong alike."""
+    """Rank 1's weights change once they were compared: answers and oracle are wrong alike there."""
     make = run_cluster.Server
 
     def server(options, cluster, lines, lake_config, model, *rest):
@@ -2872,7 +2872,8 @@ def test_a_stall_changes_the_time_model_little():
             seconds = np.dot((2e-3, 3e-5, 4e-8, 5e-7), (1, *work[0]))
             model.measured(work, seconds * (1 + 0.2 * rng.exponential()) + 10 * (i in stalls))
         model.coefficients = model.fitted
-        usual = np.array([[r, r * p, k] for r in (1, 32, 128) for p in (100, 3000) for k in (0, 4000)])
+        usual = np.array([[rows, rows * length, kib] for rows in (1, 32, 128)
+                          for length in (100, 3000) for kib in (0, 4000)])
         return model.time(*usual.T)
     for seed in range(5):
         without = predictions((), seed)
@@ -2933,7 +2934,7 @@ def test_resume_begins_anew_where_nothing_is(tmp_path, folder):
 
 
 @pytest.mark.parametrize("change, said", [
-    (["--seed", 1], "it was begun with another --seed: 0, now 1; the same, or a new folder, is exp"),
+    (["--seed", 1], "it was begun with another --seed: 0, now 1; the same, or a new folder"),
     (["--temperature", 0.5], "it was begun with another --temperature: 0.0, now 0.5"),
     (["--dtype", "float64"], "it was begun with another --dtype: 'float32', now 'float64'"),
     (["--stop-at-eos"], "it was begun with another --stop-at-eos: False, now True"),
@@ -2943,8 +2944,9 @@ def test_resume_begins_anew_where_nothing_is(tmp_path, folder):
     ("twice", "requests.jsonl:3: request 1 is there twice"),
     ("of none", "requests.jsonl:3: not the record of a request of this trace"),
     ("not JSON", "requests.jsonl:3: not the record of a request of this trace"),
-    ("a turn alone", "requests.jsonl:3: request 3 is there, but not the one before it in its session"),
-    ("no run.json", "run.json: No such file"), ("broken run.json", "run.json: not readable as JSON")])
+    ("a turn alone", "requests.jsonl:3: request 3 is there, but not the one before it in its sess"),
+    ("no run.json", "run.json: No such file"),
+    ("broken run.json", "run.json: not readable as JSON")])
 def test_a_folder_of_another_run_is_refused(tmp_path, change, said):
     """By the name of what differs; nothing in it changes."""
     lines = [dict(input_ids=tokens(9, i), output_length=2, session_id=min(i, 2)) for i in range(4)]
@@ -2973,6 +2975,41 @@ def test_a_folder_of_another_run_is_refused(tmp_path, change, said):
     change = [tmp_path / x if x in ("other", "model") else x for x in change]
     assert said in refused(tmp_path, *options, "--resume", *change)
     assert before == {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+@pytest.mark.parametrize("change", [
+    dict(request_id=-1), dict(request_id=True), dict(request_id="1"), dict(request_id=2.5),
+    dict(output_ids=[]), dict(output_ids=[1] * 99), dict(output_ids=["1"]), dict(output_ids=None),
+    dict(finished_s=math.inf), dict(finished_s="soon"), dict(itl_ms=["x"]), dict(arrival_s=None)])
+def test_a_damaged_record_is_refused(tmp_path, change):
+    output = tmp_path / "out"
+    options = ["--num-requests", 4, "--speed", "inf", "--output", output]
+    Job(options).finish()
+    file = output / "requests.jsonl"
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(first) | change), *others, ""]))
+    said = refused(tmp_path, *options, "--resume")
+    assert "requests.jsonl:1: not the record of a request of this trace" in said
+
+
+def test_a_resumed_folder_has_no_summary_of_another_run(tmp_path):
+    """If the run that goes on is lost, nothing says that it has ended well."""
+    output = tmp_path / "out"
+    options = ["--trace", write_trace(tmp_path, CHAT), "--output", output, "--speed", "inf"]
+    Job(options, 2).finish()
+    interrupted(output, 3, b"")
+    (output / "summary.json").write_text("{}")
+    Job([*options, "--resume"], 2, "first_dies_at_once").survivors(0)
+    assert not (output / "summary.json").exists()
+    Job([*options, "--resume"], 2).finish()
+    assert len(Served(output, [(0, "", {})]).tokens) == len(CHAT)
+
+
+def first_dies_at_once(rank, seen):
+    def observe(server, finished):
+        if rank == 0:
+            os._exit(9)
+    return observe
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
@@ -3028,6 +3065,13 @@ def folder_vanishes(rank, seen):
     return observe
 
 
+def profile_fails(rank, seen):
+    """The folder takes no profile."""
+    def export(self, path):
+        raise OSError(28, "No space left on device")
+    torch.profiler.profile.export_chrome_trace = export
+
+
 def bug(rank, seen):
     """The program itself is wrong, on rank 0."""
     def observe(server, finished):
@@ -3058,14 +3102,16 @@ def test_a_summary_is_written_however_the_run_ends(tmp_path, prelude, said, stat
 
 @pytest.mark.parametrize("prelude, said", [
     ("full_disk", "requests.jsonl: File too large; "),
-    ("folder_vanishes", "requests.jsonl: it was removed; ")])
+    ("folder_vanishes", "requests.jsonl: it was removed; "),
+    ("profile_fails", "profile.json.gz: No space left on device; ")])
 def test_what_cannot_be_written_is_one_line(tmp_path, prelude, said):
     """All ranks stop, the file is named, and what was complete stays whole."""
     output = tmp_path / "out"
     lines = [dict(input_ids=tokens(9, i), output_length=5) for i in range(40)]
     options = ["--trace", write_trace(tmp_path, lines), "--output", output, "--speed", "inf",
                "--dtype", "float64"]
-    results = Job(options, 2, prelude).finish()
+    profile = ["--profile"] * (prelude == "profile_fails")
+    results = Job([*options, *profile], 2, prelude).finish()
     text = "".join(text for _, text, _ in results)
     assert [status for status, *_ in results] == [1, 1] and said in text
     assert text.count("run_cluster.py: ") == 1
@@ -3229,7 +3275,7 @@ def test_the_reason_is_in_torchruns_report(tmp_path):
     """What a rank says last is also the last on the screen."""
     trace = write_trace(tmp_path, [dict(input_ids=[1], output_length=0)])
     status, text, said, _ = Torchrun(tmp_path, trace, ranks=2).finish()
-    assert status and len(said) == 1
+    assert status and len(said) == 1 and 'run_cluster.py", line' not in text
     assert text.rpartition("Root Cause")[2].count("trace0.jsonl:1: output_length is 0") == 1
 
 

@@ -1,4 +1,4 @@
-"""Options of the programs here: each has its range, and what is wrong is one line, exit status 2."""
+"""Options of the programs here: each has its range; what is wrong is one line, exit status 2."""
 
 import argparse
 import os
