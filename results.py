@@ -48,7 +48,8 @@ class Results:
     """What --output holds: run.json, which says what the answers depend on; requests.jsonl, a line
     for each request as it finishes; at the end summary.json. Rank 0 has the folder; elsewhere, and
     without --output, nothing is written."""
-    def __init__(self, folder: Path | None, cluster):
+    def __init__(self, folder: Path | None, cluster, vocab_size):
+        self.vocab_size = vocab_size
         self.is_rank_0 = cluster.rank == 0
         self.folder = folder if self.is_rank_0 else None
         self.totals = Totals()
@@ -112,11 +113,13 @@ class Results:
         """The line of the trace that a record answers, and the answer."""
         try:
             record = json.loads(record_text)
-            line = lines[range(len(lines)).index(record["request_id"])]
-            ids = record["output_ids"]
-            ok = 0 < len(ids) <= line.output_length
-            ok = ok and all(type(number) is int for number in [record["request_id"], *ids])
-            answer = EarlierAnswer(round(record["finished_s"] * 1e9), ids)
+            id = record["request_id"]
+            line = lines[range(len(lines)).index(id)]
+            tokens = record["output_ids"]
+            ok = type(id) is int and 0 < len(tokens) <= line.output_length
+            vocabulary = range(self.vocab_size)
+            ok = ok and all(type(token) is int and token in vocabulary for token in tokens)
+            answer = EarlierAnswer(round(record["finished_s"] * 1e9), tokens)
             self.totals.add(record)
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             ok = False

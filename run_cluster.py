@@ -773,7 +773,7 @@ def set_up(arguments, cluster) -> "Server":
     cluster.together(cluster.require_same, repr(made), what)
     sums = checksums(model.weights)
     require_same_weights(sums, cluster)
-    results = Results(options.output, cluster)
+    results = Results(options.output, cluster, model.config.vocab_size)
     basis = answers_basis(options, lines, model, sums)
     cluster.together(results.begin, basis, lines, resumes(options))
     earlier = cluster.from_rank_0(results.earlier)

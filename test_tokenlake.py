@@ -2980,6 +2980,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, change, said):
 @pytest.mark.parametrize("change", [
     dict(request_id=-1), dict(request_id=True), dict(request_id="1"), dict(request_id=2.5),
     dict(output_ids=[]), dict(output_ids=[1] * 99), dict(output_ids=["1"]), dict(output_ids=None),
+    dict(output_ids=[512]), dict(output_ids=[-1]),
     dict(finished_s=math.inf), dict(finished_s="soon"), dict(itl_ms=["x"]), dict(arrival_s=None)])
 def test_a_damaged_record_is_refused(tmp_path, change):
     output = tmp_path / "out"
