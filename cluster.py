@@ -79,7 +79,7 @@ class Lookout(Thread):
         super().__init__(daemon=True)
         self.rank = rank
         self.store = None  # once it is known
-        self.given_up = False
+        self.given_up = None  # by another rank: its reason
         self.parent = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def orphaned(self) -> bool:
@@ -90,8 +90,8 @@ class Lookout(Thread):
             time.sleep(LOOK_SECONDS)
             with suppress(RuntimeError):  # the store is lost: its ranks will be, too
                 if self.store and self.store.check(["given up"]):
-                    self.given_up = True
                     self.store.set(f"alive/{self.rank}", "")
+                    self.given_up = self.store.get("given up").decode()
         time.sleep(STOP_SECONDS)
         os._exit(1)
 
@@ -122,18 +122,20 @@ class Cluster:
         """Meets the others in the store, so that who does not come can be named, then in gloo."""
         self._lookout.start()
         if self.size > 1:
-            self.store = self._lookout.store = self._reach_store()
+            self._reach_store()
             self._meet()
         return self
 
     def _reach_store(self):
+        """Two connections to the store: while one waits for something, nobody else can use it."""
         try:
             store, _, _ = next(rendezvous("env://", timeout=self.timeout))
         except RuntimeError:
             raise LakeError("the store of this job is not reached") from None
         # After a restart torchrun's store may still have the keys of the run before.
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"attempt {restarts}", store)
+        self.store = dist.PrefixStore(f"attempt {restarts}", store)
+        self._lookout.store = dist.PrefixStore(f"attempt {restarts}", store.clone())
 
     def _meet(self):
         deadline = time.monotonic() + self.timeout.total_seconds()
@@ -144,7 +146,7 @@ class Cluster:
             self._look_up()
             time.sleep(0.05)
             here = self.guard(self.store.add, "here", 0)
-        self.guard(
+        self._patiently(
             dist.init_process_group,
             "gloo",
             store=self.store,
@@ -295,7 +297,7 @@ class Cluster:
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1
         backend = "nccl" if all(self.gather_objects(alone)) else "gloo"
         make = dist.new_group, instances, self.timeout, backend
-        return [self.guard(*make) for _ in range(count)]
+        return [self._patiently(*make) for _ in range(count)]
 
     # ── when a rank is lost ──
 
@@ -320,6 +322,27 @@ class Cluster:
                     raise self.give_up("an exchange failed", error) from None
             self._look_up()
 
+    def _patiently(self, call, *arguments, **options):
+        """The same for a call that waits in C++, where no signal is heeded: another thread makes it,
+        and this one looks up now and then."""
+        results = []
+
+        def make():
+            try:
+                results.append(call(*arguments, **options))
+            except RuntimeError as error:
+                results.append(error)
+
+        thread = Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(LOOK_SECONDS)
+        while thread.is_alive():
+            self._look_up()
+            thread.join(LOOK_SECONDS)
+        if isinstance(results[0], RuntimeError):
+            raise self.give_up("an exchange failed", results[0])
+        return results[0]
+
     def _look_up(self):
         """Raises LakeError if there is nothing to wait for any more."""
         self._require_parent()
@@ -327,7 +350,7 @@ class Cluster:
         if since_stop > STOP_SECONDS:
             raise self.give_up("stopped by a signal")
         if self._lookout.given_up:
-            raise self.give_up("an exchange failed")
+            raise self.give_up(self._lookout.given_up)
 
     def _require_parent(self):
         if self._lookout.orphaned():
@@ -340,10 +363,10 @@ class Cluster:
             return self.problem("torchrun has ended")
         if self.store is None:
             return self.problem(reason)
-        answers = in_time(3 * ANSWER_SECONDS, self._hear_answers)
+        answers = in_time(3 * ANSWER_SECONDS, lambda: self._hear_answers(reason))
         if answers is None:
             return self.problem(f"{reason}; the store of this job is lost")
-        silent, busy = answers
+        reason, silent, busy = answers
         found = []
         if silent:
             found += [f"{rank_list(silent)} {'do' if len(silent) > 1 else 'does'} not answer"]
@@ -353,10 +376,11 @@ class Cluster:
             found = ["all ranks answer", *str(error).splitlines()[:1]]
         return self.problem("; ".join([reason, *found]))
 
-    def _hear_answers(self) -> tuple[list[int], list[int]]:
-        """Answers, and waits for the others. → Ranks that do not answer at all, and those for which
-        only their `Lookout` does."""
-        self.store.set("given up", "")
+    def _hear_answers(self, reason) -> tuple[str, list[int], list[int]]:
+        """Answers, and waits for the others. → Why the first has given up, ranks that do not answer
+        at all, and those for which only their `Lookout` does."""
+        if not self._has("given up"):
+            self.store.set("given up", reason)
         self.store.set(f"answer/{self.rank}", "")
         missing = list(range(self.size))
         since = time.monotonic()
@@ -367,7 +391,8 @@ class Cluster:
             missing = still
             time.sleep(0.05)
         busy = [rank for rank in missing if self._has(f"alive/{rank}")]
-        return [rank for rank in missing if rank not in busy], busy
+        silent = [rank for rank in missing if rank not in busy]
+        return self.store.get("given up").decode(), silent, busy
 
     def _has(self, key) -> bool:
         return self.store.check([key])

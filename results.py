@@ -48,8 +48,9 @@ class Results:
     """What --output holds: run.json, which says what the answers depend on; requests.jsonl, a line
     for each request as it finishes; at the end summary.json. Rank 0 has the folder; elsewhere, and
     without --output, nothing is written."""
-    def __init__(self, folder: Path | None, cluster, vocab_size):
+    def __init__(self, folder: Path | None, cluster, vocab_size, eos: tuple):
         self.vocab_size = vocab_size
+        self.eos = eos  # tokens that end an answer early
         self.is_rank_0 = cluster.rank == 0
         self.folder = folder if self.is_rank_0 else None
         self.totals = Totals()
@@ -67,6 +68,8 @@ class Results:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)
             self._lock()
+            if not resuming:  # since that was asked first, another run may have begun and ended
+                require_unused(self.folder)
             if resuming and path.stat().st_size:
                 self._require_same_basis(basis)
                 self._recover(path, lines)
@@ -113,18 +116,31 @@ class Results:
         """The line of the trace that a record answers, and the answer."""
         try:
             record = json.loads(record_text)
-            id = record["request_id"]
-            line = lines[range(len(lines)).index(id)]
+            line = lines[range(len(lines)).index(record["request_id"])]
             tokens = record["output_ids"]
-            ok = type(id) is int and 0 < len(tokens) <= line.output_length
-            vocabulary = range(self.vocab_size)
-            ok = ok and all(type(token) is int and token in vocabulary for token in tokens)
-            answer = EarlierAnswer(round(record["finished_s"] * 1e9), tokens)
+            ended_ns = round(record["finished_s"] * 1e9)
+            ok = self._is_sound(record) and self._is_whole(tokens, line)
             self.totals.add(record)
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             ok = False
         require(ok, where, "not the record of a request of this trace")
-        return line, answer
+        return line, EarlierAnswer(ended_ns, tokens)
+
+    def _is_sound(self, record) -> bool:
+        counts = [record[key] for key in ("request_id", "input_length", "cached_tokens")]
+        times = [record[key] for key in ("arrival_s", "finished_s", "ttft_ms")]
+        return (
+            record["status"] == "completed"
+            and all(type(count) is int and 0 <= count < 2**48 for count in counts)
+            and all(0 <= time < 1e9 for time in [*times, *record["itl_ms"]])
+        )
+
+    def _is_whole(self, tokens, line) -> bool:
+        """Whether an answer has all its tokens, and none that does not exist."""
+        vocabulary = range(self.vocab_size)
+        exist = all(type(token) is int and token in vocabulary for token in tokens)
+        ended = len(tokens) == line.output_length or tokens[-1] in self.eos
+        return exist and ended and 0 < len(tokens) <= line.output_length
 
     def append(self, record: dict):
         """A request has finished. What goes wrong is kept in `error`."""
@@ -134,12 +150,15 @@ class Results:
             self.totals.add(record)
 
     def _append_line(self, line):
+        """Writes it whole, or notes in `error` what went wrong: also that what was written is gone,
+        as the file was removed, or another stands in its place."""
         size = os.fstat(self._file.fileno()).st_size
         try:
             while line:
                 line = line[self._file.write(line) :]
-            if not os.fstat(self._file.fileno()).st_nlink:
-                raise FileNotFoundError(errno.ENOENT, "it was removed")
+            written = os.fstat(self._file.fileno())
+            if not os.path.samestat(written, os.stat(self._file.name)):
+                raise OSError(errno.ESTALE, "it was replaced by another file")
         except OSError as error:
             self.error = f"{self._file.name}: {error.strerror}"
             with contextlib.suppress(OSError):

@@ -22,19 +22,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import numpy as np
-
-# What PyTorch's C++ has to warn of is said by us, in one line.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 if __name__ == "__main__":
     # Until `run` heeds signals, one ends the program without a word: imports take seconds.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The next file that is opened would take the number of a stream that is closed.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+# What PyTorch's C++ has to say of lost ranks is said by us, in one line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
+# First, as it asks who the parent is: the other imports take seconds.
+from cluster import THE_END, Cluster, LakeError, SetupError, Stopped
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
-from cluster import THE_END, Cluster, LakeError, SetupError, Stopped
 from kernels import ranges, select, starts, to_device
 from model import (
     NOT_FINITE,
@@ -485,10 +490,12 @@ class Engine:
         end = EndOfIteration(*(nonfinite or (-1, -1)), predictor.fitted, mine)
         self.clock, ends = EndOfIteration.gather(self.cluster, end, self.now)
         predictor.coefficients = ends[0].fitted
-        for end in ends:
-            if end.nonfinite_layer >= 0:
-                said = f"the KV of layer {end.nonfinite_layer} is not finite"
-                raise self.cluster.problem(f"request {end.nonfinite_request}: {said}")
+        # The lowest layer: in later ones the rows that have read it are not finite, either.
+        nonfinite = [end[:2] for end in ends if end.nonfinite_layer >= 0]
+        if nonfinite:
+            layer, request_id = min(nonfinite)
+            said = f"the KV of layer {layer} is not finite"
+            raise self.cluster.problem(f"request {request_id}: {said}")
         ranks = [self.lake.instances[instance] for instance in sampling.instance]
         sampled = [ends[rank].tokens[i] for i, rank in enumerate(ranks)]
         for id, token in zip(ids, sampled):
@@ -691,7 +698,7 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     before = {kind: signal.getsignal(kind) for kind in SIGNALS}
     try:
         for kind in SIGNALS:
-            signal.signal(kind, signal.default_int_handler)
+            signal.signal(kind, interrupt)
         server = set_up(arguments, cluster.connect())
         for kind in SIGNALS:
             signal.signal(kind, lambda *_: cluster.ask_stop())
@@ -699,7 +706,6 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     except (SetupError, LakeError) as problem:
         error = problem
     except KeyboardInterrupt:
-        ignore_signals()
         error = cluster.give_up("stopped by a signal")
     finally:
         ignore_signals()  # torchrun sends one as soon as a rank has left
@@ -712,6 +718,12 @@ def run(arguments: list[str], on_iteration=lambda server, finished: None) -> int
     return 2 if isinstance(error, SetupError) else int(error is not None)
 
 
+def interrupt(*_):
+    """During set-up a signal ends all. A second one changes nothing."""
+    ignore_signals()
+    raise KeyboardInterrupt
+
+
 def ignore_signals():
     for kind in SIGNALS:
         signal.signal(kind, signal.SIG_IGN)
@@ -721,7 +733,10 @@ def tell(error, cluster):
     """One rank says it, and all say it to torchrun, whose own report is the last on the screen."""
     said = one_line(str(error))
     if cluster.speaks():
-        print(f"run_cluster.py: {said}", file=Forgiving(sys.stderr), flush=True)
+        # The progress bar of another rank may stand there.
+        start = "\n" if cluster.rank and cluster.doing else ""
+        line = f"{start}run_cluster.py: {said}"
+        print(line, file=Forgiving(sys.stderr), flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(file, "w") as file:
             json.dump(dict(message=said, timestamp=int(time.time())), file)
@@ -773,7 +788,8 @@ def set_up(arguments, cluster) -> "Server":
     cluster.together(cluster.require_same, repr(made), what)
     sums = checksums(model.weights)
     require_same_weights(sums, cluster)
-    results = Results(options.output, cluster, model.config.vocab_size)
+    eos = model.config.eos_token_ids if options.stop_at_eos else ()
+    results = Results(options.output, cluster, model.config.vocab_size, eos)
     basis = answers_basis(options, lines, model, sums)
     cluster.together(results.begin, basis, lines, resumes(options))
     earlier = cluster.from_rank_0(results.earlier)
@@ -882,6 +898,9 @@ def report(server, outcome):
 
 
 def main() -> int:
+    # Streams that are closed lead nowhere.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     streams = sys.stdout, sys.stderr
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")  # if its encoding lacks a character

@@ -2980,7 +2980,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path, change, said):
 @pytest.mark.parametrize("change", [
     dict(request_id=-1), dict(request_id=True), dict(request_id="1"), dict(request_id=2.5),
     dict(output_ids=[]), dict(output_ids=[1] * 99), dict(output_ids=["1"]), dict(output_ids=None),
-    dict(output_ids=[512]), dict(output_ids=[-1]),
+    dict(output_ids=[512]), dict(output_ids=[-1]), "one token short", dict(status="failed"),
+    dict(finished_s=1e10), dict(input_length=10**400), dict(cached_tokens=-3), dict(ttft_ms=math.nan),
     dict(finished_s=math.inf), dict(finished_s="soon"), dict(itl_ms=["x"]), dict(arrival_s=None)])
 def test_a_damaged_record_is_refused(tmp_path, change):
     output = tmp_path / "out"
@@ -2988,6 +2989,8 @@ def test_a_damaged_record_is_refused(tmp_path, change):
     Job(options).finish()
     file = output / "requests.jsonl"
     first, *others = file.read_text().splitlines()
+    if change == "one token short":
+        change = dict(output_ids=json.loads(first)["output_ids"][:-1])
     file.write_text("\n".join([json.dumps(json.loads(first) | change), *others, ""]))
     said = refused(tmp_path, *options, "--resume")
     assert "requests.jsonl:1: not the record of a request of this trace" in said
@@ -3066,6 +3069,16 @@ def folder_vanishes(rank, seen):
     return observe
 
 
+def file_is_replaced(rank, seen):
+    """As a copy with sed -i does it."""
+    def observe(server, finished):
+        if finished and rank == 0:
+            file = server.results.folder / "requests.jsonl"
+            shutil.copy(file, f"{file}.new")
+            os.replace(f"{file}.new", file)
+    return observe
+
+
 def profile_fails(rank, seen):
     """The folder takes no profile."""
     def export(self, path):
@@ -3103,7 +3116,8 @@ def test_a_summary_is_written_however_the_run_ends(tmp_path, prelude, said, stat
 
 @pytest.mark.parametrize("prelude, said", [
     ("full_disk", "requests.jsonl: File too large; "),
-    ("folder_vanishes", "requests.jsonl: it was removed; "),
+    ("folder_vanishes", "requests.jsonl: No such file or directory; "),
+    ("file_is_replaced", "requests.jsonl: it was replaced by another file; "),
     ("profile_fails", "profile.json.gz: No space left on device; ")])
 def test_what_cannot_be_written_is_one_line(tmp_path, prelude, said):
     """All ranks stop, the file is named, and what was complete stays whole."""
@@ -3132,6 +3146,31 @@ def test_a_folder_that_takes_nothing_is_refused(tmp_path, output, said):
     here = str(tmp_path)
     text = refused(tmp_path, "--num-requests", 2, "--output", output.replace("{tmp}", here))
     assert said.replace("{tmp}", here) in text
+
+
+def test_a_folder_that_was_filled_meanwhile_is_refused(tmp_path, monkeypatch):
+    """A run that was slow to set up finds what another has written since it looked first."""
+    output = tmp_path / "out"
+    original = run_cluster.load_config
+
+    def another_run_ends(folder):
+        Job(["--num-requests", 3, "--speed", "inf", "--output", output]).finish()
+        return original(folder)
+    monkeypatch.setattr(run_cluster, "load_config", another_run_ends)
+    save_model(tmp_path / "model", dict(vocab_size=512))
+    text = refused(tmp_path, "--model", tmp_path / "model", "--random-weights", "--num-requests", 3,
+                   "--output", output)
+    assert "already holds requests.jsonl" in text
+    assert len((output / "requests.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(tmp_path, closed):
+    command = f"{sys.executable} {HERE}/run_cluster.py --num-requests 2 --speed inf --output out"
+    assert subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, timeout=60,
+                          capture_output=True).returncode == 0
+    lines = (tmp_path / "out" / "requests.jsonl").read_text().splitlines()
+    assert [json.loads(line)["status"] for line in lines] == ["completed"] * 2
 
 
 @pytest.mark.parametrize("case", ["closed pipe", "ASCII"])
