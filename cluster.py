@@ -122,22 +122,25 @@ class Cluster:
         """Meets the others in the store, so that who does not come can be named, then in gloo."""
         self._lookout.start()
         if self.size > 1:
-            self._reach_store()
-            self._meet()
+            store = self._reach_store()
+            # A connection for gloo, and one for us: while one waits, nobody else can use it.
+            self.store = self._lookout.store = self._own_keys(store.clone())
+            self._meet(self._own_keys(store))
         return self
 
     def _reach_store(self):
-        """Two connections to the store: while one waits for something, nobody else can use it."""
         try:
-            store, _, _ = next(rendezvous("env://", timeout=self.timeout))
+            return next(rendezvous("env://", timeout=self.timeout))[0]
         except RuntimeError:
             raise LakeError("the store of this job is not reached") from None
-        # After a restart torchrun's store may still have the keys of the run before.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"attempt {restarts}", store)
-        self._lookout.store = dist.PrefixStore(f"attempt {restarts}", store.clone())
 
-    def _meet(self):
+    @staticmethod
+    def _own_keys(store):
+        """After a restart torchrun's store may still have the keys of the run before."""
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"attempt {restarts}", store)
+
+    def _meet(self, store):
         deadline = time.monotonic() + self.timeout.total_seconds()
         here = self.guard(self.store.add, "here", 1)
         while here < self.size:
@@ -149,7 +152,7 @@ class Cluster:
         self._patiently(
             dist.init_process_group,
             "gloo",
-            store=self.store,
+            store=store,
             rank=self.rank,
             world_size=self.size,
             timeout=self.timeout,
