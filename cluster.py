@@ -31,11 +31,11 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 # Between two looks of a waiting rank: was there a signal, has another rank given up?
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 # After a signal an iteration has so long to end. (torchrun kills its ranks after 30 s.)
 STOP_SECONDS = 10.0
 # So long after the last answer, whoever has not answered counts as lost.
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 2.0
 # Stands for a plan's digest when there is nothing more to plan.
 THE_END = hashlib.blake2b(b"the end", digest_size=16).digest()
 
@@ -326,8 +326,8 @@ class Cluster:
             self._look_up()
 
     def _patiently(self, call, *arguments, **options):
-        """The same for a call that waits in C++, where no signal is heeded: another thread makes it,
-        and this one looks up now and then."""
+        """The same for a call that waits in C++, where no signal is heeded: another thread makes
+        it, and this one looks up now and then."""
         results = []
 
         def make():
@@ -366,7 +366,7 @@ class Cluster:
             return self.problem("torchrun has ended")
         if self.store is None:
             return self.problem(reason)
-        answers = in_time(3 * ANSWER_SECONDS, lambda: self._hear_answers(reason))
+        answers = in_time(4 * ANSWER_SECONDS, lambda: self._hear_answers(reason))
         if answers is None:
             return self.problem(f"{reason}; the store of this job is lost")
         reason, silent, busy = answers
