@@ -37,6 +37,7 @@ OPTIONS = ["--slots", "80", "--max-batch", "48", "--dtype", "float64", "--device
 OPTIONS += ["--temperature", "0.7", "--speed", "inf", "--trace-scale", str(TRACE_SCALE)]
 WARM_UP = 1 / 3
 LOOK = 0.5  # seconds
+LONG_ENOUGH = 20  # seconds after the warm-up, to tell a slope
 
 
 class Sample(NamedTuple):
@@ -141,14 +142,14 @@ class Run:
 
     def memory(self) -> list[tuple]:
         """(rank, MiB after warm-up, MiB at the end, KiB per 1,000 requests) of the processes that
-        have lived longest."""
+        have lived longest, if that is long enough."""
         rows = []
         for rank in sorted({sample.rank for sample in self.samples}):
             mine = [sample for sample in self.samples if sample.rank == rank]
             life, _ = Counter(sample.process for sample in mine).most_common(1)[0]
             longest = [sample for sample in mine if sample.process == life]
             warm = [s for s in longest if s.finished][int(len(longest) * WARM_UP) :]
-            if len(warm) < 3 or warm[0].finished == warm[-1].finished:
+            if not warm or warm[-1].seconds - warm[0].seconds < LONG_ENOUGH:
                 continue
             finished = [sample.finished for sample in warm]
             slope, _ = np.polyfit(finished, [sample.mib for sample in warm], 1)
