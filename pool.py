@@ -632,9 +632,13 @@ class Pool:
         return self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
 
     def _return(self, buffer, o, lse):
-        """Results of arrived rows go back; → those of this rank's rows, from all holders."""
-        results = torch.cat((o, lse[..., None]), -1)  # one buffer: [n, H, D + 1]
+        """Results of arrived rows go back; → those of this rank's rows, from all holders. O travels
+        in the model's type, as the sum that it becomes part of is rounded to that, too; an error of
+        LSE would count for all of a part, so it stays wide, as a value or two of that type."""
+        narrow = self.k.dtype
+        lse_values = lse[..., None].view(narrow)
+        results = torch.cat((o.to(narrow), lse_values), -1)  # one buffer: [n, H, D + 1 or 2]
         self.bytes["query"] += results.nbytes
         wait = self._exchange(results, buffer.receives, buffer.sends, self.query_group)
-        results = wait()
-        return results[..., :-1], results[..., -1]
+        o_came, lse_came = wait().split((o.shape[-1], lse_values.shape[-1]), -1)
+        return o_came.to(o.dtype), lse_came.contiguous().view(lse.dtype)[..., 0]

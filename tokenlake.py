@@ -174,8 +174,8 @@ class TokenLake:
         D = llama_config.head_dim
         Hkv = llama_config.num_kv_heads
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        # Per row and layer: Q on its way, O and LSE on the way back.
-        self.query_bytes = H * (D * (dtype.itemsize + wide) + wide)
+        # Per row and layer: Q on its way, O in the same type and a wide LSE on the way back.
+        self.query_bytes = H * (2 * D * dtype.itemsize + wide)
         # Per token and layer.
         self.kv_bytes = 2 * Hkv * D * dtype.itemsize
         self.exchange_bytes = round(LINK * EXCHANGE_SECONDS)
