@@ -520,6 +520,25 @@ def test_error_does_not_grow_with_the_number_of_parts():
     assert error(coarse, expected) > 100 * errors[64]
 
 
+@pytest.mark.parametrize("dtype, limit", [("float64", 1e-9), ("float32", 1e-5), ("float16", 0.01),
+                                          ("bfloat16", 0.02)])
+def test_results_may_travel_in_the_models_type(dtype, limit):
+    """Sixteen holders, peaky logits: what merge makes of rounded results is within the limits of the
+    kernels, and hardly further off than if they came as they were computed."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    q, k, v = (x.to(dtype) for x in (torch.randn(40, 4, 32) * 12, torch.randn(1024, 4, 32),
+                                     torch.randn(1024, 4, 32)))
+    expected, _ = reference_attention(q, k, v, [(0, 40, 1024)], [(0, 0, 1024, 0)], 0.2)
+    pieces = [partial_attention(q, k, v, make_work(
+        [0], [40], [1024], [0], [p * 64], [64], [p * 64], heads_per_kv=1), 0.2) for p in range(16)]
+    o, lse = (torch.cat(x) for x in zip(*pieces))
+    table = (torch.arange(16)[None] * 40 + torch.arange(40)[:, None]).int()
+    wide, travelled = (error(merge(parts, lse, table)[0].to(dtype), expected)
+                       for parts in (o, o.to(dtype).to(o.dtype)))
+    assert travelled < limit and travelled < 2 * wide + 1e-9
+
+
 COMPILE = """
 import itertools, re, subprocess, tempfile
 from pathlib import Path
@@ -1344,6 +1363,34 @@ def test_bytes_equal_the_plans(tmp_path, ranks, slots, arguments):
         assert s["put_bytes"] == 0
     if slots == 200 and "--scheduler" not in arguments:
         assert s["puts_local"] >= 0.9 and s["decode_puts_local"] >= 0.95
+
+
+@pytest.mark.parametrize("dtype, row", [("float64", 8 * (16 + 16 + 1) * 8), ("float32", 8 * 33 * 4),
+                                        ("bfloat16", 8 * (32 * 2 + 4)), ("float16", 8 * (32 * 2 + 4))])
+def test_a_row_and_its_result_take_what_their_type_takes(tmp_path, dtype, row):
+    """Per row and layer, 8 heads of 16: Q and O in the model's type, LSE in float32 at least."""
+    run = serve(tmp_path, CHAT, "--pull-tokens", 0, "--verify", prelude="count_rows", ranks=2,
+                dtype=dtype)
+    assert run.summary["query_bytes"] == run.seen[0]["rows"] * 3 * row > 0
+    assert run.summary["verified"] == len(CHAT)
+
+
+def count_rows(rank, seen):
+    original = TokenLake.gen_plans
+    seen.update(rows=0)
+
+    def gen_plans(lake, batches, dops, tree):
+        plans = original(lake, batches, dops, tree)
+        seen["rows"] += int(plans[0].rows_shipped().sum())
+        return plans
+    TokenLake.gen_plans = gen_plans
+
+
+def test_bytes_at_llamas_shapes():
+    """A row costs 16.5 KB, and pays for 4 tokens of KV, in bfloat16."""
+    shape = LlamaConfig(num_heads=32, num_kv_heads=8, head_dim=128)
+    lake = TokenLake([0, 1], shape, LakeConfig(), dtype=torch.bfloat16)
+    assert lake.query_bytes == 16_512 and lake.query_bytes // lake.kv_bytes == 4
 
 
 @pytest.mark.parametrize("ranks, slots", [(2, 16), (3, 11), (4, 200)])
