@@ -520,8 +520,8 @@ def test_error_does_not_grow_with_the_number_of_parts():
     assert error(coarse, expected) > 100 * errors[64]
 
 
-@pytest.mark.parametrize("dtype, limit", [("float64", 1e-9), ("float32", 1e-5), ("float16", 0.01),
-                                          ("bfloat16", 0.02)])
+@pytest.mark.parametrize("dtype, limit", [("float64", 1e-14), ("float32", 2e-6), ("float16", 2e-3),
+                                          ("bfloat16", 2e-2)])
 def test_results_may_travel_in_the_models_type(dtype, limit):
     """Sixteen holders, peaky logits: what merge makes of rounded results is within the limits of the
     kernels, and hardly further off than if they came as they were computed."""
@@ -536,7 +536,7 @@ def test_results_may_travel_in_the_models_type(dtype, limit):
     table = (torch.arange(16)[None] * 40 + torch.arange(40)[:, None]).int()
     wide, travelled = (error(merge(parts, lse, table)[0].to(dtype), expected)
                        for parts in (o, o.to(dtype).to(o.dtype)))
-    assert travelled < limit and travelled < 2 * wide + 1e-9
+    assert travelled < limit and travelled < 1.2 * wide + 1e-14
 
 
 COMPILE = """
