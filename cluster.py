@@ -57,6 +57,11 @@ def rank_list(ranks: list[int]) -> str:
     return "rank" + "s" * (len(ranks) > 1) + " " + ", ".join(map(str, ranks))
 
 
+def pickled(value) -> torch.Tensor:
+    """Its bytes, as collectives take them."""
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
 def in_time(seconds, function):
     """What a function returns; None if it fails or takes longer. If the store is lost, a call of it
     may do either."""
@@ -187,16 +192,16 @@ class Cluster:
 
     def gather_objects(self, mine) -> list:
         """Every rank's (picklable) object, by rank. Slow; for set-up and reports."""
-        mine = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        mine = pickled(mine)
         lengths = [length for (length,) in self.gather_integers([len(mine)])]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(mine)] = mine
-        pickled = self._begin_gather(padded)().numpy()
-        return [pickle.loads(row[:n].tobytes()) for row, n in zip(pickled, lengths)]
+        rows = self._begin_gather(padded)().numpy()
+        return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, lengths)]
 
     def from_rank_0(self, mine):
         """Rank 0's (picklable) object, on every rank."""
-        mine = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        mine = pickled(mine)
         length = self.gather_integers([len(mine)])[0][0]
         first = mine if self.rank == 0 else torch.zeros(length, dtype=torch.uint8)
         if self.size > 1:

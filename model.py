@@ -87,6 +87,11 @@ def one_line(text) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def dtype_name(dtype) -> str:
+    """As --dtype and config.json have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a Llama. The defaults are the built-in model: small, yet with grouped KV heads, and
@@ -339,12 +344,13 @@ def checksums(weights: dict) -> dict[str, int]:
     floats is not. Each four bytes, as an integer, are multiplied by an odd number of their own, so
     that rows that change places show, too. The sum has 64 bits: no single bit is lost in it."""
     sums = {}
+    device = next(iter(weights.values())).device
+    odd = 2 * torch.arange(CHUNK_WORDS, device=device) + 1
     for name, weight in weights.items():
         content = weight.detach().flatten().view(torch.uint8)
         if padding := -len(content) % 4:
             content = F.pad(content, (0, padding))
         words = content.view(torch.int32)
-        odd = 2 * torch.arange(CHUNK_WORDS, device=words.device) + 1
         total = odd.new_zeros(())
         for chunk in words.split(CHUNK_WORDS):
             total = total * MIXER + (chunk * odd[: len(chunk)]).sum()
@@ -359,8 +365,8 @@ def _checked(tensor, shape, where, dtype, device):
     said = f"{where} has the shape {shown(found)}, config.json makes it {shape}"
     require(found == shape, said)
     weight = tensor.to(device, dtype)
-    name = str(dtype).removeprefix("torch.")
-    require(weight.isfinite().all(), f"{where} has values that are not finite in {name}")
+    said = f"{where} has values that are not finite in {dtype_name(dtype)}"
+    require(weight.isfinite().all(), said)
     return weight
 
 

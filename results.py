@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from balancer import variation
-from model import read_json, require, shown
+from model import dtype_name, read_json, require, shown
 
 CV_WINDOW = 32  # iterations
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
@@ -225,7 +225,7 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     names = "trace_scale", "seed", "temperature", "stop_at_eos"
     return {
         "number of requests": len(lines),
-        "--dtype": str(model.dtype).removeprefix("torch."),
+        "--dtype": dtype_name(model.dtype),
         **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
         # What depends on these comes last, so that they are named.
         "trace": digest(asked),
@@ -335,7 +335,7 @@ def summarise_config(server) -> dict:
         ranks=server.cluster.size,
         torch=torch.__version__,
         device=server.model.device,
-        dtype=str(server.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(server.model.dtype),
     )
     return {
         key: x if x is None or isinstance(x, int) else str(x) for key, x in values.items()

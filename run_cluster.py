@@ -48,6 +48,7 @@ from model import (
     Sampler,
     checksums,
     cut,
+    dtype_name,
     load_config,
     load_weights,
     one_line,
@@ -68,7 +69,7 @@ TOLERANCE = {
     torch.float16: 0.05,
     torch.bfloat16: 0.4,
 }
-DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
+DTYPES = [dtype_name(dtype) for dtype in TOLERANCE]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -529,14 +530,14 @@ def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[
     even share of its rows, too; and of these to the one with the least to do."""
     dealt = [[] for _ in range(num_ranks)]
     tokens = [0] * num_ranks
+
+    def even_share_at_most(done, request, ranks):
+        own = [done[request.id, rank] for rank in range(num_ranks)]
+        return [rank for rank in ranks if own[rank] * num_ranks <= sum(own)]
+
     for request in requests:
-
-        def even_share_at_most(done, ranks):
-            own = {rank: done[request.id, rank] for rank in range(num_ranks)}
-            return [rank for rank in ranks if own[rank] * num_ranks <= sum(own.values())]
-
-        others = even_share_at_most(sampled, range(num_ranks))
-        others = even_share_at_most(computed, others) or others
+        others = even_share_at_most(sampled, request, range(num_ranks))
+        others = even_share_at_most(computed, request, others) or others
         rank = min(others, key=lambda rank: tokens[rank])
         tokens[rank] += len(request.tokens)
         dealt[rank].append(request)
@@ -574,8 +575,9 @@ class Server:
         self.lake = TokenLake(
             ranks, model.config, lake_config, cluster, model.dtype, model.device
         )
-        eos = model.config.eos_token_ids if options.stop_at_eos else ()
-        self.scheduler = Scheduler(self.lake, eos, options.scheduler, options.tbt_slo_ms)
+        self.scheduler = Scheduler(
+            self.lake, results.eos, options.scheduler, options.tbt_slo_ms
+        )
         sampler = Sampler(options.temperature, options.seed)
         # The clock goes on from where the earlier run is known to have been.
         clock = max((answer.ended_ns for answer in earlier.values()), default=0)
@@ -786,7 +788,9 @@ def set_up(arguments, cluster) -> "Server":
     made = vars(options), lines, lake_config, model.config, model.dtype
     what = "options, another trace or another model"
     cluster.together(cluster.require_same, repr(made), what)
-    sums = checksums(model.weights)
+    # They are read for other ranks and for run.json; a large model takes seconds.
+    compared = cluster.size > 1 or options.output
+    sums = checksums(model.weights) if compared else {}
     require_same_weights(sums, cluster)
     eos = model.config.eos_token_ids if options.stop_at_eos else ()
     results = Results(options.output, cluster, model.config.vocab_size, eos)

@@ -2717,27 +2717,30 @@ def other_sessions(rank, seen):
     run_cluster.read_trace = read_trace
 
 
-def one_bit(rank, seen):
-    """Rank 1 has one other bit in one weight."""
+def change_weights(change):
+    """Weights are made as ever, then changed."""
     original = run_cluster.random_weights
 
     def random_weights(*arguments):
         weights = original(*arguments)
-        weights["model.layers.2.mlp.up_proj.weight"].view(torch.int32)[5, 7] ^= rank
+        change(weights)
         return weights
     run_cluster.random_weights = random_weights
+
+
+def one_bit(rank, seen):
+    """Rank 1 has one other bit in one weight."""
+    def change(weights):
+        weights["model.layers.2.mlp.up_proj.weight"].view(torch.int32)[5, 7] ^= rank
+    change_weights(change)
 
 
 def swapped_rows(rank, seen):
     """Rank 1 has two rows of one weight the other way round."""
-    original = run_cluster.random_weights
-
-    def random_weights(*arguments):
-        weights = original(*arguments)
+    def change(weights):
         rows = weights["model.layers.1.self_attn.v_proj.weight"]
         rows[[3, 9]] = rows[[9, 3] if rank == 1 else [3, 9]]
-        return weights
-    run_cluster.random_weights = random_weights
+    change_weights(change)
 
 
 @pytest.mark.parametrize("prelude, said", [
@@ -3274,20 +3277,7 @@ class Torchrun:
 
     def workers(self) -> dict:
         """Process ids by rank, of those that run."""
-        found = {}
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                id, state, parent = self.stat(int(folder.name))
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                ranks = [x[5:] for x in environment if x.startswith(b"RANK=")]
-                if parent == self.process.pid and state != "Z" and ranks:
-                    found[int(ranks[0])] = id
-        return found
-
-    @staticmethod
-    def stat(id):
-        fields = Path(f"/proc/{id}/stat").read_text().rpartition(")")[2].split()
-        return id, fields[0], int(fields[1])
+        return soak.ranks_of(self.process.pid)
 
     def wait_for_records(self, count, timeout=90):
         file, deadline = self.output / "requests.jsonl", time.monotonic() + timeout
@@ -3317,13 +3307,18 @@ LONG = [dict(input_ids=tokens(5 + i % 40, i), output_length=12 + i % 9, session_
 on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 
 
+def runs(id):
+    """Whether a process does: one that has ended may still be listed, as a zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def gone(ids, timeout=20):
     """Whether all these processes end."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        left = [id for id in ids if Path(f"/proc/{id}").exists()
-                and Torchrun.stat(id)[1] != "Z"]
-        if not left:
+        if not any(map(runs, ids)):
             return True
         time.sleep(0.1)
     return False
@@ -3553,6 +3548,7 @@ import kernel_speed  # noqa: E402
 import plan  # noqa: E402
 import replay  # noqa: E402
 import simulate  # noqa: E402
+import soak  # noqa: E402
 import workloads  # noqa: E402
 
 
@@ -3609,6 +3605,7 @@ def test_benchmarks_run(tmp_path, command, said):
     (["compare.py", "--capacities", "1"], "--capacities 1: 2048 at least"),
     (["compare.py", "--policies", ","], "--policies"), (["kernel_speed.py", "--segments", "0"], "'0'"),
     (["plan.py", "--repeat", "0"], "--repeat: '0': an integer from 1 to 1000000 is expected"),
+    (["soak.py", "--kill-every", "0"], "--kill-every: '0': a number from 1e-06 to inf is expected"),
     (["workloads.py", "loogle", "--rate", "0"], "--rate: '0': a number from 1e-06 to 1000000.0")])
 def test_wrong_options_of_benchmarks_are_named(tmp_path, monkeypatch, capsys, command, said):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)

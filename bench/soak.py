@@ -13,7 +13,6 @@ So many requests are in flight at once, each behind one of a few stems; the pool
 more than these, so it evicts all the time. Needs /proc, so Linux.
 """
 
-import argparse
 import json
 import os
 import random
@@ -29,6 +28,10 @@ from typing import NamedTuple
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from options import Parser, number  # noqa: E402
+
 BLOCK = 16  # tokens of a hash id
 TRACE_SCALE = 512 // BLOCK
 STEMS = 12
@@ -54,17 +57,32 @@ def make_trace(num_requests: int, seed: int):
     other, so that so many are in flight: as with hash ids a prompt is not what was said before."""
     rng = np.random.default_rng((seed, 2))
     stems = [list(range(8 * i, 8 * i + int(rng.integers(1, 5)))) for i in range(STEMS)]
-    for number in range(num_requests):
+    for index in range(num_requests):
         stem = stems[min(int(rng.geometric(0.3)), STEMS) - 1]
-        ids = [*stem, 1000 + number]
+        ids = [*stem, 1000 + index]
         own = int(rng.integers(1, BLOCK + 1))
         yield dict(
             timestamp=0,
-            session_id=number % IN_FLIGHT,
+            session_id=index % IN_FLIGHT,
             input_length=(len(stem) * BLOCK + own) * TRACE_SCALE,
             output_length=int(rng.integers(1, 9)) * TRACE_SCALE,
             hash_ids=ids,
         )
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """Process ids by rank, of those that run under the torchrun of a process id."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        rank = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
+        if int(parent) == torchrun and rank:
+            found[rank[0]] = int(folder.name)
+    return found
 
 
 class Run:
@@ -85,25 +103,11 @@ class Run:
             stderr=self.log,
         )
 
-    def ranks(self) -> dict[int, int]:
-        """Process ids by rank."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                variables = (folder / "environ").read_bytes().split(b"\0")
-            except OSError:  # it has just ended
-                continue
-            rank = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
-            if int(parent) == self.process.pid and rank:
-                found[rank[0]] = int(folder.name)
-        return found
-
     def look(self):
         """Adds a sample of every rank."""
         seconds = time.monotonic() - self.began
         finished = self.file.read_bytes().count(b"\n") if self.file.exists() else 0
-        for rank, process in self.ranks().items():
+        for rank, process in ranks_of(self.process.pid).items():
             try:
                 pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
             except (OSError, IndexError):
@@ -112,7 +116,7 @@ class Run:
             self.samples.append(Sample(seconds, finished, process, rank, mib))
 
     def kill_one(self, rng):
-        ranks = self.ranks()
+        ranks = ranks_of(self.process.pid)
         if ranks:
             os.kill(ranks[rng.choice(sorted(ranks))], signal.SIGKILL)
             self.kills += 1
@@ -166,15 +170,15 @@ def show(name: str, run: Run):
 
 
 def parse_options(arguments: list[str]):
-    parser = argparse.ArgumentParser(description="Serve a long trace, and kill ranks.")
-    parser.add_argument("--num-requests", type=int, default=10_000, help="default 10,000")
-    parser.add_argument("--ranks", type=int, default=4, help="default 4")
-    parser.add_argument("--kill-every", type=float, default=12.0, help="seconds (12)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if min(options.num_requests, options.ranks) < 1 or not options.kill_every > 0:
-        parser.error("positive numbers are expected")
-    return options
+    parser = Parser(description="Serve a long trace, and kill ranks.")
+    add = parser.add_argument
+    requests = number(int, 1, 10_000_000)
+    add("--num-requests", type=requests, default=10_000, help="default 10,000")
+    add("--ranks", type=number(int, 1, 1024), default=4, help="default 4")
+    seconds = number(float, 1e-6, np.inf)
+    add("--kill-every", type=seconds, default=12.0, help="seconds (12)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
