@@ -3307,7 +3307,7 @@ LONG = [dict(input_ids=tokens(5 + i % 40, i), output_length=12 + i % 9, session_
 on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
 
 
-def runs(id):
+def is_running(id):
     """Whether a process does: one that has ended may still be listed, as a zombie."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -3318,7 +3318,7 @@ def gone(ids, timeout=20):
     """Whether all these processes end."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if not any(map(runs, ids)):
+        if not any(map(is_running, ids)):
             return True
         time.sleep(0.1)
     return False
