@@ -13,18 +13,21 @@ fact the pool rests on. `partial_attention` gives (o, lse) of rows over spans of
 joins parts. Both subtract a maximum before exp (the textbook form overflows). An empty
 part is written, too: as o = 0 and lse = −inf, never as NaN.
 
-What is to be done is said by two tables, and cut for the hardware into three more:
+What is to be done is said by two tables: query rows by *reader* (rows that read the same spans),
+and spans of KV by reader. Many readers may begin with the same spans: the prefix that they share.
+It is read once for all of them, as a *group*, so a row's attention is that of its own reader merged
+with those of its groups:
 
-    QueryRuns ──▶ blocks: as many rows of one run as a program takes ─┐
-                                                                      ├─▶ pieces: a block over some
-    KVSpans ────▶ tiles: at most 64 rows of one span ─────────────────┘   of its tiles
+    QueryRows ─┐ ┌─▶ members: rows by group ──▶ blocks: as many rows as a program takes ─┐
+               ├─┤                                                                       ├─▶ pieces
+    KVSpans ───┘ └─▶ spans by group ──────────▶ tiles: at most 64 rows of one span ──────┘
 
-A program takes a piece and a KV head. A block is one piece; but one that is longer than an even
-part of all tiles is cut into several, whose results are merged: so a few long ones keep a GPU
-busy.
+A piece is a block over some of its tiles: a program takes a piece and a KV head. A block that is
+longer than an even part of all tiles is cut into several: so a few long ones keep a GPU busy. Each
+piece gives a partial result for each of its rows, and `merge` joins those of one row.
 
 Two implementations: Triton, and PyTorch for CPUs and float64. Left out: Hopper's copy engine (TMA).
-Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P results.
+Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P results · R readers.
 """
 
 import math
@@ -42,12 +45,13 @@ except ImportError:  # no wheel for this platform: PyTorch serves
     triton = None
 
 TILE = 64  # KV rows of a tile, at most
-MIN_PIECE_TILES = 4  # of a block that is cut: fewer do not pay for the merge
+MIN_PIECE_TILES = 4  # of a block that is cut: fewer do not pay for another piece
 # A program has a lane for each (row, head of a KV head). A dot takes 16 at least; 128 take up to
 # 202 of 255 registers.
 MIN_LANES = 16
 MAX_LANES = 128
-MAX_BATCH = 64  # pieces that PyTorch pads to one shape: it bounds what is copied
+# KV rows that PyTorch gathers at a time, so that they are still in the cache when they are used.
+MAX_BATCH_KEYS = 2048
 AFTER_ALL = np.iinfo(np.int64).max  # a position that no query row sees: that of padding
 
 
@@ -93,150 +97,272 @@ def split_lengths(lengths, size):
 
 
 def to_device(arrays, device) -> list:
-    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for.
-    (Entries of pieces and tiles are 48 and 32 bytes, so each table in the copy begins where 16
-    divides: the kernel is compiled for such pointers.)"""
-    flat = torch.from_numpy(
-        np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
-    )
+    """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. Each
+    begins where 16 bytes divide: the kernel is compiled for such pointers."""
+    padded = [np.pad(array.ravel(), (0, array.size % 2)) for array in arrays]
+    flat = torch.from_numpy(np.concatenate(padded, dtype=np.int64))
     if torch.device(device).type == "cuda":
         flat = flat.pin_memory()
     flat = flat.to(device, non_blocking=True)
-    tensors = flat.split([array.size for array in arrays])
-    return [tensor.view(array.shape) for tensor, array in zip(tensors, arrays)]
+    tensors = flat.split([array.size for array in padded])
+    return [
+        tensor[: array.size].view(array.shape) for tensor, array in zip(tensors, arrays)
+    ]
 
 
 # ── what is to be done ───────────────────────────────────────────────────────────────────────────
 
 
-class QueryRuns(NamedTuple):
-    """An entry is a run: query rows at consecutive positions that read the same spans."""
-    first_row: Column  # of q
-    rows: Column
-    position: Column  # of the first row
+class QueryRows(NamedTuple):
+    """An entry is a query row. By reader, one's by position."""
+    reader: Column  # 0 to R − 1: rows of one reader read the same spans
+    row: Column  # of q
+    position: Column
+
+    @classmethod
+    def of_runs(cls, reader, first_row, rows, position):
+        """Each of n runs is so many rows of a reader, consecutive in q and in position."""
+        return cls(
+            np.repeat(reader, rows), ranges(first_row, rows), ranges(position, rows)
+        )
 
 
 class KVSpans(NamedTuple):
-    """An entry is a span: consecutive rows of k and v at consecutive positions. A tile is a short
-    one."""
-    run: Column  # number of the run that reads it, ascending
+    """An entry is a span: consecutive rows of k and v at consecutive positions, the same for all
+    who read them. A tile is a short one."""
+    reader: Column  # or the group, once there are groups
     first_row: Column  # of k and v
     length: Column
     position: Column  # of the first row
 
 
+class Members(NamedTuple):
+    """An entry is a query row as a member of a group. By group, then reader, then position."""
+    group: Column
+    result: Column  # its number among the query rows
+    row: Column  # of q
+    position: Column
+
+
 class Blocks(NamedTuple):
-    """An entry is a block: as many rows of a run as a program takes. By run."""
-    first_row: Column  # of q
+    """An entry is a block: as many members of a group as a program takes. By group."""
+    first_member: Column
     rows: Column
-    position: Column  # of the first row
-    first_tile: Column  # its run reads tiles up to end_tile
+    first_tile: Column  # what they see lies in tiles up to end_tile
     end_tile: Column
 
 
 class Pieces(NamedTuple):
-    """An entry is a piece: a block over some of its tiles, work for a program. By block."""
-    first_row: Column  # of q
+    """An entry is a piece: a block over some of its tiles, work for a program."""
+    first_member: Column
     rows: Column
-    partial: Column  # number of the partial row that its first row gives
-    position: Column  # of the first row
     first_tile: Column
     end_tile: Column
+    partial: Column  # number of the partial row that its first member gives
+
+
+# ── groups: what is read once for all who want it ────────────────────────────────────────────────
+
+
+def find_sets(rows, spans, max_rows):
+    """Which readers read the same: [spans] the number of the set of readers that an entry's span
+    has, −1 where it is read alone; and [sets, R] whether a reader is in a set.
+
+    Only what all rows of a reader see can be read with others; and a reader with rows for a whole
+    block gains nothing by it."""
+    num_rows = np.bincount(rows.reader)
+    first_position = rows.position[starts(num_rows)]
+    wholly = spans.position + spans.length - 1 <= first_position[spans.reader]
+    entry = np.flatnonzero(wholly & (num_rows < max_rows)[spans.reader])
+    # Spans that begin in one row are the same if their length is, too.
+    key = spans.first_row * (spans.length.max(initial=0) + 1) + spans.length
+    _, span, count = np.unique(key[entry], return_inverse=True, return_counts=True)
+    entry = entry[count[span] > 1]
+    _, span = np.unique(key[entry], return_inverse=True)
+    reads = np.zeros((span.max(initial=-1) + 1, len(num_rows)), bool)
+    reads[span, spans.reader[entry]] = True
+    number_of = {}
+    bits = np.packbits(reads, 1)
+    numbers = [number_of.setdefault(row.tobytes(), len(number_of)) for row in bits]
+    numbers = np.array(numbers, np.int64)
+    _, example = np.unique(numbers, return_index=True)
+    set_of_entry = np.full(len(spans.reader), -1)
+    set_of_entry[entry] = numbers[span]
+    return set_of_entry, reads[example]
+
+
+def form_groups(rows, spans, max_rows, partial_tokens):
+    """→ Members of the groups, and spans by group, then position. The first R groups are a reader
+    each, with what it reads alone. The others are sets of readers, whose spans are read once for
+    all of them, where that saves bytes: each reader would have a block of its own, together they
+    fill fewer. It costs each row a partial more, which weighs like reading `partial_tokens` tokens,
+    and a piece, for which MIN_PIECE_TILES are the least that pays."""
+    num_rows = np.bincount(rows.reader)
+    set_of_entry, readers = find_sets(rows, spans, max_rows)
+    shared = np.flatnonzero(set_of_entry >= 0)
+    set_rows = readers @ num_rows
+    # A span has an entry for each of its readers.
+    lengths = np.bincount(set_of_entry[shared], spans.length[shared], len(readers))
+    reads_saved = 1 - -(-set_rows // max_rows) / readers.sum(1)
+    cost = set_rows * partial_tokens + MIN_PIECE_TILES * TILE
+    pays = lengths * reads_saved > cost
+    # What is read together has one entry, its group's, in place of the first reader's.
+    together = shared[pays[set_of_entry[shared]]]
+    set_read = set_of_entry[together]
+    number = len(num_rows) - 1 + np.cumsum(pays)
+    is_first = spans.reader[together] == readers.argmax(1)[set_read]
+    group = spans.reader.copy()
+    group[together] = np.where(is_first, number[set_read], -1)
+    spans = select(spans._replace(reader=group), group >= 0)
+    spans = select(spans, np.lexsort((spans.position, spans.reader)))
+    readers = np.concatenate((np.eye(len(num_rows), dtype=bool), readers[pays]))
+    return list_members(rows, num_rows, readers), spans
+
+
+def list_members(rows, num_rows, readers) -> Members:
+    """All rows of the readers of each group; readers [groups, R] bool."""
+    group, reader = np.nonzero(readers)
+    result = ranges(starts(num_rows)[reader], num_rows[reader])
+    group = np.repeat(group, num_rows[reader])
+    return Members(group, result, rows.row[result], rows.position[result])
+
+
+# ── tiles, blocks and pieces: what fits the hardware ─────────────────────────────────────────────
 
 
 def cut_tiles(spans) -> KVSpans:
-    """Spans of TILE rows at most."""
-    span, offset, length = split_lengths(spans.length, TILE)
+    """Spans of TILE rows at most. What is adjacent in the slab and in position is one span
+    before."""
+    end = spans.first_row + spans.length, spans.position + spans.length
+    goes_on = spans.reader[1:] == spans.reader[:-1]
+    goes_on &= spans.first_row[1:] == end[0][:-1]
+    goes_on &= spans.position[1:] == end[1][:-1]
+    begins = np.flatnonzero(np.append(True, ~goes_on)[: len(spans.reader)])
+    length = np.add.reduceat(spans.length, begins)
+    spans = select(spans, begins)
+    span, offset, length = split_lengths(length, TILE)
     first_row = spans.first_row[span] + offset
-    return KVSpans(spans.run[span], first_row, length, spans.position[span] + offset)
+    return KVSpans(spans.reader[span], first_row, length, spans.position[span] + offset)
 
 
-def cut_blocks(runs, tiles, max_rows) -> Blocks:
-    """Blocks of at most so many rows."""
-    num_tiles = np.bincount(tiles.run, minlength=len(runs.rows))
-    first_tile = starts(num_tiles)
-    end_tile = first_tile + num_tiles
-    run, offset, rows = split_lengths(runs.rows, max_rows)
-    first_row = runs.first_row[run] + offset
-    position = runs.position[run] + offset
-    return Blocks(first_row, rows, position, first_tile[run], end_tile[run])
+def cut_blocks(members, tiles, max_rows) -> Blocks:
+    """Blocks of at most so many rows, and the tiles up to the last that a row of theirs sees: a
+    group's tiles are by position, and no row of a block sees more than its last one (those of
+    several readers see all). Blocks that see nothing are left out."""
+    num_members = np.bincount(members.group)
+    group, offset, rows = split_lengths(num_members, max_rows)
+    first_member = starts(num_members)[group] + offset
+    last_position = members.position[first_member + rows - 1]
+    end_of_group = 1 + max(members.position.max(initial=0), tiles.position.max(initial=0))
+    place = tiles.reader * end_of_group + tiles.position
+    first_tile = np.searchsorted(tiles.reader, group)
+    end_tile = np.searchsorted(place, group * end_of_group + last_position, side="right")
+    blocks = Blocks(first_member, rows, first_tile, end_tile)
+    return select(blocks, end_tile > first_tile)
 
 
-def cut_pieces(blocks, wanted_pieces):
-    """Pieces, about as many as are wanted where long blocks can be cut; and the block of each:
-    [pieces]. A block that reads nothing has one, too: it writes that its rows are empty."""
+def cut_pieces(blocks, wanted_pieces) -> Pieces:
+    """Pieces, about as many as are wanted where long blocks can be cut. Those of a block follow
+    each other."""
     num_tiles = blocks.end_tile - blocks.first_tile
     max_tiles = max(MIN_PIECE_TILES, -(-int(num_tiles.sum()) // wanted_pieces))
-    block, offset, _ = split_lengths(np.maximum(num_tiles, 1), max_tiles)
-    whole = select(blocks, block)
-    first_tile = whole.first_tile + offset
-    pieces = Pieces(
-        whole.first_row,
-        whole.rows,
-        starts(whole.rows),
-        whole.position,
-        first_tile,
-        np.minimum(whole.end_tile, first_tile + max_tiles),
-    )
-    return pieces, block
+    block, offset, length = split_lengths(num_tiles, max_tiles)
+    first_member, rows, first_tile, _ = select(blocks, block)
+    first_tile = first_tile + offset
+    return Pieces(first_member, rows, first_tile, first_tile + length, starts(rows))
 
 
-def partials_of_rows(blocks, pieces, block):
-    """The partial rows that `merge` is to join for each row of the runs: [rows, the most pieces
-    that a block has], −1 where its block has fewer; [0, 0] if none was cut. block [pieces]: of
-    each."""
-    if len(block) == len(blocks.rows):
+def partials_of_rows(members, pieces, num_rows) -> Column:
+    """The partial rows that `merge` is to join for each query row: [P, the most that one has], −1
+    where it has fewer; [0, 0] if each has just the one of its own number."""
+    member = ranges(pieces.first_member, pieces.rows)
+    result = members.result[member]  # [partial rows]
+    if np.array_equal(result, np.arange(num_rows)):
         return np.zeros((0, 0), np.int64)
-    num_pieces = np.bincount(block)
-    first_piece = starts(num_pieces)
-    # A block's pieces follow each other, each with a partial row for every row of the block.
-    block_of_row, row_of_block, _ = split_lengths(blocks.rows, 1)
-    first_partial = pieces.partial[first_piece][block_of_row] + row_of_block
-    number = np.arange(num_pieces.max())
-    partials = first_partial[:, None] + number * blocks.rows[block_of_row, None]
-    return np.where(number < num_pieces[block_of_row, None], partials, -1)
+    count = np.bincount(result, minlength=num_rows)
+    order = np.argsort(result, kind="stable")
+    row, number, _ = split_lengths(count, 1)
+    parts = np.full((num_rows, count.max(initial=0)), -1, np.int64)
+    parts[row, number] = order
+    return parts
 
 
-class PaddedBatch(NamedTuple):
-    """b pieces padded to m query rows and n KV rows, as gathers for PyTorch. Padding repeats the
-    first row of its own piece: another's might be NaN, and 0 × NaN is NaN."""
+class Launch(NamedTuple):
+    """Pieces for programs of so many lanes. One launch of the kernel does them."""
+    lanes: int
+    pieces: torch.Tensor  # a row for each, in the order of Pieces
+
+
+class Batch(NamedTuple):
+    """b pieces padded to m query rows and n KV rows, for PyTorch. Padding repeats the first row of
+    its own piece: another's might be NaN, and 0 × NaN is NaN."""
     query_rows: torch.Tensor  # [b, m]
     # [b, m] where results go; those of padding behind the last row.
     partial_rows: torch.Tensor
-    kv_rows: torch.Tensor  # [b, n]
-    # [b, 1, m, n] what a query row does not see, the same for all heads.
-    hidden: torch.Tensor
+    # A stretch of the slab as a slice, or [Hkv, b, n] rows of the slab's [slab rows · Hkv, D].
+    kv_rows: slice | torch.Tensor
+    # [b, 1, m, n] what a query row does not see, the same for all heads; None: it sees all.
+    hidden: torch.Tensor | None
 
 
 class Work:
     """What `partial_attention` is to do: made on the host in each iteration, used by every layer.
 
-    A row of a run sees the keys of its spans at positions up to its own. Results are
-    P = sum(rows), one for each row of all runs in order; without spans they are empty. Pieces
-    write *partial rows*: P, or more where a block was cut; then `parts` says how they are merged.
-    runs: QueryRuns, spans: KVSpans. wanted_pieces: about how many, if long blocks can be cut."""
-    def __init__(self, runs, spans, heads_per_kv, device="cpu", wanted_pieces=1):
-        # A power of two, with room for all heads of a row and, up to MAX_LANES, for the longest
-        # run.
-        wanted = min(int(runs.rows.max(initial=1)) * heads_per_kv, MAX_LANES)
-        self.lanes = next_power_of_2(max(MIN_LANES, wanted, heads_per_kv))
+    A row sees the keys of its reader's spans at positions up to its own. Results are P, one for
+    each of the query rows in order; without keys they are empty. Pieces write *partial rows*: P, or
+    more where a row reads in groups or a block was cut; then `parts` says how they are merged.
+    rows: QueryRows, spans: KVSpans, of q and slabs with H, Hkv heads of a type. wanted_pieces:
+    about how many, if long blocks can be cut. share=False: each reader reads for itself."""
+    def __init__(
+        self,
+        rows,
+        spans,
+        num_heads,
+        num_kv_heads,
+        dtype=torch.float32,
+        device="cpu",
+        wanted_pieces=1,
+        share=True,
+    ):
+        self.num_kv_heads = num_kv_heads
+        self.heads_per_kv = num_heads // num_kv_heads
+        max_rows = max(1, MAX_LANES // self.heads_per_kv)
+        # A partial row has H·D values in float32 at least, which are written and read again; a
+        # token 2·Hkv·D in `dtype`.
+        wide = torch.promote_types(dtype, torch.float32)
+        partial_tokens = self.heads_per_kv * wide.itemsize / dtype.itemsize
+        members, spans = form_groups(
+            rows, spans, max_rows if share else 0, partial_tokens
+        )
         tiles = cut_tiles(spans)
-        blocks = cut_blocks(runs, tiles, self.lanes // heads_per_kv)
-        pieces, block = cut_pieces(blocks, wanted_pieces)
-        parts = partials_of_rows(blocks, pieces, block)
+        blocks = cut_blocks(members, tiles, max_rows)
+        pieces = cut_pieces(blocks, wanted_pieces)
+        self.num_results = len(rows.row)
+        parts = partials_of_rows(members, pieces, self.num_results)
         self.num_partials = int(pieces.rows.sum())
-        self._host = pieces, tiles
+        self._host = members, pieces, tiles
         # The kernel loads a tile ahead: there is an empty one behind the last.
         tile_rows = np.pad(np.stack(tiles, 1), ((0, 1), (0, 0)))
-        self.pieces, self.tiles, self.parts = to_device(
-            [np.stack(pieces, 1), tile_rows, parts], device
+        lanes, by_lanes = zip(*self._split_by_lanes(pieces))
+        self.members, self.tiles, self.parts, *on_device = to_device(
+            [np.stack(members, 1), tile_rows, parts, *by_lanes], device
         )
+        self.launches = list(map(Launch, lanes, on_device))
+
+    def _split_by_lanes(self, pieces):
+        """Pieces with few rows have a launch of their own: in a program with more lanes these would
+        idle. Lanes are a power of two, with room for all heads of a row."""
+        lanes = pieces.rows * self.heads_per_kv
+        most = next_power_of_2(max(MIN_LANES, int(lanes.max(initial=0))))
+        few = lanes <= MIN_LANES
+        for lanes, chosen in (MIN_LANES, few), (most, ~few):
+            yield lanes, np.stack(select(pieces, chosen), 1)
 
     @cached_property
-    def padded(self) -> list[PaddedBatch]:
+    def batches(self) -> list[Batch]:
         """The same work for PyTorch: pieces of like size, between the same powers of two, in
-        batches, so that a batch is one matmul. Pieces without keys are in none."""
-        pieces, tiles = self._host
+        batches, so that a batch is one matmul."""
+        _, pieces, tiles = self._host
         keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
         first_key = keys_before[pieces.first_tile]
         num_keys = keys_before[pieces.end_tile] - first_key
@@ -245,33 +371,43 @@ class Work:
         alike = {}
         sizes = zip(pieces.rows.tolist(), num_keys.tolist())
         for piece, (m, n) in enumerate(sizes):
-            if n:
-                size = (m - 1).bit_length(), (n - 1).bit_length()
-                alike.setdefault(size, []).append(piece)
+            size = (m - 1).bit_length(), (n - 1).bit_length()
+            alike.setdefault(size, []).append(piece)
         batches = []
-        for _, same in sorted(alike.items()):
-            for start in range(0, len(same), MAX_BATCH):
-                chosen = np.array(same[start : start + MAX_BATCH])[:, None]
+        for (_, bits), same in sorted(alike.items()):
+            most = max(1, MAX_BATCH_KEYS >> bits)
+            for start in range(0, len(same), most):
+                chosen = np.array(same[start : start + most])[:, None]
                 column = np.arange(num_keys[chosen].max())
                 is_key = column < num_keys[chosen]
                 key = first_key[chosen] + column * is_key
                 position = np.where(is_key, kv_positions[key], AFTER_ALL)
-                batches.append(self._pad(select(pieces, chosen), kv_rows[key], position))
+                batches.append(self._batch(select(pieces, chosen), kv_rows[key], position))
         return batches
 
-    def _pad(self, pieces, kv_rows, kv_positions):
-        """A batch of pieces (columns are [b, 1]), whose KV rows and positions are padded: [b,
-        n]."""
+    def _batch(self, pieces, kv_rows, kv_positions) -> Batch:
+        """Of pieces (columns are [b, 1]), whose KV rows and positions are padded: [b, n]."""
+        members, _, _ = self._host
         row = np.arange(pieces.rows.max())
         is_row = row < pieces.rows
-        query_positions = pieces.position + row
-        arrays = (
-            np.where(is_row, pieces.first_row + row, pieces.first_row),
-            np.where(is_row, pieces.partial + row, self.num_partials),
-            kv_rows,
-            kv_positions[:, None, None] > query_positions[:, None, :, None],
+        member = pieces.first_member + row * is_row
+        partial_rows = np.where(is_row, pieces.partial + row, self.num_partials)
+        query_positions = members.position[member]
+        hidden = kv_positions[:, None, None] > query_positions[:, None, :, None]
+        device = self.tiles.device
+        return Batch(
+            torch.from_numpy(members.row[member]).to(device),
+            torch.from_numpy(partial_rows).to(device),
+            self._kv_rows(kv_rows),
+            torch.from_numpy(hidden).to(device) if hidden.any() else None,
         )
-        return PaddedBatch(*(torch.from_numpy(x).to(self.pieces.device) for x in arrays))
+
+    def _kv_rows(self, rows):
+        """Rows [b, n] of the slab as a batch has them."""
+        if len(rows) == 1 and (np.diff(rows[0]) == 1).all():
+            return slice(rows[0, 0], rows[0, -1] + 1)
+        heads = np.arange(self.num_kv_heads)[:, None, None]
+        return torch.from_numpy(rows * self.num_kv_heads + heads).to(self.tiles.device)
 
 
 def next_power_of_2(n) -> int:
@@ -313,10 +449,21 @@ def _attend_with_triton(q, k, v, work, scale):
     Hkv = k.shape[1]
     o = torch.empty(work.num_partials, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(work.num_partials, H, dtype=torch.float32, device=q.device)
-    if work.num_partials:
-        config = attention_config(work.lanes, H, Hkv, D, k.element_size())
-        _partial_attention_kernel[len(work.pieces), Hkv](
-            q.contiguous(), k, v, work.pieces, work.tiles, o, lse, scale, **config
+    for lanes, pieces in work.launches:
+        if not len(pieces):
+            continue
+        config = attention_config(lanes, H, Hkv, D, k.element_size())
+        _partial_attention_kernel[len(pieces), Hkv](
+            q.contiguous(),
+            k,
+            v,
+            work.members,
+            pieces,
+            work.tiles,
+            o,
+            lse,
+            scale,
+            **config,
         )
     return o, lse
 
@@ -326,9 +473,9 @@ def _attend_with_torch(q, k, v, work, scale):
     _, H, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     # One row more than there are, for what padding gives.
-    o = torch.zeros(work.num_partials + 1, H, D, dtype=wide, device=q.device)
-    lse = torch.full((work.num_partials + 1, H), -math.inf, dtype=wide, device=q.device)
-    for batch in work.padded:
+    o = torch.empty(work.num_partials + 1, H, D, dtype=wide, device=q.device)
+    lse = torch.empty(work.num_partials + 1, H, dtype=wide, device=q.device)
+    for batch in work.batches:
         o[batch.partial_rows], lse[batch.partial_rows] = _attend_batch(
             q, k, v, batch, scale, wide
         )
@@ -340,27 +487,31 @@ def _attend_batch(q, k, v, batch, scale, wide):
     _, H, D = q.shape
     Hkv = k.shape[1]
     b, m = batch.query_rows.shape
-    n = batch.kv_rows.shape[1]
 
-    def gather(slab):  # [slab rows, Hkv, D] → [Hkv, b, n, D]
-        rows = slab.flatten(1).index_select(0, batch.kv_rows.flatten())
-        return rows.view(b, n, Hkv, D).permute(2, 0, 1, 3).to(wide)
+    def read(slab):  # [slab rows, Hkv, D] → [Hkv · b, n, D]
+        if isinstance(batch.kv_rows, slice):
+            return slab[batch.kv_rows].transpose(0, 1).to(wide)
+        rows = slab.view(-1, D).index_select(0, batch.kv_rows.flatten())
+        return rows.view(Hkv * b, -1, D).to(wide)
 
     query = q[batch.query_rows].view(b, m, Hkv, -1, D)
     query = query.permute(2, 0, 3, 1, 4).to(wide) * scale  # [Hkv, b, G, m, D]
-    s = query.reshape(Hkv, b, -1, D) @ gather(k).mT  # [Hkv, b, G·m, n]
-    s = s.view(Hkv, b, -1, m, n)
-    s.masked_fill_(batch.hidden, -math.inf)
+    s = query.reshape(Hkv * b, -1, D) @ read(k).mT  # [Hkv · b, G · m, n]
+    if batch.hidden is not None:
+        s.view(Hkv, b, -1, m, s.shape[-1]).masked_fill_(batch.hidden, -math.inf)
+    # A row that sees nothing has a maximum of −inf, and p = 0.
     top = s.amax(-1, keepdim=True)
-    p = s.sub_(torch.where(top == -math.inf, 0, top)).exp_()
-    # At least 1 with a visible key, as the maximum gives 1. Without one it is 0, and so is p.
+    p = s.sub_(top.clamp(min=torch.finfo(wide).min)).exp_()
+    # At least 1 with a visible key, as the maximum gives 1. Without one it is 0.
     total = p.sum(-1, keepdim=True)
-    o = p.flatten(2, 3) @ gather(v)  # [Hkv, b, G·m, D]
-    o = o.view(Hkv, b, -1, m, D) / total.clamp(min=1)
-    lse = top + total.log()  # [Hkv, b, G, m, 1]
-    o = o.permute(1, 3, 0, 2, 4).reshape(b, m, H, D)
-    lse = lse.permute(1, 3, 0, 2, 4).reshape(b, m, H)
-    return o, lse
+    o = p @ read(v) / total.clamp(min=1)
+    lse = top + total.log()
+
+    def by_row(x):  # [Hkv · b, G · m, x] → [b, m, H, x]
+        x = x.view(Hkv, b, -1, m, x.shape[-1]).permute(1, 3, 0, 2, 4)
+        return x.reshape(b, m, H, -1)
+
+    return by_row(o), by_row(lse)[..., 0]
 
 
 # ── merge ────────────────────────────────────────────────────────────────────────────────────────
@@ -429,13 +580,15 @@ if triton is not None:
     TILE_FIRST_ROW = _column(KVSpans, "first_row")
     TILE_LENGTH = _column(KVSpans, "length")
     TILE_POSITION = _column(KVSpans, "position")
+    MEMBER_COLUMNS = tl.constexpr(len(Members._fields))
+    MEMBER_ROW = _column(Members, "row")
+    MEMBER_POSITION = _column(Members, "position")
     PIECE_COLUMNS = tl.constexpr(len(Pieces._fields))
-    PIECE_FIRST_ROW = _column(Pieces, "first_row")
+    PIECE_FIRST_MEMBER = _column(Pieces, "first_member")
     PIECE_ROWS = _column(Pieces, "rows")
-    PIECE_PARTIAL = _column(Pieces, "partial")
-    PIECE_POSITION = _column(Pieces, "position")
     PIECE_FIRST_TILE = _column(Pieces, "first_tile")
     PIECE_END_TILE = _column(Pieces, "end_tile")
+    PIECE_PARTIAL = _column(Pieces, "partial")
 
     @triton.jit
     def _load_tile(Tiles, t):
@@ -469,6 +622,7 @@ if triton is not None:
         Q,
         K,
         V,
+        Members,
         Pieces,
         Tiles,
         O,
@@ -482,7 +636,7 @@ if triton is not None:
         DPAD: tl.constexpr,
         UPCAST: tl.constexpr,
     ):
-        """One program: a piece × one KV head. Its M lanes are (row, head of the group)."""
+        """One program: a piece × one KV head. Its M lanes are (row, query head of that KV head)."""
         G: tl.constexpr = H // HKV
         piece = Pieces + tl.program_id(0) * PIECE_COLUMNS
         head = tl.program_id(1)
@@ -493,9 +647,10 @@ if triton is not None:
         query_head = head * G + lane % G
         is_row = row < tl.load(piece + PIECE_ROWS)
         q_mask = is_row[:, None] & (d < D)
-        position = tl.load(piece + PIECE_POSITION) + row
+        member = Members + (tl.load(piece + PIECE_FIRST_MEMBER) + row) * MEMBER_COLUMNS
+        position = tl.load(member + MEMBER_POSITION, mask=is_row, other=0)
         # int64, as all offsets: slabs are long.
-        q_row = tl.load(piece + PIECE_FIRST_ROW) + row
+        q_row = tl.load(member + MEMBER_ROW, mask=is_row, other=0)
         q_at = (q_row * H + query_head)[:, None] * D + d
         q = _load_rows(Q, q_at, q_mask, UPCAST)
         top = tl.full([M], -float("inf"), tl.float32)

@@ -15,7 +15,9 @@ hide behind attention:
        layer, also for this one)
     3  my rows × KV that lies here already (HERE)
     4  what has come by now: my rows × what was moved (LATE, SIBLING) and pulled (PULLED)
-    5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved: so this comes last
+    5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved: so this comes last.
+       KV that both they and my rows read is read here, once for all (TOGETHER), if that takes
+       longer than the queries' way
     6  merge: a row's partial results from here and from all holders
 
 Why do ranks step together? An exchange is a collective: it ends when all have called it. So all
@@ -43,7 +45,7 @@ from cluster import LakeError
 from kernels import (
     Column,
     KVSpans,
-    QueryRuns,
+    QueryRows,
     Work,
     merge,
     partial_attention,
@@ -67,7 +69,12 @@ PULLED = 2  # old KV that was pulled, in the receive buffer of `OldKV.pulls`
 # Fresh KV of another share of the request, pulled too, in the receive buffer of
 # `TransferPlan.moves`.
 SIBLING = 3
-NUM_PLACES = 4
+# In its slab, with the rows of others that come to read it, too.
+TOGETHER = 4
+
+# Of an A100. The smallest exchange is assumed to take so long, as in bench/simulate.py.
+BANDWIDTH = 2.04e12  # B/s
+EXCHANGE_SECONDS = 10e-6
 
 
 def slab_row(slot, S, C):
@@ -196,8 +203,9 @@ class FreshReads(NamedTuple):
 
 
 class ReadSpans(NamedTuple):
-    """An entry is a span of KV that a run reads at an instance. By run."""
-    run: Column
+    """An entry is a span of KV that a share reads at an instance: each of its rows what lies at
+    positions up to its own."""
+    share: Column
     place: Column
     first_row: Column  # of the slab, or of the receive buffer of its place
     length: Column
@@ -261,39 +269,44 @@ class QueryPlan:
     def spans_read_at(self, index) -> ReadSpans:
         """What rows read at an instance: its own rows, and those that travel there."""
         columns = zip(self._old_spans(index), self._fresh_spans(index))
-        spans = ReadSpans(*map(np.concatenate, columns))
-        return select(spans, np.argsort(spans.run, kind="stable"))
+        return ReadSpans(*map(np.concatenate, columns))
+
+    @cached_property
+    def instance_of_share(self) -> Column:
+        """[G] that computes it."""
+        instance = np.zeros(len(self.old.tokens), np.int64)
+        instance[self.run_table.share] = self.run_table.instance
+        return instance
 
     def _old_spans(self, index):
         _, S, C = self.sizes
         reads = self.segment_reads
         pulled = self.old.pulled
-        _, first_run, num_runs = np.unique(
-            self.run_table.share, return_index=True, return_counts=True
-        )
         # A segment is read in its slot, unless it is pulled: then it comes to its share.
         instance = reads.slot // S
         place = np.full(len(reads.slot), HERE)
         row = slab_row(reads.slot, S, C)
         # (Entries of a share stand side by side, from its segment 0 on.)
         travels = np.searchsorted(reads.share, pulled.share) + pulled.segment
-        instance[travels] = self.run_table.instance[first_run[pulled.share]]
+        instance[travels] = self.instance_of_share[pulled.share]
         place[travels] = PULLED
         row[travels] = pulled.receive_row
-        # Every run of a share reads it.
         found = np.flatnonzero(instance == index)
         share = reads.share[found]
-        run = ranges(first_run[share], num_runs[share])
-        read = np.repeat(found, num_runs[share])
-        position = reads.segment[read] * C
-        length = np.minimum(self.old.tokens[reads.share[read]] - position, C)
-        return ReadSpans(run, place[read], row[read], length, position)
+        position = reads.segment[found] * C
+        length = np.minimum(self.old.tokens[share] - position, C)
+        return ReadSpans(share, place[found], row[found], length, position)
 
     def _fresh_spans(self, index):
+        """What one run writes, all runs of a share read in one place, if they do: once is enough."""
         fresh = select(self.fresh, self.fresh.instance == index)
-        rows = self.run_table.rows[fresh.writer]
-        position = self.run_table.position[fresh.writer]
-        return ReadSpans(fresh.reader, fresh.place, fresh.first_row, rows, position)
+        share = self.run_table.share[fresh.reader]
+        key = share * len(self.runs) + fresh.writer
+        _, once = np.unique(key, return_index=True)
+        _, writer, _, place, first_row = select(fresh, once)
+        rows = self.run_table.rows[writer]
+        position = self.run_table.position[writer]
+        return ReadSpans(share[once], place, first_row, rows, position)
 
     def rows_shipped(self) -> Column:
         """[N, N] query rows, by the instance that ships them and the one that they go to."""
@@ -407,33 +420,43 @@ class QueryBuffer:
 
     Partial results of own rows come from several *sources*, one after another:
 
-        HERE │ LATE │ PULLED │ SIBLING │ holder 0 │ holder 1 │ …
+        HERE │ LATE │ PULLED │ SIBLING │ TOGETHER │ holder 0 │ holder 1 │ …
 
-    A source gives one result for each row that reads something there, in order of the rows. `parts`
-    lists for each own row the results that `merge` is to join."""
+    A source gives one result for each row of the shares that read something there, in order of the
+    rows. `parts` lists for each own row the results that `merge` is to join."""
     def __init__(self, plan: QueryPlan, index, pool: "Pool"):
         N = plan.sizes[0]
         runs = plan.run_table
-        spans = plan.spans_read_at(index)
         mine = runs.instance == index
-        own = mine[spans.run]
+        own_runs = select(runs, mine)
+        spans = plan.spans_read_at(index)
+        own = plan.instance_of_share[spans.share] == index
+        spans = self._find_together(spans, own, pool)
         self.works = []
         sources = []  # for each: which own row each of its results belongs to
-        for place in range(NUM_PLACES):
+        for place in HERE, LATE, PULLED, SIBLING:
             there = select(spans, own & (spans.place == place))
-            work, readers = self._work(plan, there, pool)
-            self.works.append(work)
-            sources.append(self._rows(runs, readers))
+            readers = self._readers(own_runs, there)
+            self.works.append(self._work(readers, there, pool))
+            sources.append(self._rows(readers))
+        # Another's run is shipped here exactly if it sees a span here: in the slab. Rows arrive by
+        # sender, and a sender's in order of runs. Runs are ordered by instance: so by run in all.
+        arrived = select(runs, plan.ships[:, index] & ~mine)
+        arrived = arrived._replace(first_row=starts(arrived.rows))
+        self.num_arrived = int(arrived.rows.sum())
+        there = select(spans, ~own | (spans.place == TOGETHER))
+        readers = self._readers(own_runs, select(spans, spans.place == TOGETHER))
+        sources.append(self._rows(readers))
+        # In this one work, own rows of q are behind those that arrived.
+        behind = readers._replace(first_row=readers.first_row + self.num_arrived)
+        all_readers = RunTable(*map(np.concatenate, zip(arrived, behind)))
+        self.together = self._work(all_readers, there, pool)
         leave = []  # own rows, by holder
         for holder in range(N):
-            shipped = np.flatnonzero(mine & plan.ships[:, holder])
-            leave.append(self._rows(runs, shipped))
-        self.num_rows = int(runs.rows[mine].sum())
+            leave.append(self._rows(select(runs, mine & plan.ships[:, holder])))
+        self.num_rows = int(own_runs.rows.sum())
         parts = self._merge_table(sources + leave)
         self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
-        # Another's run is shipped here exactly if it has a span here: in the slab. Rows arrive by
-        # sender, and a sender's in order of runs. Runs are ordered by instance: so by run in all.
-        self.arrived, _ = self._work(plan, select(spans, ~own), pool, arriving=True)
         between = plan.rows_shipped()
         self.active = bool(between.any())
         self.sends = between[index].tolist()
@@ -441,25 +464,44 @@ class QueryBuffer:
         self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
 
     @staticmethod
-    def _work(plan, spans, pool, arriving=False):
-        """The Work of all runs that read these spans, and the numbers of these runs. Their query
-        rows are this instance's own; or, `arriving`, one run's after the other's."""
-        readers, run = np.unique(spans.run, return_inverse=True)
-        runs = select(plan.run_table, readers)
-        first_row = starts(runs.rows) if arriving else runs.first_row
-        work = Work(
-            QueryRuns(first_row, runs.rows, runs.position),
-            KVSpans(run, spans.first_row, spans.length, spans.position),
-            pool.heads_per_kv,
+    def _find_together(spans, own, pool):
+        """Spans with their places. What own and other rows both read waits for these, if reading it
+        twice takes longer than the exchange that brings them."""
+        here = own & (spans.place == HERE)
+        both = here & np.isin(spans.first_row, spans.first_row[~own])
+        _, once = np.unique(spans.first_row[both], return_index=True)
+        twice_read = spans.length[both][once].sum() * pool.token_bytes
+        if twice_read <= BANDWIDTH * EXCHANGE_SECONDS:
+            return spans
+        return spans._replace(place=np.where(both, TOGETHER, spans.place))
+
+    @staticmethod
+    def _readers(runs, spans):
+        """The runs of those shares that have spans."""
+        return select(runs, np.isin(runs.share, spans.share))
+
+    @staticmethod
+    def _work(runs, spans, pool):
+        """The Work of these runs, whose shares are the readers of the spans."""
+        # Runs of a share stand side by side.
+        is_next = runs.share[1:] != runs.share[:-1]
+        reader = np.cumsum(np.append(0, is_next))[: len(runs.share)]
+        reader_of_share = np.zeros(runs.share.max(initial=0) + 1, np.int64)
+        reader_of_share[runs.share] = reader
+        return Work(
+            QueryRows.of_runs(reader, runs.first_row, runs.rows, runs.position),
+            KVSpans(reader_of_share[spans.share], *spans[2:]),
+            pool.num_heads,
+            pool.num_kv_heads,
+            pool.k.dtype,
             pool.device,
             pool.wanted_pieces,
         )
-        return work, readers
 
     @staticmethod
-    def _rows(runs, chosen):
-        """The rows of some runs, among those of the instance that computes them."""
-        return ranges(runs.first_row[chosen], runs.rows[chosen])
+    def _rows(runs):
+        """The rows of runs, among those of the instance that computes them."""
+        return ranges(runs.first_row, runs.rows)
 
     def _merge_table(self, sources):
         """[T, sources that give any] number of the result, −1 where a source has none for a row."""
@@ -503,7 +545,8 @@ class Pool:
         self.cluster = cluster
         self.device = torch.device(device)
         heads = llama_config.num_kv_heads
-        self.heads_per_kv = llama_config.num_heads // heads
+        self.num_heads = llama_config.num_heads
+        self.num_kv_heads = heads
         self.scale = 1.0 / llama_config.head_dim**0.5
         # Rows of slots, then staging. Unwritten rows are never read: spans end where the tokens do.
         self.num_rows = config.slots * config.segment_tokens
@@ -511,6 +554,7 @@ class Pool:
         shape = llama_config.num_layers, self.num_rows, heads, llama_config.head_dim
         self.k = torch.zeros(shape, dtype=dtype, device=self.device)
         self.v = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.token_bytes = self.k[0, :1].nbytes + self.v[0, :1].nbytes  # of a layer
         self.query_group, self.move_group = groups or (None, None)
         on_gpu = self.device.type == "cuda"
         self.via_host = bool(groups) and on_gpu and dist.get_backend(groups[0]) == "gloo"
@@ -615,10 +659,10 @@ class Pool:
         partials.append(attend(wait_for_pulled(), PULLED))
         partials.append(attend(moved, SIBLING))
         if buffer.active:
-            results = partial_attention(
-                wait_for_queries(), *slab, buffer.arrived, self.scale
-            )
-            partials.append(self._return(buffer, *results))
+            q = torch.cat((wait_for_queries(), buffer.q))
+            results = partial_attention(q, *slab, buffer.together, self.scale)
+            others, own = zip(*(x.tensor_split((buffer.num_arrived,)) for x in results))
+            partials += [own, self._return(buffer, *others)]
         o, lse = (torch.cat(parts) for parts in zip(*partials))
         return merge(o, lse, buffer.parts)[0].to(buffer.q.dtype)
 

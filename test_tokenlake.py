@@ -41,7 +41,7 @@ import pool
 import run_cluster
 import tokenlake
 from balancer import Balancer, PrefixTree, Request
-from kernels import KVSpans, QueryRuns, Work, merge, partial_attention, ranges, to_device
+from kernels import KVSpans, QueryRows, Work, merge, partial_attention, ranges, to_device
 from cluster import Cluster
 from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
 from pool import LakeConfig
@@ -262,10 +262,12 @@ def tokens(count, seed):
     return np.random.default_rng(seed).integers(512, size=count).tolist()
 
 
-def make_work(*columns, **options):
-    """Work from the columns of query runs (3), those of KV spans (4), and what else it takes."""
-    tables = [np.array(column, np.int64) for column in columns[:7]]
-    return Work(QueryRuns(*tables[:3]), KVSpans(*tables[3:]), *columns[7:], **options)
+def make_work(runs, spans, *args, **options):
+    """Work from query runs (first row of q, rows, position), each a reader, KV spans (reader, first
+    row of the slab, length, position), and what else it takes."""
+    runs, spans = (np.array(table, np.int64).reshape(-1, n).T for table, n in ((runs, 3), (spans, 4)))
+    rows = QueryRows.of_runs(np.arange(runs.shape[1]), *runs)
+    return Work(rows, KVSpans(*spans), *args, **options)
 
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────────
@@ -306,9 +308,11 @@ def test_what_a_kernel_reads_is_aligned(monkeypatch):
     rng = np.random.default_rng(3)
     for _ in range(30):
         lengths = rng.integers(1, 400, size=3)
-        work = make_work([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths, [0, 1, 2], [0, 500, 1000],
-                    lengths, [0, 0, 0], 1, wanted_pieces=int(rng.integers(1, 30)))
-        for tensor in (work.pieces, work.tiles, work.parts):
+        runs = zip([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths)
+        spans = zip([0, 1, 2], [0, 500, 1000], lengths, [0, 0, 0])
+        work = make_work([*runs], [*spans], 8, 8, wanted_pieces=int(rng.integers(1, 30)))
+        pieces = [launch.pieces for launch in work.launches]
+        for tensor in (work.members, work.tiles, work.parts, *pieces):
             assert not tensor.numel() or tensor.storage_offset() * 8 % 16 == 0
 
 
@@ -343,8 +347,8 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
         used[slab:slab + length] = True
     k[~used] = v[~used] = math.nan
     device = DEVICE[backend]
-    work = make_work(*zip(*RUNS), *zip(*SPANS), H // Hkv, device, programs)
-    assert (len(work.parts) == 0) == (programs == 1)
+    work = make_work(RUNS, SPANS, H, Hkv, q.dtype, device, programs)
+    assert (work.num_partials > work.num_results) == (programs > 1)
     found = partial_attention(q.to(device), k.to(device), v.to(device), work, D ** -0.5, backend)
     o, lse = (x.cpu() for x in found)
     expected, expected_lse = reference_attention(q, k, v, RUNS, SPANS, D ** -0.5)
@@ -361,10 +365,10 @@ def test_partial_attention_of_nothing(backend):
     """Zero query rows, and rows over a slab of which they read nothing."""
     q, kv = (x.to(DEVICE[backend]) for x in (torch.randn(5, 8, 16),
                                              torch.full((10, 4, 16), math.nan)))
-    nothing = make_work([], [], [], [], [], [], [], 2, q.device)
+    nothing = make_work([], [], 8, 4, device=q.device)
     o, lse = partial_attention(q[:0], kv, kv, nothing, 1.0, backend)
     assert o.shape == (0, 8, 16) and lse.shape == (0, 8)
-    unread = make_work([0], [5], [0], [], [], [], [], 2, q.device, 1000)
+    unread = make_work([(0, 5, 0)], [], 8, 4, device=q.device, wanted_pieces=1000)
     o, lse = partial_attention(q, kv, kv, unread, 1.0, backend)
     assert not o.any() and (lse == -math.inf).all()
 
@@ -406,21 +410,26 @@ def test_long_blocks_are_cut_into_pieces():
     """As many as fill the programs, none shorter than MIN_PIECE_TILES; every tile of a block is in one
     piece, and partial rows of a row's pieces are listed with it."""
     spans = [(0, 0, 64 * 40, 0), (1, 5000, 64 * 6 + 1, 0), (2, 9000, 64, 0)]
-    runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]
-    whole = make_work(*zip(*runs), *zip(*spans), 2)
-    assert not len(whole.parts) and whole.num_partials == 26
+    runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]  # the last one reads nothing
+    whole = make_work(runs, spans, 8, 4)
+    assert whole.num_partials == 24 and whole.parts.tolist() == [*([i] for i in range(24)), [-1], [-1]]
     for programs, most in ((2, 24), (6, 8), (10**6, 4)):
-        work = make_work(*zip(*runs), *zip(*spans), 2, wanted_pieces=programs)
-        first, rows, partial, position, begin, end = work.pieces.T
-        counts = [-(-n // most) for n in (40, 7, 1)] + [1]
+        work = make_work(runs, spans, 8, 4, wanted_pieces=programs)
+        pieces = torch.cat([launch.pieces for launch in work.launches])
+        pieces = pieces[pieces[:, 0].argsort(stable=True)]
+        first, rows, begin, end, partial = pieces.T
+        counts = [-(-n // most) for n in (40, 7, 1)]
         assert len(first) == sum(counts) and (end - begin).max() == most
         assert torch.cat([torch.arange(a, b) for a, b in zip(begin, end)]).tolist() == [*range(48)]
-        parts = work.parts[1:21] if counts[1] > 1 else work.parts[:1]
-        number, n = (1, counts[1]) if counts[1] > 1 else (0, counts[0])
-        at = sum(counts[:number])
-        listed = torch.stack([partial[at:at + n] + i for i in range(len(parts))])
-        assert (parts[:, :n] == listed).all() and (parts[:, n:] == -1).all()
+        at = 0
+        for runs_before, length, count in ((0, 1, counts[0]), (1, 20, counts[1]), (21, 3, counts[2])):
+            parts = work.parts[runs_before:runs_before + length]
+            listed = torch.stack([partial[at:at + count] + i for i in range(length)])
+            assert (parts[:, :count] == listed).all() and (parts[:, count:] == -1).all()
+            at += count
+        assert (work.parts[24:] == -1).all()
         assert sorted(work.parts[work.parts >= 0].tolist()) == [*range(work.num_partials)]
+        assert {launch.lanes for launch in work.launches if len(launch.pieces)} == {16, 64}
     assert not work.tiles[-1].any()  # what the kernel loads ahead is there
 
 
@@ -430,7 +439,7 @@ def test_a_request_does_not_see_anothers_nan(backend):
     device = DEVICE[backend]
     q, kv = torch.ones(2, 2, 16, device=device), torch.ones(200, 1, 16, device=device)
     kv[0] = math.nan
-    work = make_work([0, 1], [1, 1], [99, 99], [0, 1], [0, 100], [100, 80], [0, 0], 2, device)
+    work = make_work([(0, 1, 99), (1, 1, 99)], [(0, 0, 100, 0), (1, 100, 80, 0)], 2, 1, device=device)
     o, lse = partial_attention(q, kv, kv, work, 1.0, backend)
     assert o[0].isnan().all() and (o[1] == 1).all() and lse[1].isfinite().all()
 
@@ -448,7 +457,7 @@ def test_kernels_on_a_gpu_at_real_shapes(H, Hkv, D, dtype):
     lengths = 20_001, 701, 10_012
     spans = [(run, int(slots[run * 50 + i]) * C, min(C, n - i * C), i * C)
              for run, n in enumerate(lengths) for i in range(-(-n // C))]
-    work = make_work(*zip(*runs), *zip(*spans), H // Hkv, "cuda", 64)
+    work = make_work(runs, spans, H, Hkv, q.dtype, "cuda", 64)
     assert len(work.parts)
     o, lse = partial_attention(2 * q, k, v, work, D ** -0.5, "triton")
     exact = partial_attention(2 * q.double(), k.double(), v.double(), work, D ** -0.5)
@@ -504,8 +513,7 @@ def test_error_does_not_grow_with_the_number_of_parts():
     for parts in (2, 64):
         size = 1024 // parts
         pieces = [partial_attention(q, k, v, make_work(
-            [0], [8], [1024], [0], [p * size], [size], [p * size], heads_per_kv=1), 0.2)
-            for p in range(parts)]
+            [(0, 8, 1024)], [(0, p * size, size, p * size)], 4, 4), 0.2) for p in range(parts)]
         o, lse = (torch.cat(x) for x in zip(*pieces))
         table = (torch.arange(parts)[None] * 8 + torch.arange(8)[:, None]).int()
         errors[parts] = error(merge(o, lse, table)[0], expected)
@@ -531,7 +539,7 @@ def test_results_may_travel_in_the_models_type(dtype, limit):
                                      torch.randn(1024, 4, 32)))
     expected, _ = reference_attention(q, k, v, [(0, 40, 1024)], [(0, 0, 1024, 0)], 0.2)
     pieces = [partial_attention(q, k, v, make_work(
-        [0], [40], [1024], [0], [p * 64], [64], [p * 64], heads_per_kv=1), 0.2) for p in range(16)]
+        [(0, 40, 1024)], [(0, p * 64, 64, p * 64)], 4, 4, dtype), 0.2) for p in range(16)]
     o, lse = (torch.cat(x) for x in zip(*pieces))
     table = (torch.arange(16)[None] * 40 + torch.arange(40)[:, None]).int()
     wide, travelled = (error(merge(parts, lse, table)[0].to(dtype), expected)
@@ -566,8 +574,8 @@ shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32
 for arch, (dtype, D, H, Hkv, lanes) in itertools.product((80, 90), shapes):
     config = kernels.attention_config(lanes, H, Hkv, D, 2)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-    names = {n: "*" + dtype for n in "QKV"} | dict(Pieces="*i64", Tiles="*i64", O="*fp32",
-                                                   LSE="*fp32", scale="fp32")
+    names = {n: "*" + dtype for n in "QKV"} | dict(
+        Members="*i64", Pieces="*i64", Tiles="*i64", O="*fp32", LSE="*fp32", scale="fp32")
     built, registers, stack = compile(arch, kernels._partial_attention_kernel, names, config,
                                       **options)
     said = arch, dtype, D, H, Hkv, lanes, "registers", registers, "shared", built.metadata.shared
@@ -587,7 +595,7 @@ for arch in (80, 90):
                                   dict(H=32, D=128, HPAD=32, DPAD=128))
     assert stack == 0
     names = {n: "*fp32" for n in ("Q", "K", "V", "O", "LSE")} | dict(
-        Pieces="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
+        Members="*i64", Pieces="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
     config = kernels.attention_config(32, 32, 8, 128, 4)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
     compile(arch, kernels._partial_attention_kernel, names, config, **options)
@@ -1603,9 +1611,8 @@ def test_the_plan_of_the_docstring():
     between = lambda first, n: f"{first}" if n == 1 else f"{first}–{first + n - 1}"
     reads = [[[], []] for _ in plan.runs]
     for instance in (0, 1):
-        spans = plan.spans_read_at(instance)
-        for run, length, position in zip(spans.run, spans.length, spans.position):
-            reads[run][instance].append((int(position), between(position, length)))
+        for run, _, _, length, position in golden_plans.reads_of_runs(plan, instance):
+            reads[run][instance].append((position, between(position, length)))
     table = plan.run_table
     for run, where in enumerate(reads):
         home = f"slot {table.slot[run]}" if table.puts[run] else "–"

@@ -74,16 +74,16 @@ from balancer import (
 )
 from cluster import Cluster, LakeError
 from kernels import Column, ranges, select, starts, starts_in_groups
-from pool import EVEN_SLACK, HERE, LATE, PULL, PUT, REPLICA, SIBLING
+from pool import BANDWIDTH, EVEN_SLACK, EXCHANGE_SECONDS
+from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING
 from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
-# An A100 in bf16, in FLOP/s and B/s. TimePredictor replaces it by what is measured, others do not.
+# An A100 in bf16, in FLOP/s and B/s, as BANDWIDTH. TimePredictor replaces it by what is measured,
+# others do not.
 FLOPS = 312e12
-BANDWIDTH = 2.04e12
 LINK = 300e9
-EXCHANGE_SECONDS = 10e-6  # of the smallest exchange: assumed, as in bench/simulate.py
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
 RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]

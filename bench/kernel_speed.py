@@ -10,10 +10,13 @@ twice what is read, the L2 cache is flushed between runs, and times are medians.
     decode     batch × context: TB/s of KV, its share of a copy's bandwidth in this very run
     prefill    a chunk of rows over a prefix: TFLOP/s
     merge      rows × parts: TB/s of what it reads and writes, its share of a copy's
+    shared     decodes × tokens that all share + own ones (`--shared 64x8192+512`, on a CPU too):
+               read once against each for itself, in turn
 
 The peer is PyTorch's `scaled_dot_product_attention` over a contiguous cache, its best case, and
 flash-attn where it is installed. `x_` is its time over ours: above 1 we are faster, although what
-we return is float32. Without a GPU the kernels run in Triton's interpreter; nothing is timed.
+we return is float32. Without a GPU the kernels run in Triton's interpreter, and nothing
+but `--shared` is timed.
 """
 
 import argparse
@@ -23,8 +26,10 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +47,7 @@ if not GPU:
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 
 import kernels  # noqa: E402
-from kernels import KVSpans, QueryRuns, Work, merge, partial_attention  # noqa: E402
+from kernels import KVSpans, QueryRows, Work, merge, partial_attention  # noqa: E402
 from model import one_line, shown  # noqa: E402
 from options import Parser  # noqa: E402
 
@@ -57,6 +62,7 @@ MODELS = {
     "llama-3.1-8b": Shape(32, 8, 128),
     "llama-2-7b": Shape(32, 32, 128),
     "llama-3-70b": Shape(64, 8, 128),
+    "small": Shape(8, 4, 64),
     "tiny": Shape(4, 2, 16),
 }
 DEVICE = "cuda" if GPU else "cpu"
@@ -71,6 +77,7 @@ class AttentionCase(NamedTuple):
     rows: int
     context: int
     segment: int  # tokens
+    shared: int = 0  # the first tokens are the same for all: full segments of them
 
 
 class MergeCase(NamedTuple):
@@ -119,7 +126,10 @@ def random_slots(case: AttentionCase) -> np.ndarray:
     """[batch, segments] in a slab twice as large."""
     segments = -(-case.context // case.segment)
     slots = torch.randperm(2 * case.batch * segments).numpy()
-    return slots[: case.batch * segments].reshape(case.batch, segments)
+    slots = slots[: case.batch * segments].reshape(case.batch, segments)
+    shared = case.shared // case.segment
+    slots[:, :shared] = slots[0, :shared]
+    return slots
 
 
 def random_problem(case: AttentionCase, slots: np.ndarray, dtype) -> Problem:
@@ -138,30 +148,34 @@ def random_problem(case: AttentionCase, slots: np.ndarray, dtype) -> Problem:
     return Problem(case, 2 * q, k, v, torch.from_numpy(slab_rows).to(DEVICE))
 
 
-def attention_work(case: AttentionCase, slots: np.ndarray) -> Work:
-    """A run for each sequence, a span for each of its segments."""
+def attention_work(case: AttentionCase, slots: np.ndarray, dtype, share=True) -> Work:
+    """A reader for each sequence, a span for each of its segments."""
     shape = MODELS[case.model]
     batch, segments = slots.shape
     position = np.arange(segments) * case.segment
     length = np.minimum(case.context - position, case.segment)
     processors = torch.cuda.get_device_properties(0).multi_processor_count if GPU else 16
-    runs = QueryRuns(
+    rows = QueryRows.of_runs(
+        reader=np.arange(batch),
         first_row=np.arange(batch) * case.rows,
         rows=np.full(batch, case.rows),
         position=np.full(batch, case.context - case.rows),
     )
     spans = KVSpans(
-        run=np.repeat(np.arange(batch), segments),
+        reader=np.repeat(np.arange(batch), segments),
         first_row=slots.ravel() * case.segment,
         length=np.tile(length, batch),
         position=np.tile(position, batch),
     )
     return Work(
-        runs,
+        rows,
         spans,
-        heads_per_kv=shape.heads // shape.kv_heads,
-        device=DEVICE,
+        shape.heads,
+        shape.kv_heads,
+        dtype,
+        DEVICE,
         wanted_pieces=-(-4 * processors // shape.kv_heads),
+        share=share,
     )
 
 
@@ -194,6 +208,19 @@ def attention_error(problem: Problem, o: torch.Tensor) -> float:
     return worst
 
 
+def checked_error(problem: Problem, o: torch.Tensor) -> float:
+    """Raises ValueError if it is too large."""
+    error = attention_error(problem, o)
+    if not error < ATTENTION_LIMIT:
+        case = problem.case
+        raise ValueError(
+            f"{case.model}: batch {case.batch}, {case.rows} rows, context {case.context}, segments "
+            f"of {case.segment}: relative error {error:.2g}; less than {ATTENTION_LIMIT} is "
+            "expected"
+        )
+    return error
+
+
 def peers(problem: Problem) -> dict[str, Callable]:
     """Ours to beat, over K and V made contiguous: name → what to run."""
     case = problem.case
@@ -222,20 +249,14 @@ def time_attention(case: AttentionCase, dtype, copy) -> dict:
     """What is printed of a case. copy: B/s of a copy. Raises ValueError if a result is wrong."""
     slots = random_slots(case)
     problem = random_problem(case, slots, dtype)
-    work = attention_work(case, slots)
+    work = attention_work(case, slots, dtype)
 
     def run():
         return partial_attention(
             problem.q, problem.k, problem.v, work, problem.scale, "triton"
         )
 
-    error = attention_error(problem, run()[0])
-    if not error < ATTENTION_LIMIT:
-        raise ValueError(
-            f"{case.model}: batch {case.batch}, {case.rows} rows, context {case.context}, segments "
-            f"of {case.segment}: relative error {error:.2g}; less than {ATTENTION_LIMIT} is "
-            "expected"
-        )
+    error = checked_error(problem, run()[0])
     kind = "decode" if case.rows == 1 else "prefill"
     result = dict(kind=kind, **case._asdict(), error=error)
     ms = median_ms(run)
@@ -253,6 +274,36 @@ def time_attention(case: AttentionCase, dtype, copy) -> dict:
     for peer, run_peer in peers(problem).items():
         result[f"x_{peer}"] = median_ms(run_peer) / ms
     return result
+
+
+def time_shared(case: AttentionCase, dtype, rounds: int = 5) -> dict:
+    """Decodes over a shared prefix that is read once, and by each for itself: times in turn."""
+    slots = random_slots(case)
+    problem = random_problem(case, slots, dtype)
+    works = [attention_work(case, slots, dtype, share) for share in (True, False)]
+    seconds = np.zeros((rounds, 2))
+    errors = []
+    for r, (i, work) in product(range(-1, rounds), enumerate(works)):
+        started = time.perf_counter()
+        o, _ = partial_attention(problem.q, problem.k, problem.v, work, problem.scale)
+        if GPU:
+            torch.cuda.synchronize()
+        if r < 0:  # that warms up
+            errors.append(checked_error(problem, o))
+        else:
+            seconds[r, i] = time.perf_counter() - started
+    once, alone = 1e3 * np.median(seconds, 0)
+    ratios = seconds[:, 1] / seconds[:, 0]
+    return dict(
+        kind="shared",
+        **case._asdict(),
+        error=max(errors),
+        ms_once=once,
+        ms_alone=alone,
+        x_alone=float(np.median(ratios)),
+        x_least=ratios.min(),
+        x_most=ratios.max(),
+    )
 
 
 # Merge.
@@ -307,6 +358,7 @@ def tiny_cases(model: str):
         AttentionCase(model, 3, 1, 300, 128),
         AttentionCase(model, 1, 1, 700, 512),
         AttentionCase(model, 2, 20, 150, 32),
+        AttentionCase(model, 6, 1, 400, 128, shared=384),
         MergeCase(model, 5, 2),
         MergeCase(model, 9, 6),
     ]
@@ -337,6 +389,7 @@ def cases(options):
         room = min(free_memory / 6, 12e9)
         for segment in segments:
             yield from decode_cases(model, segment, options.small, room)
+            yield AttentionCase(model, 64, 1, 15_872, segment, shared=15_360)
             for prefix in (0, 8192, 32_768, 131_072):
                 yield AttentionCase(model, 1, 2048, 2048 + prefix, segment)
         for rows in (64, 1024, 8192):
@@ -366,6 +419,19 @@ def write_json(file, copy, results: list[dict]):
     file.flush()
 
 
+def shared_case(text: str) -> AttentionCase:
+    """For argparse: decodes x shared tokens + own ones, of the small model (on a GPU, a real
+    one)."""
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,5})\+([1-9]\d{0,5})", text)
+    if match is None:
+        said = f"{shown(text)}: decodes x shared + own tokens, as 64x8192+512, are expected"
+        raise argparse.ArgumentTypeError(said)
+    batch, shared, own = map(int, match.groups())
+    model = "llama-3.1-8b" if GPU else "small"
+    segment = math.gcd(shared, 512)
+    return AttentionCase(model, batch, 1, shared + own, segment, shared)
+
+
 def parse_options(arguments: list[str]):
     parser = Parser(description="Benchmark the kernels.")
     add = parser.add_argument
@@ -376,9 +442,11 @@ def parse_options(arguments: list[str]):
     add("--segments", default="128,512,2048", help="tokens of a segment")
     add(
         "--dtype",
-        choices=("bfloat16", "float16"),
-        help="default bfloat16 (CPU: float16)",
+        choices=("bfloat16", "float16", "float32"),
+        help="default bfloat16 (CPU: float16, --shared: float32)",
     )
+    shared = "decodes over a shared prefix, as 64x8192+512 (own tokens last); nothing else"
+    add("--shared", type=shared_case, metavar="BxS+T", help=shared)
     add("--small", action="store_true", help="a few shapes of the first model")
     add("--json", type=argparse.FileType("w"), help="a file for the lines")
     options = parser.parse_args(arguments)
@@ -393,7 +461,8 @@ def parse_options(arguments: list[str]):
         said = "positive numbers below a million, by commas, are expected"
         parser.refuse(f"--segments {shown(options.segments)}: {said}")
     options.segments = [int(tokens) for tokens in options.segments.split(",")]
-    options.dtype = options.dtype or ("bfloat16" if GPU else "float16")
+    on_cpu = "float32" if options.shared else "float16"
+    options.dtype = options.dtype or ("bfloat16" if GPU else on_cpu)
     return options
 
 
@@ -407,15 +476,17 @@ def main(arguments: list[str]) -> int:
             f"copy: {copy / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}",
             flush=True,
         )
-    else:
+    elif not options.shared:
         print(
             "no GPU: tiny shapes through the interpreter, checked and not timed",
             flush=True,
         )
     results = []
-    for case in cases(options):
+    for case in [options.shared] if options.shared else cases(options):
         try:
-            if isinstance(case, AttentionCase):
+            if options.shared:
+                result = time_shared(case, dtype)
+            elif isinstance(case, AttentionCase):
                 result = time_attention(case, dtype, copy)
             else:
                 result = time_merge(case, copy)
