@@ -164,9 +164,30 @@ class Pieces(NamedTuple):
 # ── groups: what is read once for all who want it ────────────────────────────────────────────────
 
 
+def saves_bytes(readers, rows, tokens, max_rows, partial_tokens):
+    """Whether sets of readers, with so many rows and tokens that they all read, read them once.
+
+    Each reader would have a block of its own; together they fill fewer. It costs each row a partial
+    more, which weighs like reading `partial_tokens` tokens, and a piece, for which MIN_PIECE_TILES
+    are the least that pays."""
+    reads_saved = readers - -(-rows // max_rows)
+    return reads_saved * tokens > rows * partial_tokens + MIN_PIECE_TILES * TILE
+
+
+def number_alike(table):
+    """Numbers the rows of a bool table so that equal rows have one number: [rows]; and an example
+    of each: [numbers]."""
+    number_of = {}
+    packed = np.packbits(table, 1)
+    numbers = [number_of.setdefault(row.tobytes(), len(number_of)) for row in packed]
+    _, example = np.unique(numbers, return_index=True)
+    return np.array(numbers, np.int64), example
+
+
 def find_sets(rows, spans, max_rows):
-    """Which readers read the same: [spans] the number of the set of readers that an entry's span
-    has, −1 where it is read alone; and [sets, R] whether a reader is in a set.
+    """Which readers read the same: [sets, R] whether a reader is in a set; [spans] the set that
+    reads an entry's span, −1 where one reads it alone; [spans] whether the entry is the first one
+    of its span.
 
     Only what all rows of a reader see can be read with others; and a reader with rows for a whole
     block gains nothing by it."""
@@ -178,41 +199,33 @@ def find_sets(rows, spans, max_rows):
     key = spans.first_row * (spans.length.max(initial=0) + 1) + spans.length
     _, span, count = np.unique(key[entry], return_inverse=True, return_counts=True)
     entry = entry[count[span] > 1]
-    _, span = np.unique(key[entry], return_inverse=True)
-    reads = np.zeros((span.max(initial=-1) + 1, len(num_rows)), bool)
+    _, first, span = np.unique(key[entry], return_index=True, return_inverse=True)
+    reads = np.zeros((len(first), len(num_rows)), bool)
     reads[span, spans.reader[entry]] = True
-    number_of = {}
-    bits = np.packbits(reads, 1)
-    numbers = [number_of.setdefault(row.tobytes(), len(number_of)) for row in bits]
-    numbers = np.array(numbers, np.int64)
-    _, example = np.unique(numbers, return_index=True)
+    set_of_span, example = number_alike(reads)
     set_of_entry = np.full(len(spans.reader), -1)
-    set_of_entry[entry] = numbers[span]
-    return set_of_entry, reads[example]
+    set_of_entry[entry] = set_of_span[span]
+    is_first = np.zeros(len(spans.reader), bool)
+    is_first[entry[first]] = True
+    return reads[example], set_of_entry, is_first
 
 
 def form_groups(rows, spans, max_rows, partial_tokens):
     """→ Members of the groups, and spans by group, then position. The first R groups are a reader
     each, with what it reads alone. The others are sets of readers, whose spans are read once for
-    all of them, where that saves bytes: each reader would have a block of its own, together they
-    fill fewer. It costs each row a partial more, which weighs like reading `partial_tokens` tokens,
-    and a piece, for which MIN_PIECE_TILES are the least that pays."""
+    all of them."""
     num_rows = np.bincount(rows.reader)
-    set_of_entry, readers = find_sets(rows, spans, max_rows)
-    shared = np.flatnonzero(set_of_entry >= 0)
+    readers, set_of_entry, is_first = find_sets(rows, spans, max_rows)
+    # A span has an entry for each of its readers: of the first ones, each is there once.
+    once = np.flatnonzero(is_first)
+    tokens = np.bincount(set_of_entry[once], spans.length[once], len(readers))
     set_rows = readers @ num_rows
-    # A span has an entry for each of its readers.
-    lengths = np.bincount(set_of_entry[shared], spans.length[shared], len(readers))
-    reads_saved = 1 - -(-set_rows // max_rows) / readers.sum(1)
-    cost = set_rows * partial_tokens + MIN_PIECE_TILES * TILE
-    pays = lengths * reads_saved > cost
-    # What is read together has one entry, its group's, in place of the first reader's.
-    together = shared[pays[set_of_entry[shared]]]
-    set_read = set_of_entry[together]
+    pays = saves_bytes(readers.sum(1), set_rows, tokens, max_rows, partial_tokens)
+    shared = np.flatnonzero(set_of_entry >= 0)
+    shared = shared[pays[set_of_entry[shared]]]
     number = len(num_rows) - 1 + np.cumsum(pays)
-    is_first = spans.reader[together] == readers.argmax(1)[set_read]
     group = spans.reader.copy()
-    group[together] = np.where(is_first, number[set_read], -1)
+    group[shared] = np.where(is_first[shared], number[set_of_entry[shared]], -1)
     spans = select(spans._replace(reader=group), group >= 0)
     spans = select(spans, np.lexsort((spans.position, spans.reader)))
     readers = np.concatenate((np.eye(len(num_rows), dtype=bool), readers[pays]))
@@ -366,8 +379,6 @@ class Work:
         keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
         first_key = keys_before[pieces.first_tile]
         num_keys = keys_before[pieces.end_tile] - first_key
-        kv_rows = ranges(tiles.first_row, tiles.length)
-        kv_positions = ranges(tiles.position, tiles.length)
         alike = {}
         sizes = zip(pieces.rows.tolist(), num_keys.tolist())
         for piece, (m, n) in enumerate(sizes):
@@ -378,26 +389,27 @@ class Work:
             most = max(1, MAX_BATCH_KEYS >> bits)
             for start in range(0, len(same), most):
                 chosen = np.array(same[start : start + most])[:, None]
-                column = np.arange(num_keys[chosen].max())
-                is_key = column < num_keys[chosen]
-                key = first_key[chosen] + column * is_key
-                position = np.where(is_key, kv_positions[key], AFTER_ALL)
-                batches.append(self._batch(select(pieces, chosen), kv_rows[key], position))
+                batches.append(self._batch(chosen, first_key[chosen], num_keys[chosen]))
         return batches
 
-    def _batch(self, pieces, kv_rows, kv_positions) -> Batch:
-        """Of pieces (columns are [b, 1]), whose KV rows and positions are padded: [b, n]."""
-        members, _, _ = self._host
-        row = np.arange(pieces.rows.max())
-        is_row = row < pieces.rows
-        member = pieces.first_member + row * is_row
-        partial_rows = np.where(is_row, pieces.partial + row, self.num_partials)
-        query_positions = members.position[member]
-        hidden = kv_positions[:, None, None] > query_positions[:, None, :, None]
+    def _batch(self, chosen, first_key, num_keys) -> Batch:
+        """Of the chosen pieces; all are [b, 1]. Keys count through the tiles."""
+        members, pieces, tiles = self._host
+        _, rows, _, _, partial = select(pieces, chosen)
+        row = np.arange(rows.max())
+        is_row = row < rows
+        member = pieces.first_member[chosen] + row * is_row
+        column = np.arange(num_keys.max())
+        is_key = column < num_keys
+        key = first_key + column * is_key
+        kv_rows = ranges(tiles.first_row, tiles.length)[key]
+        kv_position = ranges(tiles.position, tiles.length)[key]
+        kv_position = np.where(is_key, kv_position, AFTER_ALL)
+        hidden = kv_position[:, None, None] > members.position[member][:, None, :, None]
         device = self.tiles.device
         return Batch(
             torch.from_numpy(members.row[member]).to(device),
-            torch.from_numpy(partial_rows).to(device),
+            torch.from_numpy(np.where(is_row, partial + row, self.num_partials)).to(device),
             self._kv_rows(kv_rows),
             torch.from_numpy(hidden).to(device) if hidden.any() else None,
         )

@@ -433,6 +433,123 @@ def test_long_blocks_are_cut_into_pieces():
     assert not work.tiles[-1].any()  # what the kernel loads ahead is there
 
 
+# Six decodes behind a prefix of 320 tokens, three of them behind 128 more, each with tokens of its own;
+# a chunk of a prompt behind the same prefix, and a run that sees only half of a span.
+SHARED_RUNS = [*((i, 1, 600) for i in range(6)), (6, 90, 320), (96, 2, 30)]
+SHARED_SPANS = [*((run, 64 * (4 - i), 64, 64 * i) for run in range(7) for i in range(5)),
+                *((run, 400, 128, 320) for run in (1, 3, 4)),
+                *((run, 600 + 16 * run, 1 + 3 * run, 500) for run in range(6)),
+                (6, 700, 90, 320), (7, 256, 64, 0)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, limit", [("float64", 1e-14), ("float32", 2e-6), ("float16", 2e-3),
+                                          ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("programs", [1, 30])
+def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatch):
+    """Each token of it is in one tile, of a group of all who read it; results are as if each read for
+    itself, and as in float64."""
+    if backend == "triton" and dtype == "float64":
+        pytest.skip("the Triton kernels do not take float64")
+    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, dtype), DEVICE[backend]
+    q, k, v = (torch.randn(*shape).to(dtype) for shape in ((98, 4, 16), (800, 2, 16), (800, 2, 16)))
+    found = {}
+    for share in (True, False):
+        work = make_work(SHARED_RUNS, SHARED_SPANS, 4, 2, dtype, device, programs, share)
+        members, _, tiles = work._host
+        groups = [members.result[members.group == g].tolist() for g in np.unique(members.group)]
+        alone = [*([i] for i in range(6)), [*range(6, 96)], [96, 97]]
+        # The chunk fills a block: it reads alone. So does who does not see all of a span.
+        assert groups == alone + ([[*range(6)], [1, 3, 4]] if share else [])
+        read = np.concatenate([ranges(tiles.first_row, tiles.length)])
+        times = np.bincount(read, minlength=800)
+        by_decodes = 1 if share else 6
+        assert (times[:256] == by_decodes + 1).all() and (times[256:320] == by_decodes + 2).all()
+        assert (times[400:528] == (1 if share else 3)).all()
+        o, lse = partial_attention(3 * q.to(device), k.to(device), v.to(device), work, 0.3, backend)
+        found[share] = o.cpu(), lse.cpu()
+    expected = reference_attention(3 * q, k, v, SHARED_RUNS, SHARED_SPANS, 0.3)
+    for once, alone, exact in zip(found[True], found[False], expected):
+        assert error(once, exact) < limit and error(once, alone.double()) < limit
+
+
+def test_sharing_has_a_price():
+    """Two rows save one reading, and pay for two partials and a piece; a full block saves nothing."""
+    saves = lambda *args: bool(kernels.saves_bytes(*args, max_rows=32, partial_tokens=8))
+    assert [saves(2, 2, tokens) for tokens in (272, 273)] == [False, True]
+    assert [saves(64, 64, tokens) for tokens in (12, 13)] == [False, True]  # 64 blocks or 2
+    assert not saves(1, 1, 10**6) and not saves(2, 62, 752) and saves(3, 62, 753)
+    # In 16 bits a partial row of Llama-3.1-8B weighs like 8 tokens: 2·(32·128·4) of 2·8·128·2 bytes.
+    runs, spans = [(0, 1, 999), (1, 1, 999)], [(run, 0, 273, 0) for run in (0, 1)]
+    for dtype, partials in ((torch.bfloat16, 4), (torch.float64, 4)):
+        assert make_work(runs, spans, 32, 8, dtype).num_partials == 2
+    assert make_work(runs, [(run, 0, 272, 0) for run in (0, 1)], 32, 8, torch.bfloat16).launches[
+        0].pieces.shape[0] == 2
+    assert make_work(runs, spans, 32, 8, torch.bfloat16).launches[0].pieces.shape[0] == 1
+
+
+def random_readers(rng):
+    """Readers of random families of segments, with tokens of their own: QueryRows, KVSpans (in no
+    order), rows of q, rows of the slab."""
+    C, free = 16, iter(rng.permutation(900))
+    families = [[int(next(free)) for _ in range(n)] for n in rng.integers(0, 40, size=3)]
+    families[0] = [*range(900, 900 + len(families[0]))]  # side by side
+    runs, spans, row = [], [], 0
+    for reader in range(int(rng.integers(1, 9))):
+        family = families[rng.integers(3)][:int(rng.integers(0, 80))]
+        slots = family + [int(next(free)) for _ in range(rng.integers(0, 5))]
+        rows, last = int(rng.choice([1, 1, 1, 5, 70])), int(next(free))
+        runs.append((reader, row, rows, C * len(slots)))
+        spans += [(reader, C * slot, C, C * i) for i, slot in enumerate(slots)]
+        spans.append((reader, C * last, min(C, rows), C * len(slots)))
+        if rng.random() < 0.1:
+            spans = [span for span in spans if span[0] != reader]
+        row += rows + int(rng.integers(0, 3))
+    table = np.array(spans, np.int64).reshape(-1, 4)
+    rows = QueryRows.of_runs(*np.array(runs).T)
+    return rows, KVSpans(*rng.permutation(table).T), row, 960 * C
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_readers_of_any_spans(backend, monkeypatch):
+    """Drawn at random: what is read together is as if each read for itself, row by row in float64."""
+    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
+    rng = np.random.default_rng(5)
+    shared = 0
+    for _ in range(40 if backend == "torch" else 6):
+        rows, spans, num_rows, slab_rows = random_readers(rng)
+        torch.manual_seed(int(rng.integers(1000)))
+        q, k, v = (torch.randn(n, h, 16) for n, h in ((num_rows, 4), (slab_rows, 2), (slab_rows, 2)))
+        work = Work(rows, spans, 4, 2, device=DEVICE[backend], wanted_pieces=int(rng.choice([1, 50])))
+        shared += work._host[0].group.max(initial=0) > rows.reader[-1]
+        found = partial_attention(*(x.to(DEVICE[backend]) for x in (q, k, v)), work, 0.3, backend)
+        runs = [(int(row), 1, int(position)) for row, position in zip(rows.row, rows.position)]
+        by_row = [(i, *span[1:]) for i, reader in enumerate(rows.reader)
+                  for span in zip(*(column.tolist() for column in spans)) if span[0] == reader]
+        expected = reference_attention(q, k, v, runs, by_row, 0.3)
+        empty = expected[1] == -math.inf
+        assert torch.equal(found[1].cpu() == -math.inf, empty)
+        assert torch.allclose(found[0].cpu().double(), expected[0], atol=1e-5)
+        assert torch.allclose(found[1].cpu().double()[~empty], expected[1][~empty], atol=1e-5)
+    assert shared
+
+
+def test_adjacent_spans_are_views():
+    """A stretch of the slab is not copied; what is scattered is gathered, no more at a time than a
+    cache holds; only what hides something has a mask."""
+    runs = [(i, 1, 99) for i in range(70)]
+    apart = [(i, 2 * 48 * i + 32 * j, 16, 16 * j) for i in range(70) for j in range(3)]
+    one = make_work(runs[:1], [(0, 16 * j, 16, 16 * j) for j in range(7)], 4, 2)
+    (batch,) = one.batches
+    assert batch.kv_rows == slice(0, 112) and batch.hidden.sum() == 12
+    batches = make_work(runs, apart, 4, 2).batches
+    assert sum(len(batch.query_rows) for batch in batches) == 70
+    assert max(batch.kv_rows.numel() for batch in batches) <= 2 * kernels.MAX_BATCH_KEYS
+    assert all(batch.hidden is None for batch in batches) and len(batches) == 3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_request_does_not_see_anothers_nan(backend):
     """Blocks of a batch are padded with rows of their own: one's NaN stays with it."""
@@ -1105,6 +1222,44 @@ def test_smallest_pool_evicts_and_preempts(tmp_path, ranks, placement):
         assert f"needs {needed} segments, the pool has {slots - 1}" in text
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_all_read_is_read_once_by_all(tmp_path, ranks):
+    """Wherever rows of several requests meet at a segment, own rows and those that come from others:
+    the same tokens as recomputed."""
+    lines = [dict(input_ids=tokens(90, 0) + tokens(1 + i, i), output_length=8, timestamp=i // 6)
+             for i in range(12)]
+    run = serve(tmp_path, lines, "--segment-tokens", 4, "--verify", ranks=ranks, prelude="read_together")
+    assert run.tokens == oracle(lines)
+    for seen in run.seen:
+        assert seen["shared"] and bool(seen["together"]) == (ranks > 1)
+
+
+def read_together(rank, seen):
+    """Sharing always pays, and no exchange is worth reading twice. Counts iterations in which rows of
+    several requests share a span, and in which own rows wait for others."""
+    seen.update(shared=0, together=0)
+    kernels.saves_bytes = lambda readers, *_, **__: readers > 1
+    pool.EXCHANGE_SECONDS = 0
+    make = kernels.Work.__init__
+
+    def count(work, rows, *args, **options):
+        make(work, rows, *args, **options)
+        seen["shared"] += work._host[0].group.max(initial=0) > rows.reader.max(initial=0)
+    kernels.Work.__init__ = count
+    find = pool.QueryBuffer._find_together
+
+    def found(*args):
+        spans = find(*args)
+        seen["together"] += (spans.place == pool.TOGETHER).any()
+        return spans
+    pool.QueryBuffer._find_together = staticmethod(found)
+
+
+def count_replicas_reading_together(rank, seen):
+    read_together(rank, {})
+    return count_replicas(rank, seen)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_oracle(tmp_path, seed):
     """Ranks, sizes, pressure, salts and policies drawn at random; tokens as recomputed."""
@@ -1127,7 +1282,8 @@ def test_random_oracle(tmp_path, seed):
                 sampler.temperature, "--verify", "--scheduler", draw.choice(policies), *slo,
                 "--replicate-factor", draw.choice([0, 3, 1000]), "--pull-tokens",
                 draw.choice([0, 7, 16384]), ranks=ranks,
-                prelude=draw.choice(["count_replicas", "count_replicas_of_split_rows"]))
+                prelude=draw.choice(["count_replicas", "count_replicas_of_split_rows",
+                                     "count_replicas_reading_together"]))
     assert run.tokens == oracle(lines, model, sampler)
     row = C * 2 * 4 * 16 * 8 * 3  # bytes of a segment: K and V, Hkv·D, float64, layers
     assert run.summary["replica_bytes"] == run.seen[0]["copies"] * row
