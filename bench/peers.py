@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, FileType
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -153,23 +153,28 @@ def in_a_process(work, *arguments):
         return process.submit(work, *arguments).result()
 
 
-def make_peer(folder, load: dict, options):
+def where(options) -> tuple:
+    """Device, type and threads of the peers."""
+    return options.device, options.dtype, options.threads
+
+
+def make_peer(folder, load: dict, where):
     # Here alone, as it brings transformers.
     from transformers_peer import Load, Peer
 
-    return Peer(folder, Load(**load), options.device, options.dtype, options.threads)
+    return Peer(folder, Load(**load), *where)
 
 
-def serve_by_peers(folder, load: dict, variants, options) -> list[tuple]:
+def serve_by_peers(folder, load: dict, variants, where) -> list[tuple]:
     """Seconds and answers of each variant."""
-    peer = make_peer(folder, load, options)
+    peer = make_peer(folder, load, where)
     peer.warm_up()
     return [peer.timed(*variant) for variant in variants]
 
 
-def find_gaps(folder, load: dict, pairs, options) -> list[float]:
+def find_gaps(folder, load: dict, pairs, where) -> list[float]:
     """Peer.score_gap of each (request, answer, other answer)."""
-    peer = make_peer(folder, load, options)
+    peer = make_peer(folder, load, where)
     return [peer.score_gap(*pair) for pair in pairs]
 
 
@@ -217,8 +222,8 @@ def serve_rounds(folder, load: dict, variants, options):
     seconds = {variant: [] for variant in variants}
     answers = {variant: [] for variant in variants}
     peers = [variant for variant in variants if variant.way != OURS]
-    for number in range(options.rounds):
-        served = in_a_process(serve_by_peers, folder, load, peers, options)
+    for turn in range(options.rounds):
+        served = in_a_process(serve_by_peers, folder, load, peers, where(options))
         results = dict(zip(peers, served))
         for variant in variants:
             if variant.way == OURS:
@@ -227,7 +232,7 @@ def serve_rounds(folder, load: dict, variants, options):
             seconds[variant].append(took)
             if given not in answers[variant]:
                 answers[variant].append(given)
-        print(f"round {number + 1} of {options.rounds} is done", file=sys.stderr)
+        print(f"round {turn + 1} of {options.rounds} is done", file=sys.stderr)
     return seconds, answers
 
 
@@ -246,7 +251,7 @@ def find_differences(folder, load: dict, answers: dict, options) -> list[Differe
     if not found:
         return []
     pairs = [item[1:] for item in found]
-    gaps = in_a_process(find_gaps, folder, load, pairs, options)
+    gaps = in_a_process(find_gaps, folder, load, pairs, where(options))
     differences = []
     for (label, request, answer, other), gap in zip(found, gaps):
         alike = [a == b for a, b in zip(answer, other)]
@@ -277,28 +282,26 @@ def summarise(load: dict, seconds: dict, differences) -> list[dict]:
     return rows
 
 
-HEAD = f"{'':<26}{'seconds':>20}{'tokens/s':>10}{'x one by one':>18}{'x best peer':>18}  equal"
+HEAD = f"{'':<26}{'seconds':>22}{'tokens/s':>10}{'x one by one':>20}{'x best peer':>20}  equal"
 
 
 def show(name: str, load: dict, rows: list[dict], differences, limit):
     requests = len(load["prompts"])
     print(f"\n{name}: {requests} requests\n{HEAD}")
 
-    def cell(values, digits):
-        low, high = min(values), max(values)
-        median = f"{np.median(values):.{digits}f}"
-        return f"{median} ({low:.{digits}f}–{high:.{digits}f})"
+    def cell(values):
+        return f"{np.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
     for row in rows:
         print(
-            f"{row['label']:<26}{cell(row['seconds'], 2):>20}{row['output_throughput']:>10,.0f}"
-            f"{cell(row['to_one_by_one'], 2):>18}{cell(row['to_best_peer'], 2):>18}"
+            f"{row['label']:<26}{cell(row['seconds']):>22}{row['output_throughput']:>10,.0f}"
+            f"{cell(row['to_one_by_one']):>20}{cell(row['to_best_peer']):>20}"
             f"  {row['equal']}/{requests}"
         )
     for found in differences:
         kind = "a near tie" if found.gap < limit else "WRONG"
-        where = f"request {found.request} differs at token {found.position}"
-        print(f"  {found.label}: {where}: {kind}, logits differ by {found.gap:.1e}")
+        place = f"request {found.request} differs at token {found.position}"
+        print(f"  {found.label}: {place}: {kind}, logits differ by {found.gap:.1e}")
     sys.stdout.flush()
 
 
@@ -350,15 +353,15 @@ def parse_options(arguments: list[str]):
         add(name, type=number(int, lowest, highest), default=default, help=said)
     add("--uneven", action="store_true", help="own tokens from 1 to twice as many")
     add("--sharing", choices=("on", "off", "both"), default="both")
-    sizes = counts(1, 100_000)
-    add("--batch", type=sizes, default=[16, 24, 48], help="of the peers (16,24,48)")
+    batches = counts(1, 100_000)
+    add("--batch", type=batches, default=[16, 24, 48], help="of the peers (16,24,48)")
     add("--ranks", type=counts(1, 64), default=[1, 2], help="ours (1,2)")
     cores = os.cpu_count() or 1
     add("--threads", type=number(int, 1, 4096), default=cores, help="default: all cores")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
     add("--dtype", choices=dtypes, default="float32")
-    add("--json", type=file_name, help="a file for all figures")
+    add("--json", type=FileType("w"), help="a file for all figures")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if problem := find_problem(options, cores):
@@ -368,11 +371,12 @@ def parse_options(arguments: list[str]):
     except ValueError as error:
         parser.refuse(f"--model: {error}")
     longest = longest_request(options)
-    if options.config and longest > options.config.max_positions:
-        room = options.config.max_positions
-        parser.refuse(
-            f"--prefix-tokens: requests of {longest} tokens, the model has {room}"
-        )
+    positions = options.config.max_positions if options.config else longest
+    if longest > positions:
+        said = f"requests of {longest} tokens, the model has {positions} positions"
+        parser.refuse(f"--prefix-tokens: {said}")
+    if not importlib.util.find_spec("transformers"):
+        parser.refuse("transformers is not installed; it is what is compared with")
     return options
 
 
@@ -390,8 +394,10 @@ def find_problem(options, cores) -> str | None:
         return f"--threads {options.threads}: {said}"
     if options.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: no CUDA device is visible; cpu is expected"
-    if not importlib.util.find_spec("transformers"):
-        return "transformers is not installed, which is what is compared with"
+    longest = longest_request(options)
+    if options.segment_tokens > longest:
+        said = f"no more than the {longest} of a request are expected"
+        return f"--segment-tokens {options.segment_tokens}: {said}"
     return None
 
 
@@ -414,9 +420,7 @@ def compare(folder, sharing: bool, options) -> dict:
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
     report = dict(
-        options={
-            name: value for name, value in vars(options).items() if name != "config"
-        },
+        options={name: str(value) for name, value in vars(options).items()},
         versions={name: version(name) for name in ("torch", "transformers")},
         began=time.time(),
         loads=[],
@@ -429,7 +433,9 @@ def main(arguments: list[str]) -> int:
         for sharing in loads:
             report["loads"].append(compare(folder, sharing, options))
             if options.json:  # after each: the next may fail
-                Path(options.json).write_text(json.dumps(report, indent=1))
+                options.json.seek(0)
+                json.dump(report, options.json, indent=1)
+                options.json.flush()
     return int(any(load["wrong"] for load in report["loads"]))
 
 
