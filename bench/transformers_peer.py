@@ -1,4 +1,4 @@
-"""How fast can one be with Hugging Face transformers? The peer of bench/peers.py, in four ways.
+"""How fast can one be with Hugging Face transformers? The peer of bench/peers.py, in three ways.
 
     generate   generate() as a user calls it, over batches or one request at a time; its cache is
                copied at every token, to grow
@@ -135,8 +135,9 @@ class Peer:
             caches = {}  # by size of the batch: one is used again
             for chosen in cut(alike, batch):
                 size = len(chosen)
-                cache = caches.setdefault(size, None) or narrow.repeated(size)
-                caches[size] = cache
+                if size not in caches:
+                    caches[size] = narrow.repeated(size)
+                cache = caches[size]
                 cache.crop_to(load.prefix_tokens)
                 own = [load.prompts[index][load.prefix_tokens :] for index in chosen]
                 yield chosen, self._decode(*self._pad(own), cache)
