@@ -282,7 +282,7 @@ def summarise(load: dict, seconds: dict, differences) -> list[dict]:
     return rows
 
 
-HEAD = f"{'':<26}{'seconds':>22}{'tokens/s':>10}{'x one by one':>20}{'x best peer':>20}  equal"
+HEAD = f"{'':<26}{'seconds':>25}{'tokens/s':>10}{'x one by one':>20}{'x best peer':>20}  equal"
 
 
 def show(name: str, load: dict, rows: list[dict], differences, limit):
@@ -294,7 +294,7 @@ def show(name: str, load: dict, rows: list[dict], differences, limit):
 
     for row in rows:
         print(
-            f"{row['label']:<26}{cell(row['seconds']):>22}{row['output_throughput']:>10,.0f}"
+            f"{row['label']:<26}{cell(row['seconds']):>25}{row['output_throughput']:>10,.0f}"
             f"{cell(row['to_one_by_one']):>20}{cell(row['to_best_peer']):>20}"
             f"  {row['equal']}/{requests}"
         )
