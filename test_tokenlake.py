@@ -3708,6 +3708,7 @@ import baselines  # noqa: E402
 import compare  # noqa: E402
 import golden_plans  # noqa: E402
 import kernel_speed  # noqa: E402
+import peers  # noqa: E402
 import plan  # noqa: E402
 import replay  # noqa: E402
 import simulate  # noqa: E402
@@ -3769,6 +3770,14 @@ def test_benchmarks_run(tmp_path, command, said):
     (["compare.py", "--policies", ","], "--policies"), (["kernel_speed.py", "--segments", "0"], "'0'"),
     (["plan.py", "--repeat", "0"], "--repeat: '0': an integer from 1 to 1000000 is expected"),
     (["soak.py", "--kill-every", "0"], "--kill-every: '0': a number from 1e-06 to inf is expected"),
+    (["peers.py", "--batch", "1,x"], "--batch: '1,x': up to 16 integers, by commas, are expected"),
+    (["peers.py", "--ranks", "0"], "--ranks: '0': an integer from 1 to 64 is expected"),
+    (["peers.py", "--prefixes", "49"], "--prefixes 49: no more than --num-requests 48 are expected"),
+    (["peers.py", "--heads", "6"], "--heads 6: a multiple of --kv-heads 4 is expected"),
+    (["peers.py", "--head-dim", "3"], "--head-dim 3: an even number is expected"),
+    (["peers.py", "--threads", "4096"], "--threads 4096: several ranks share all"),
+    (["peers.py", "--segment-tokens", "577"], "--segment-tokens 577: no more than the 576 of"),
+    (["peers.py", "--model", "missing"], "--model: missing/config.json"),
     (["workloads.py", "loogle", "--rate", "0"], "--rate: '0': a number from 1e-06 to 1000000.0")])
 def test_wrong_options_of_benchmarks_are_named(tmp_path, monkeypatch, capsys, command, said):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
@@ -3787,7 +3796,8 @@ def test_wrong_options_of_benchmarks_are_named(tmp_path, monkeypatch, capsys, co
     (compare, "policies seeds rate rates capacities output slots"), (workloads, "rate seed"),
     (replay, "trace instances placement replicate-factor segment-tokens capacity-tokens"),
     (plan, "instances requests segments repeat"), (golden_plans, "record"),
-    (kernel_speed, "models segments dtype json")])
+    (kernel_speed, "models segments dtype json"),
+    (peers, "model layers num-requests sharing batch ranks threads device dtype json")])
 def test_any_option_of_benchmarks_is_refused_shortly(program, names, capsys):
     for name in names.split():
         for value in ("--", "9" * 5000, "\0"):
@@ -3795,6 +3805,79 @@ def test_any_option_of_benchmarks_is_refused_shortly(program, names, capsys):
                 program.main([f"--{name}={value}"])
             text = capsys.readouterr().err
             assert text.count("\n") == 1 and len(text) < 300, text
+
+
+SMALL_PEERS = """--layers 2 --hidden-size 48 --intermediate-size 64 --heads 4 --kv-heads 2
+    --head-dim 16 --vocab-size 160 --num-requests 5 --prefix-tokens 24 --own-tokens 5
+    --output-tokens 4 --segment-tokens 8 --chunk-tokens 32 --batch 2,3 --rounds 1""".split()
+BY_ALL = ["generate()", "generate(), batches of 2", "generate(), batches of 3",
+          "by hand, batches of 2", "by hand, batches of 3"]
+
+
+@pytest.mark.parametrize("sharing, more, labels", [
+    ("on", ["--uneven"], ["prefix once", "prefix once, batches of 2", "prefix once, batches of 3",
+                          "tokenlake, 1 rank", "tokenlake, 2 ranks"]),
+    ("off", ["--ranks", "2"], ["tokenlake, 2 ranks"])])
+def test_peers_give_the_same_tokens(tmp_path, monkeypatch, capsys, sharing, more, labels):
+    """Transformers in every way and batch, padded or not, and one and two ranks of ours."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads that wait for each other are slow
+    file = tmp_path / "report.json"
+    assert peers.main([*SMALL_PEERS, "--sharing", sharing, *more, "--json", str(file)]) == 0
+    load, = json.loads(file.read_text())["loads"]
+    assert [row["label"] for row in load["rows"]] == BY_ALL + labels
+    assert all(row["equal"] == 5 and row["seconds"][0] > 0 for row in load["rows"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" 5/5")]
+    assert len(lines) == len(BY_ALL + labels)
+
+
+@pytest.mark.parametrize("change, status, said", [(1, 0, "a near tie"), (2, 1, "WRONG")])
+def test_peers_tell_near_ties_from_wrong_tokens(monkeypatch, capsys, change, status, said):
+    """Tokens 2i and 2i + 1 always have equal logits; a served answer has another one at its third
+    place."""
+    pytest.importorskip("transformers")
+    random = peers.random_weights
+
+    def in_pairs(*arguments):
+        weights = random(*arguments)
+        head = weights["lm_head.weight"]
+        head[1::2] = head[::2]
+        return weights
+
+    def tampered(folder, load, ranks, options):
+        first = [peers.ONE_BY_ONE]
+        (_, answers), = peers.serve_by_peers(folder, load, first, peers.where(options))
+        answers[3][2] ^= change
+        return 1.0, answers
+
+    monkeypatch.setattr(peers, "random_weights", in_pairs)
+    monkeypatch.setattr(peers, "serve_by_us", tampered)
+    monkeypatch.setattr(peers, "in_a_process", lambda work, *arguments: work(*arguments))
+    threads = str(torch.get_num_threads())
+    options = [*SMALL_PEERS, "--sharing", "off", "--ranks", "1", "--threads", threads]
+    assert peers.main(options) == status
+    out = capsys.readouterr().out
+    assert f"tokenlake, 1 rank: request 3 differs at token 2: {said}" in out
+    assert [line.split()[-1] for line in out.splitlines() if "tokenlake, 1 rank  " in line] == ["4/5"]
+
+
+def test_ratios_of_peers_are_made_within_a_round():
+    first, second, ours = peers.ONE_BY_ONE, peers.Variant("hand", 2), peers.Variant(peers.OURS, 1)
+    load = dict(prompts=[[1], [2]], output_tokens=5)
+    seconds = {first: [8.0, 10.0], second: [4.0, 20.0], ours: [2.0, 5.0]}
+    rows = peers.summarise(load, seconds, [peers.Difference(ours.label, 1, 0, 0.0)])
+    assert [row["to_one_by_one"] for row in rows] == [[1, 1], [2, 0.5], [4, 2]]
+    assert [row["to_best_peer"] for row in rows] == [[0.5, 1], [1, 0.5], [2, 2]]
+    assert [row["equal"] for row in rows] == [2, 2, 1]
+    assert rows[2]["output_throughput"] == pytest.approx(10 / 3.5)
+
+
+def test_peers_need_transformers(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        peers.main([])
+    said = ": error: transformers is not installed; it is what is compared with\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_generated_loads_share_what_they_say():
