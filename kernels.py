@@ -99,15 +99,16 @@ def split_lengths(lengths, size):
 def to_device(arrays, device) -> list:
     """Integer arrays of the host as int64 tensors there, in one copy that nobody waits for. Each
     begins where 16 bytes divide: the kernel is compiled for such pointers."""
-    padded = [np.pad(array.ravel(), (0, array.size % 2)) for array in arrays]
-    flat = torch.from_numpy(np.concatenate(padded, dtype=np.int64))
-    if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()
-    flat = flat.to(device, non_blocking=True)
-    tensors = flat.split([array.size for array in padded])
-    return [
-        tensor[: array.size].view(array.shape) for tensor, array in zip(tensors, arrays)
-    ]
+    sizes = np.array([array.size + array.size % 2 for array in arrays])
+    flat = torch.zeros(sizes.sum(), dtype=torch.int64, pin_memory=is_cuda(device))
+    for first, array in zip(starts(sizes), arrays):
+        flat.numpy()[first : first + array.size] = array.ravel()
+    parts = flat.to(device, non_blocking=True).split(sizes.tolist())
+    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays)]
+
+
+def is_cuda(device) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 # ── what is to be done ───────────────────────────────────────────────────────────────────────────
@@ -355,7 +356,7 @@ class Work:
         self.num_partials = int(pieces.rows.sum())
         self._host = members, pieces, tiles
         # The kernel loads a tile ahead: there is an empty one behind the last.
-        tile_rows = np.pad(np.stack(tiles, 1), ((0, 1), (0, 0)))
+        tile_rows = np.append(np.stack(tiles, 1), np.zeros((1, len(tiles)), np.int64), 0)
         lanes, by_lanes = zip(*self._split_by_lanes(pieces))
         self.members, self.tiles, self.parts, *on_device = to_device(
             [np.stack(members, 1), tile_rows, parts, *by_lanes], device

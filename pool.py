@@ -432,13 +432,14 @@ class QueryBuffer:
         spans = plan.spans_read_at(index)
         own = plan.instance_of_share[spans.share] == index
         spans = self._find_together(spans, own, pool)
-        self.works = []
+        self.works = {}  # by place, where something is read
         sources = []  # for each: which own row each of its results belongs to
         for place in HERE, LATE, PULLED, SIBLING:
             there = select(spans, own & (spans.place == place))
             readers = self._readers(own_runs, there)
-            self.works.append(self._work(readers, there, pool))
             sources.append(self._rows(readers))
+            if len(readers.rows):
+                self.works[place] = self._work(readers, there, pool)
         # Another's run is shipped here exactly if it sees a span here: in the slab. Rows arrive by
         # sender, and a sender's in order of runs. Runs are ordered by instance: so by run in all.
         arrived = select(runs, plan.ships[:, index] & ~mine)
@@ -450,7 +451,8 @@ class QueryBuffer:
         # In this one work, own rows of q are behind those that arrived.
         behind = readers._replace(first_row=readers.first_row + self.num_arrived)
         all_readers = RunTable(*map(np.concatenate, zip(arrived, behind)))
-        self.together = self._work(all_readers, there, pool)
+        if plan.ships.any():
+            self.together = self._work(all_readers, there, pool)
         leave = []  # own rows, by holder
         for holder in range(N):
             leave.append(self._rows(select(runs, mine & plan.ships[:, holder])))
@@ -650,19 +652,25 @@ class Pool:
         if layer + 1 < len(self.k):
             self.in_flight.pull = self.move(layer + 1, buffer.pulls)
 
-        def attend(kv, place):
-            return partial_attention(buffer.q, *kv, buffer.works[place], self.scale)
+        partials = []
 
-        partials = [attend(slab, HERE)]
+        def attend(place, kv):
+            if place in buffer.works:
+                work = buffer.works[place]
+                partials.append(partial_attention(buffer.q, *kv, work, self.scale))
+
+        attend(HERE, slab)
         moved = wait_for_moved()
-        partials.append(attend(slab, LATE))
-        partials.append(attend(wait_for_pulled(), PULLED))
-        partials.append(attend(moved, SIBLING))
+        attend(LATE, slab)
+        attend(PULLED, wait_for_pulled())
+        attend(SIBLING, moved)
         if buffer.active:
             q = torch.cat((wait_for_queries(), buffer.q))
             results = partial_attention(q, *slab, buffer.together, self.scale)
             others, own = zip(*(x.tensor_split((buffer.num_arrived,)) for x in results))
             partials += [own, self._return(buffer, *others)]
+        if not partials:
+            return buffer.q  # no rows: each reads itself at least
         o, lse = (torch.cat(parts) for parts in zip(*partials))
         return merge(o, lse, buffer.parts)[0].to(buffer.q.dtype)
 
