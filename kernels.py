@@ -14,20 +14,21 @@ joins parts. Both subtract a maximum before exp (the textbook form overflows). A
 part is written, too: as o = 0 and lse = −inf, never as NaN.
 
 What is to be done is said by two tables: query rows by *reader* (rows that read the same spans),
-and spans of KV by reader. Many readers may begin with the same spans: the prefix that they share.
-It is read once for all of them, as a *group*, so a row's attention is that of its own reader merged
-with those of its groups:
+and spans of KV by reader. Many readers may read the same spans, mostly a prefix that they share. It
+is read once for all of them, as a *group*: so a row's attention is that of its own reader merged
+with those of its groups.
 
     QueryRows ─┐ ┌─▶ members: rows by group ──▶ blocks: as many rows as a program takes ─┐
                ├─┤                                                                       ├─▶ pieces
-    KVSpans ───┘ └─▶ spans by group ──────────▶ tiles: at most 64 rows of one span ──────┘
+    KVSpans ───┘ └─▶ stretches by group ──────▶ tiles: at most 64 rows of one stretch ───┘
 
 A piece is a block over some of its tiles: a program takes a piece and a KV head. A block that is
 longer than an even part of all tiles is cut into several: so a few long ones keep a GPU busy. Each
 piece gives a partial result for each of its rows, and `merge` joins those of one row.
 
 Two implementations: Triton, and PyTorch for CPUs and float64. Left out: Hopper's copy engine (TMA).
-Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · P results · R readers.
+Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · D head dim · R readers ·
+P partial rows.
 """
 
 import math
@@ -129,9 +130,19 @@ class QueryRows(NamedTuple):
 
 
 class KVSpans(NamedTuple):
-    """An entry is a span: consecutive rows of k and v at consecutive positions, the same for all
-    who read them. A tile is a short one."""
-    reader: Column  # or the group, once there are groups
+    """An entry is a span that a reader reads: rows of k and v, which follow each other as their
+    positions do. Positions of a reader's spans do not overlap; a row of k has the same position for
+    all readers."""
+    reader: Column
+    first_row: Column  # of k and v
+    length: Column
+    position: Column  # of the first row
+
+
+class Tiles(NamedTuple):
+    """An entry is a tile: rows of k and v that a group reads, TILE at most once they are cut. By
+    group, then position."""
+    group: Column
     first_row: Column  # of k and v
     length: Column
     position: Column  # of the first row
@@ -140,7 +151,7 @@ class KVSpans(NamedTuple):
 class Members(NamedTuple):
     """An entry is a query row as a member of a group. By group, then reader, then position."""
     group: Column
-    result: Column  # its number among the query rows
+    result: Column  # its index in QueryRows
     row: Column  # of q
     position: Column
 
@@ -148,17 +159,17 @@ class Members(NamedTuple):
 class Blocks(NamedTuple):
     """An entry is a block: as many members of a group as a program takes. By group."""
     first_member: Column
-    rows: Column
-    first_tile: Column  # what they see lies in tiles up to end_tile
-    end_tile: Column
+    rows: Column  # how many members
+    first_tile: Column  # what they see lies in tiles from here on,
+    end_tile: Column  # up to the one before this
 
 
 class Pieces(NamedTuple):
     """An entry is a piece: a block over some of its tiles, work for a program."""
     first_member: Column
-    rows: Column
+    rows: Column  # how many members
     first_tile: Column
-    end_tile: Column
+    end_tile: Column  # the one behind its last
     partial: Column  # number of the partial row that its first member gives
 
 
@@ -175,62 +186,70 @@ def saves_bytes(readers, rows, tokens, max_rows, partial_tokens):
     return reads_saved * tokens > rows * partial_tokens + MIN_PIECE_TILES * TILE
 
 
+def can_be_shared(rows, spans, max_rows):
+    """[spans] what a reader can read with others: all of its rows see all of it. One with rows for
+    a whole block would gain little by it, and pay for each of them."""
+    num_rows = np.bincount(rows.reader)
+    first_position = rows.position[starts(num_rows)]
+    seen = spans.position + spans.length - 1 <= first_position[spans.reader]
+    return seen & (num_rows < max_rows)[spans.reader]
+
+
 def number_alike(table):
     """Numbers the rows of a bool table so that equal rows have one number: [rows]; and an example
     of each: [numbers]."""
-    number_of = {}
-    packed = np.packbits(table, 1)
-    numbers = [number_of.setdefault(row.tobytes(), len(number_of)) for row in packed]
-    _, example = np.unique(numbers, return_index=True)
-    return np.array(numbers, np.int64), example
+    first_of = {}
+    rows = enumerate(np.packbits(table, 1))
+    first = [first_of.setdefault(bits.tobytes(), row) for row, bits in rows]
+    example, number = np.unique(np.array(first, np.int64), return_inverse=True)
+    return number, example
 
 
-def find_sets(rows, spans, max_rows):
-    """Which readers read the same: [sets, R] whether a reader is in a set; [spans] the set that
-    reads an entry's span, −1 where one reads it alone; [spans] whether the entry is the first one
-    of its span.
-
-    Only what all rows of a reader see can be read with others; and a reader with rows for a whole
-    block gains nothing by it."""
-    num_rows = np.bincount(rows.reader)
-    first_position = rows.position[starts(num_rows)]
-    wholly = spans.position + spans.length - 1 <= first_position[spans.reader]
-    entry = np.flatnonzero(wholly & (num_rows < max_rows)[spans.reader])
+def find_sets(spans, shareable, R):
+    """The sets of readers that read the same: [sets, R] whether a reader is in it; [spans] the set
+    that reads the span of an entry, −1: its reader reads it alone; [spans] whether the entry is the
+    first of a span that a set reads. shareable: [spans] bool."""
+    candidate = np.flatnonzero(shareable)
     # Spans that begin in one row are the same if their length is, too.
     key = spans.first_row * (spans.length.max(initial=0) + 1) + spans.length
-    _, span, count = np.unique(key[entry], return_inverse=True, return_counts=True)
-    entry = entry[count[span] > 1]
+    _, span, num_readers = np.unique(
+        key[candidate], return_inverse=True, return_counts=True
+    )
+    entry = candidate[num_readers[span] > 1]
     _, first, span = np.unique(key[entry], return_index=True, return_inverse=True)
-    reads = np.zeros((len(first), len(num_rows)), bool)
+    reads = np.zeros((len(first), R), bool)
     reads[span, spans.reader[entry]] = True
     set_of_span, example = number_alike(reads)
-    set_of_entry = np.full(len(spans.reader), -1)
+    set_of_entry = np.full(len(shareable), -1)
     set_of_entry[entry] = set_of_span[span]
-    is_first = np.zeros(len(spans.reader), bool)
+    is_first = np.zeros(len(shareable), bool)
     is_first[entry[first]] = True
     return reads[example], set_of_entry, is_first
 
 
-def form_groups(rows, spans, max_rows, partial_tokens):
-    """→ Members of the groups, and spans by group, then position. The first R groups are a reader
-    each, with what it reads alone. The others are sets of readers, whose spans are read once for
-    all of them."""
+def form_groups(rows, spans, max_rows, partial_tokens, share):
+    """→ Members of the groups, and what they read, in stretches that are not cut yet (Tiles). The
+    first R groups are a reader each, with what it reads alone. The others are sets of readers."""
     num_rows = np.bincount(rows.reader)
-    readers, set_of_entry, is_first = find_sets(rows, spans, max_rows)
-    # A span has an entry for each of its readers: of the first ones, each is there once.
+    R = len(num_rows)
+    shareable = can_be_shared(rows, spans, max_rows) & share
+    readers, set_of_entry, is_first = find_sets(spans, shareable, R)
     once = np.flatnonzero(is_first)
     tokens = np.bincount(set_of_entry[once], spans.length[once], len(readers))
     set_rows = readers @ num_rows
     pays = saves_bytes(readers.sum(1), set_rows, tokens, max_rows, partial_tokens)
+    group_of_set = R - 1 + np.cumsum(pays)
+    # A span that a group reads has one entry, in place of one for each of its readers.
     shared = np.flatnonzero(set_of_entry >= 0)
     shared = shared[pays[set_of_entry[shared]]]
-    number = len(num_rows) - 1 + np.cumsum(pays)
     group = spans.reader.copy()
-    group[shared] = np.where(is_first[shared], number[set_of_entry[shared]], -1)
-    spans = select(spans._replace(reader=group), group >= 0)
-    spans = select(spans, np.lexsort((spans.position, spans.reader)))
-    readers = np.concatenate((np.eye(len(num_rows), dtype=bool), readers[pays]))
-    return list_members(rows, num_rows, readers), spans
+    group[shared] = group_of_set[set_of_entry[shared]]
+    kept = np.ones(len(group), bool)
+    kept[shared] = is_first[shared]
+    stretches = select(Tiles(group, *spans[1:]), kept)
+    stretches = select(stretches, np.lexsort((stretches.position, stretches.group)))
+    readers = np.concatenate((np.eye(R, dtype=bool), readers[pays]))
+    return list_members(rows, num_rows, readers), stretches
 
 
 def list_members(rows, num_rows, readers) -> Members:
@@ -244,19 +263,18 @@ def list_members(rows, num_rows, readers) -> Members:
 # ── tiles, blocks and pieces: what fits the hardware ─────────────────────────────────────────────
 
 
-def cut_tiles(spans) -> KVSpans:
-    """Spans of TILE rows at most. What is adjacent in the slab and in position is one span
-    before."""
-    end = spans.first_row + spans.length, spans.position + spans.length
-    goes_on = spans.reader[1:] == spans.reader[:-1]
-    goes_on &= spans.first_row[1:] == end[0][:-1]
-    goes_on &= spans.position[1:] == end[1][:-1]
-    begins = np.flatnonzero(np.append(True, ~goes_on)[: len(spans.reader)])
-    length = np.add.reduceat(spans.length, begins)
-    spans = select(spans, begins)
-    span, offset, length = split_lengths(length, TILE)
-    first_row = spans.first_row[span] + offset
-    return KVSpans(spans.reader[span], first_row, length, spans.position[span] + offset)
+def cut_tiles(stretches) -> Tiles:
+    """Stretches that are adjacent, in the slab and in position, are joined; then all are cut."""
+    group, first_row, length, position = stretches
+    goes_on = group[1:] == group[:-1]
+    goes_on &= first_row[1:] == (first_row + length)[:-1]
+    goes_on &= position[1:] == (position + length)[:-1]
+    begins = np.flatnonzero(np.append(True, ~goes_on)[: len(group)])
+    stretch, offset, length = split_lengths(np.add.reduceat(length, begins), TILE)
+    begins = begins[stretch]
+    return Tiles(
+        group[begins], first_row[begins] + offset, length, position[begins] + offset
+    )
 
 
 def cut_blocks(members, tiles, max_rows) -> Blocks:
@@ -268,8 +286,8 @@ def cut_blocks(members, tiles, max_rows) -> Blocks:
     first_member = starts(num_members)[group] + offset
     last_position = members.position[first_member + rows - 1]
     end_of_group = 1 + max(members.position.max(initial=0), tiles.position.max(initial=0))
-    place = tiles.reader * end_of_group + tiles.position
-    first_tile = np.searchsorted(tiles.reader, group)
+    place = tiles.group * end_of_group + tiles.position
+    first_tile = np.searchsorted(tiles.group, group)
     end_tile = np.searchsorted(place, group * end_of_group + last_position, side="right")
     blocks = Blocks(first_member, rows, first_tile, end_tile)
     return select(blocks, end_tile > first_tile)
@@ -304,7 +322,7 @@ def partials_of_rows(members, pieces, num_rows) -> Column:
 class Launch(NamedTuple):
     """Pieces for programs of so many lanes. One launch of the kernel does them."""
     lanes: int
-    pieces: torch.Tensor  # a row for each, in the order of Pieces
+    pieces: torch.Tensor  # [pieces, 5] the columns of Pieces
 
 
 class Batch(NamedTuple):
@@ -322,11 +340,12 @@ class Batch(NamedTuple):
 class Work:
     """What `partial_attention` is to do: made on the host in each iteration, used by every layer.
 
-    A row sees the keys of its reader's spans at positions up to its own. Results are P, one for
-    each of the query rows in order; without keys they are empty. Pieces write *partial rows*: P, or
-    more where a row reads in groups or a block was cut; then `parts` says how they are merged.
-    rows: QueryRows, spans: KVSpans, of q and slabs with H, Hkv heads of a type. wanted_pieces:
-    about how many, if long blocks can be cut. share=False: each reader reads for itself."""
+    A row sees the keys of its reader's spans at positions up to its own, and has one result; without
+    keys it is empty. Pieces write *partial rows*: one for each row, or more where a row reads in
+    groups or a block was cut; then `parts` says how they are merged. rows: QueryRows, spans:
+    KVSpans, in the orders that these say (they are not checked). num_heads, num_kv_heads and dtype:
+    of q and the slabs. wanted_pieces: about how many, if long blocks can be cut. share=False: each
+    reader reads for itself."""
     def __init__(
         self,
         rows,
@@ -340,15 +359,13 @@ class Work:
     ):
         self.num_kv_heads = num_kv_heads
         self.heads_per_kv = num_heads // num_kv_heads
-        max_rows = max(1, MAX_LANES // self.heads_per_kv)
+        max_rows = rows_of_a_block(self.heads_per_kv)
         # A partial row has H·D values in float32 at least, which are written and read again; a
         # token 2·Hkv·D in `dtype`.
         wide = torch.promote_types(dtype, torch.float32)
         partial_tokens = self.heads_per_kv * wide.itemsize / dtype.itemsize
-        members, spans = form_groups(
-            rows, spans, max_rows if share else 0, partial_tokens
-        )
-        tiles = cut_tiles(spans)
+        members, stretches = form_groups(rows, spans, max_rows, partial_tokens, share)
+        tiles = cut_tiles(stretches)
         blocks = cut_blocks(members, tiles, max_rows)
         pieces = cut_pieces(blocks, wanted_pieces)
         self.num_results = len(rows.row)
@@ -423,6 +440,11 @@ class Work:
         return torch.from_numpy(rows * self.num_kv_heads + heads).to(self.tiles.device)
 
 
+def rows_of_a_block(heads_per_kv) -> int:
+    """At most; one row has all its lanes, even if these are more than MAX_LANES."""
+    return max(1, MAX_LANES // heads_per_kv)
+
+
 def next_power_of_2(n) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -430,27 +452,22 @@ def next_power_of_2(n) -> int:
 # ── partial attention ────────────────────────────────────────────────────────────────────────────
 
 
-def use_triton(x, backend) -> bool:
-    """`auto`: Triton on a GPU, but for float64 and for heads over 512 bytes, of which shared memory
-    does not hold two tiles."""
-    if backend != "auto":
-        return backend == "triton"
-    head_bytes = x.shape[-1] * x.element_size()
-    return (
-        triton is not None
-        and x.is_cuda
-        and x.dtype != torch.float64
-        and head_bytes <= 512
-    )
+def suits_triton(x) -> bool:
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
 def partial_attention(q, k, v, work, scale, backend: str = "auto"):
     """Attention of query rows over spans of a slab, and its log-sum-exp (natural log).
 
-    q [T, H, D], k and v [slab rows, Hkv, D] → o [P, H, D], lse [P, H], in float32 (float64 for
-    float64 input). Every result is written; without a visible key it is o = 0, lse = −inf.
-    What lies in slab rows outside the spans is never used, NaN included."""
-    attend = _attend_with_triton if use_triton(q, backend) else _attend_with_torch
+    q [T, H, D], k and v [slab rows, Hkv, D] → o [rows, H, D], lse [rows, H] for the rows of work,
+    in float32 (float64 for float64 input). Every result is written; without a visible key it is
+    o = 0, lse = −inf. What lies in slab rows outside the spans is never used, NaN included (one
+    inside a reader's spans may reach all of its rows). backend `auto`: Triton on a GPU, but for
+    float64 and for heads over 512 bytes, of which shared memory does not hold two tiles."""
+    use_triton = backend == "triton"
+    if backend == "auto":
+        use_triton = suits_triton(q) and q.shape[-1] * q.element_size() <= 512
+    attend = _attend_with_triton if use_triton else _attend_with_torch
     o, lse = attend(q, k, v, work, scale)
     if not len(work.parts):
         return o, lse
@@ -536,7 +553,7 @@ def merge(o, lse, parts, backend: str = "auto"):
     o [P, H, D], lse [P, H], parts [rows, max_parts], −1 where a row has fewer parts → o
     [rows, H, D], lse [rows, H], of the input's type. o is not read where its lse is −inf. Rows
     whose parts are all empty, or that have none, come out empty: o = 0, lse = −inf."""
-    if use_triton(o, backend):
+    if backend == "triton" or backend == "auto" and suits_triton(o):
         return _merge_with_triton(o, lse, parts)
     return _merge_with_torch(o, lse, parts)
 
@@ -589,10 +606,10 @@ if triton is not None:
         """A column of a table, by the name that the host has for it."""
         return tl.constexpr(table._fields.index(name))
 
-    TILE_COLUMNS = tl.constexpr(len(KVSpans._fields))
-    TILE_FIRST_ROW = _column(KVSpans, "first_row")
-    TILE_LENGTH = _column(KVSpans, "length")
-    TILE_POSITION = _column(KVSpans, "position")
+    TILE_COLUMNS = tl.constexpr(len(Tiles._fields))
+    TILE_FIRST_ROW = _column(Tiles, "first_row")
+    TILE_LENGTH = _column(Tiles, "length")
+    TILE_POSITION = _column(Tiles, "position")
     MEMBER_COLUMNS = tl.constexpr(len(Members._fields))
     MEMBER_ROW = _column(Members, "row")
     MEMBER_POSITION = _column(Members, "position")

@@ -16,8 +16,8 @@ hide behind attention:
     3  my rows × KV that lies here already (HERE)
     4  what has come by now: my rows × what was moved (LATE, SIBLING) and pulled (PULLED)
     5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved: so this comes last.
-       KV that both they and my rows read is read here, once for all (TOGETHER), if that takes
-       longer than the queries' way
+       Old KV that my rows read, too, is read here, once for all (TOGETHER), if that takes longer
+       than the queries' way
     6  merge: a row's partial results from here and from all holders
 
 Why do ranks step together? An exchange is a collective: it ends when all have called it. So all
@@ -50,6 +50,7 @@ from kernels import (
     merge,
     partial_attention,
     ranges,
+    rows_of_a_block,
     select,
     starts,
     starts_in_groups,
@@ -69,7 +70,8 @@ PULLED = 2  # old KV that was pulled, in the receive buffer of `OldKV.pulls`
 # Fresh KV of another share of the request, pulled too, in the receive buffer of
 # `TransferPlan.moves`.
 SIBLING = 3
-# In its slab, with the rows of others that come to read it, too.
+# Not where, but when: in its slab, with the rows of others that come to read it, too. No plan says
+# so: QueryBuffer makes it of HERE.
 TOGETHER = 4
 
 # Of an A100. The smallest exchange is assumed to take so long, as in bench/simulate.py.
@@ -298,7 +300,8 @@ class QueryPlan:
         return ReadSpans(share, place[found], row[found], length, position)
 
     def _fresh_spans(self, index):
-        """What one run writes, all runs of a share read in one place, if they do: once is enough."""
+        """Where a share meets what a run writes depends on the two alone: one span for them. (Rows
+        before it do not see it, by position.)"""
         fresh = select(self.fresh, self.fresh.instance == index)
         share = self.run_table.share[fresh.reader]
         key = share * len(self.runs) + fresh.writer
@@ -423,54 +426,61 @@ class QueryBuffer:
         HERE │ LATE │ PULLED │ SIBLING │ TOGETHER │ holder 0 │ holder 1 │ …
 
     A source gives one result for each row of the shares that read something there, in order of the
-    rows. `parts` lists for each own row the results that `merge` is to join."""
+    rows: so a row is merged twice, in each Work over its groups and pieces, and here over sources.
+    `parts` lists for each own row the results that `merge` is to join."""
     def __init__(self, plan: QueryPlan, index, pool: "Pool"):
         N = plan.sizes[0]
         runs = plan.run_table
-        mine = runs.instance == index
-        own_runs = select(runs, mine)
+        is_own = runs.instance == index
+        own_runs = select(runs, is_own)
         spans = plan.spans_read_at(index)
         own = plan.instance_of_share[spans.share] == index
-        spans = self._find_together(spans, own, pool)
-        self.works = {}  # by place, where something is read
+        spans = self._find_together(plan, spans, own, pool)
+        self.works = {}  # by place, where own rows read something
         sources = []  # for each: which own row each of its results belongs to
         for place in HERE, LATE, PULLED, SIBLING:
             there = select(spans, own & (spans.place == place))
-            readers = self._readers(own_runs, there)
+            readers = self._runs_reading(own_runs, there)
             sources.append(self._rows(readers))
             if len(readers.rows):
                 self.works[place] = self._work(readers, there, pool)
-        # Another's run is shipped here exactly if it sees a span here: in the slab. Rows arrive by
-        # sender, and a sender's in order of runs. Runs are ordered by instance: so by run in all.
-        arrived = select(runs, plan.ships[:, index] & ~mine)
+        # ships[run, here] holds exactly if the run sees a span here, in the slab. Runs are by
+        # instance, and a sender's are sent in their order: so those that arrive are in order.
+        arrived = select(runs, plan.ships[:, index] & ~is_own)
         arrived = arrived._replace(first_row=starts(arrived.rows))
         self.num_arrived = int(arrived.rows.sum())
-        there = select(spans, ~own | (spans.place == TOGETHER))
-        readers = self._readers(own_runs, select(spans, spans.place == TOGETHER))
-        sources.append(self._rows(readers))
+        together = select(spans, spans.place == TOGETHER)
+        waiting = self._runs_reading(own_runs, together)
+        sources.append(self._rows(waiting))
+        self.own_rows_wait = len(waiting.rows) > 0
         # In this one work, own rows of q are behind those that arrived.
-        behind = readers._replace(first_row=readers.first_row + self.num_arrived)
-        all_readers = RunTable(*map(np.concatenate, zip(arrived, behind)))
-        if plan.ships.any():
-            self.together = self._work(all_readers, there, pool)
+        waiting = waiting._replace(first_row=waiting.first_row + self.num_arrived)
+        present = RunTable(*map(np.concatenate, zip(arrived, waiting)))
+        self.active = bool(plan.ships.any())
+        if self.active:
+            there = select(spans, ~own | (spans.place == TOGETHER))
+            self.last_work = self._work(present, there, pool)
         leave = []  # own rows, by holder
         for holder in range(N):
-            leave.append(self._rows(select(runs, mine & plan.ships[:, holder])))
+            leave.append(self._rows(select(runs, is_own & plan.ships[:, holder])))
         self.num_rows = int(own_runs.rows.sum())
         parts = self._merge_table(sources + leave)
         self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
         between = plan.rows_shipped()
-        self.active = bool(between.any())
         self.sends = between[index].tolist()
         self.receives = between[:, index].tolist()
         self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
 
     @staticmethod
-    def _find_together(spans, own, pool):
+    def _find_together(plan, spans, own, pool):
         """Spans with their places. What own and other rows both read waits for these, if reading it
-        twice takes longer than the exchange that brings them."""
-        here = own & (spans.place == HERE)
-        both = here & np.isin(spans.first_row, spans.first_row[~own])
+        twice takes longer than the exchange that brings them. (It is old KV, of shares that do not
+        fill a block: other is not read together.)"""
+        is_old = spans.position < plan.old.tokens[spans.share]
+        num_rows = np.bincount(plan.run_table.share, plan.run_table.rows, len(plan.old.tokens))
+        few = num_rows < rows_of_a_block(pool.num_heads // pool.num_kv_heads)
+        meets = is_old & few[spans.share] & (spans.place == HERE)
+        both = own & meets & np.isin(spans.first_row, spans.first_row[meets & ~own])
         _, once = np.unique(spans.first_row[both], return_index=True)
         twice_read = spans.length[both][once].sum() * pool.token_bytes
         if twice_read <= BANDWIDTH * EXCHANGE_SECONDS:
@@ -478,7 +488,7 @@ class QueryBuffer:
         return spans._replace(place=np.where(both, TOGETHER, spans.place))
 
     @staticmethod
-    def _readers(runs, spans):
+    def _runs_reading(runs, spans):
         """The runs of those shares that have spans."""
         return select(runs, np.isin(runs.share, spans.share))
 
@@ -486,9 +496,10 @@ class QueryBuffer:
     def _work(runs, spans, pool):
         """The Work of these runs, whose shares are the readers of the spans."""
         # Runs of a share stand side by side.
-        is_next = runs.share[1:] != runs.share[:-1]
-        reader = np.cumsum(np.append(0, is_next))[: len(runs.share)]
-        reader_of_share = np.zeros(runs.share.max(initial=0) + 1, np.int64)
+        begins_share = runs.share[1:] != runs.share[:-1]
+        reader = np.cumsum(np.append(0, begins_share))[: len(runs.share)]
+        # A share that has no run here has no reader either: its number is beyond all.
+        reader_of_share = np.full(spans.share.max(initial=0) + 1, len(runs.share))
         reader_of_share[runs.share] = reader
         return Work(
             QueryRows.of_runs(reader, runs.first_row, runs.rows, runs.position),
@@ -661,12 +672,15 @@ class Pool:
 
         attend(HERE, slab)
         moved = wait_for_moved()
+        pulled = wait_for_pulled()
         attend(LATE, slab)
-        attend(PULLED, wait_for_pulled())
+        attend(PULLED, pulled)
         attend(SIBLING, moved)
         if buffer.active:
-            q = torch.cat((wait_for_queries(), buffer.q))
-            results = partial_attention(q, *slab, buffer.together, self.scale)
+            q = wait_for_queries()
+            if buffer.own_rows_wait:
+                q = torch.cat((q, buffer.q))
+            results = partial_attention(q, *slab, buffer.last_work, self.scale)
             others, own = zip(*(x.tensor_split((buffer.num_arrived,)) for x in results))
             partials += [own, self._return(buffer, *others)]
         if not partials:
