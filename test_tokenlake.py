@@ -3846,6 +3846,73 @@ def test_a_lake_of_one_is_planned_by_hand_as_by_gen_plans():
     assert scheduler.cached_tokens[3] == 95
 
 
+@pytest.mark.parametrize("start", [1_200_000, 1_700_000_000_000])
+def test_time_begins_with_the_first_line(tmp_path, capsys, start):
+    """A slice of a trace, or one with Unix times, is simulated and replayed as the same one from 0
+    on, turns of sessions among it."""
+    lines = list(workloads.generate("mixed", 40, 2.0, 3))
+    assert any("session_id" in line for line in lines)
+    summaries, replays = [], []
+    for name, first in (("zero.jsonl", 0), ("late.jsonl", start)):
+        moved = [line | {"timestamp": first + 700 * i} for i, line in enumerate(lines)]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in moved))
+        path = str(tmp_path / name)
+        simulate.main(["--workload", path, "--num-requests", "40", "--rate", "1"])
+        summaries.append(json.loads(capsys.readouterr().out))
+        replay.main(["--trace", path, "--instances", "3", "--json"])
+        replays.append(json.loads(capsys.readouterr().out))
+    for at_zero, late in (summaries, replays):
+        del at_zero["plan_ms_median"], late["plan_ms_median"]
+        assert at_zero == late and late["hit_rate"] > 0
+
+
+def test_nobody_waits_for_the_first_timestamp(tmp_path):
+    """A trace that begins late is served at once, its requests as far apart as they are in it; a run
+    that resumes goes on from there."""
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps(dict(
+        timestamp=2_000_000 + 70_000 * i, input_length=512, output_length=4, hash_ids=[i])) + "\n"
+        for i in range(3)))
+    command = ["--trace", str(path), "--trace-scale", "64", "--speed", "200", "--output",
+               str(tmp_path / "out")]
+    assert run_cluster.run(command) == 0
+    file = tmp_path / "out" / "requests.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["arrival_s"] for record in records] == [0, 0.35, 0.7]
+    file.write_text(json.dumps(records[0]) + "\n")
+    assert run_cluster.run([*command, "--resume"]) == 0
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert again[0] == records[0]
+    assert [record["arrival_s"] for record in again] == [0, 0.35, 0.7]
+    assert all(a["output_ids"] == b["output_ids"] for a, b in zip(records, again))
+
+
+@pytest.mark.parametrize("first, apart", [(0, 4), (1, 2**56), (2**63 - 32, 4)])
+def test_hash_ids_are_of_any_64_bits(tmp_path, capsys, first, apart):
+    """Eight prompts of four blocks each, no id twice: none hits. Then the same eight again: all do,
+    but for their last token."""
+    path = tmp_path / "t.jsonl"
+    ids = [[first + apart * i + k for k in range(4)] for i in range(8)]
+    for rows, hits in ((ids, 0), (ids + ids, 8 * 2047 / (16 * 2048))):
+        path.write_text("".join(json.dumps(dict(
+            timestamp=5000 * i, input_length=2048, output_length=4, hash_ids=row)) + "\n"
+            for i, row in enumerate(rows)))
+        simulate.main(["--workload", str(path), "--model", "llama-3.1-8b"])
+        assert json.loads(capsys.readouterr().out)["hit_rate"] == hits
+        replay.main(["--trace", str(path), "--json"])
+        assert json.loads(capsys.readouterr().out)["hit_rate"] == hits
+
+
+def test_blocks_are_nobody_s_tokens(tmp_path, capsys):
+    """A simulated block is no prompt that is given by its tokens, whatever these are."""
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (
+        dict(timestamp=0, input_length=1024, output_length=1, hash_ids=[0, 1]),
+        dict(timestamp=5000, input_ids=list(range(1024)), output_length=1))))
+    simulate.main(["--workload", str(path)])
+    assert json.loads(capsys.readouterr().out)["hit_rate"] == 0
+
+
 def test_a_simulation_knows_early_that_it_fails():
     """Requests whose time for a first token is over have missed, served or not; each counts once,
     so a whole run finds the same."""

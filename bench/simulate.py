@@ -90,6 +90,8 @@ REUSE = 16  # iterations at most that a plan is used again
 RATE = number(float, 1e-6, 1e6)
 TOKENS = number(int, 1, 2**40)
 MOST_TOKENS = 2**30  # of a request, whose chunks are listed
+# First token of the first block: blocks are far from tokens that are given, and from answers.
+FIRST_BLOCK = -(2**62)
 SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
@@ -214,6 +216,7 @@ class Simulation:
         self.now = 0.0  # seconds, as all times here
         self.events = []  # heap of (time, number, action, arguments)
         self.event_number = count()
+        self.block_numbers = {}  # by hash id
         # By lake.
         self.computing = [False] * len(fleet.lakes)
         self.last_iteration = [None] * len(fleet.lakes)
@@ -285,7 +288,12 @@ class Simulation:
         """The line's request. A block's tokens only have to be its own."""
         if line.hash_ids is None:
             return line.arrive(self.roofline.model.vocab_size, self.block, 0)
-        first = np.asarray(line.hash_ids, np.int64)[:, None] * self.block
+        # An id may be any of 64 bits, so blocks are numbered as they come.
+        numbers = [
+            self.block_numbers.setdefault(id, len(self.block_numbers))
+            for id in line.hash_ids
+        ]
+        first = FIRST_BLOCK + self.block * np.array(numbers, np.int64)[:, None]
         ids = (first + np.arange(self.block)).ravel()
         tokens = array("q", ids[: line.input_length].tobytes())
         line.request = Request(line.index, tokens, line.total, line.salt)
