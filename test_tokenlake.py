@@ -3585,6 +3585,8 @@ def test_benchmarks_run(tmp_path, command, said):
 
 @pytest.mark.parametrize("command, said", [
     (["simulate.py", "--policy", "pd:1x4"], "P + D = 4"),
+    (["simulate.py", "--policy", "lakes:2x3"], "lakes:2x3: K x M = 4 instances are expected"),
+    (["compare.py", "--policies", "router,lakes:2"], "lakes:2: no such policy"),
     (["simulate.py", "--policy", "magic"], "magic"),
     (["simulate.py", "--policy", "tokenlake:pd:1x4"], "pd:1x4"),
     (["simulate.py", "--workload", "missing.jsonl"], "missing.jsonl"),
@@ -3807,7 +3809,8 @@ def test_a_request_alone_takes_what_the_roofline_says():
     assert run.roofline.compute(64, 0) >= run.roofline.weights
 
 
-@pytest.mark.parametrize("policy", ["tokenlake", "tokenlake:pd:2x2", "router", "pd:1x3", "pd:3x1"])
+@pytest.mark.parametrize("policy", ["tokenlake", "tokenlake:pd:2x2", "lakes:2x2", "router", "pd:1x3",
+                                    "pd:3x1"])
 def test_simulated_fleets_serve_everything(policy, monkeypatch):
     """Under pressure, all of a load with sessions and shared prefixes; planning each iteration or
     not is the same to a percent; a request longer than an instance is refused, and has missed."""
@@ -3823,8 +3826,46 @@ def test_simulated_fleets_serve_everything(policy, monkeypatch):
     assert summary["duration_s"] == pytest.approx(exact["duration_s"], rel=0.02)
     lines = asks([(0, [1, 2, 3], 512, 4), (0, list(range(100, 160)), 512, 4)])
     run = simulated(policy, lines, slots=40)
-    assert len(run.times) == (2 if "tokenlake" in policy else 1)
-    assert "tokenlake" in policy or (run.refused, run.summary()["slo_attainment"]) == (1, 0.5)
+    assert len(run.times) == (2 if "lake" in policy else 1)
+    assert "lake" in policy or (run.refused, run.summary()["slo_attainment"]) == (1, 0.5)
+
+
+def test_lakes_behind_a_router_lie_between_one_lake_and_instances_of_their_own():
+    """One lake of all is the flat pool, lakes of one are the router's instances, to the last figure;
+    what is between sends less than the first, to fewer, and waits less."""
+    load = lambda: asks([(2 * i, [i % 5, 100 + i % 5, *range(1000 + 10 * i, 1003 + 10 * i)], 300,
+                          5 + i % 40) for i in range(60)])
+    found = {}
+    for policy in ("tokenlake", "lakes:1x4", "lakes:2x2", "lakes:4x1", "router"):
+        run = simulated(policy, load(), slots=60)
+        found[policy] = run.summary()
+        lakes = [lake.instances for lake in run.fleet.lakes]
+        if policy == "lakes:2x2":
+            assert lakes == [[0, 1], [2, 3]] and len(run.fleet.trees) == 2
+            assert all(lake.config.max_batch == 2 * 32 for lake in run.fleet.lakes)
+            assert 0 < found[policy]["fan_out"] <= 1 and found[policy]["plan_ms_median"] > 0
+        del found[policy]["plan_ms_median"]
+    assert found["lakes:1x4"] == found["tokenlake"] and found["lakes:4x1"] == found["router"]
+    assert found["router"]["fan_out"] is None is found["router"]["idle_fraction"]
+    for key in ("fan_out", "sent_mib", "idle_fraction"):
+        assert 0 < found["lakes:2x2"][key] < found["tokenlake"][key]
+
+
+def test_lakes_serve_by_urgency_or_in_order():
+    """`:fcfs` reaches the schedulers of all lakes; K lakes of M have to be the instances there are,
+    of which there may be 1,024."""
+    made = fleet("lakes:2x2:fcfs")
+    assert [s.patience for s in made.schedulers] == [baselines.by_arrival] * 2
+    assert [s.patience for s in fleet("lakes:2x2").schedulers] != [baselines.by_arrival] * 2
+    for policy in ("lakes:2x3", "lakes:4x0", "lakes:0x0", "lakes:5x1:fcfs"):
+        with pytest.raises(ValueError, match=r"^lakes:\dx\d: K x M = 4 instances are expected$"):
+            fleet(policy)
+    for policy in ("lakes:4", "lakes:2x2x1", "lakes:-2x-2", "lakes:2X2", "lakes:99999x1"):
+        with pytest.raises(ValueError, match=f"^{policy}: no such policy; .*lakes:KxM, "):
+            fleet(policy)
+    many = fleet("lakes:32x32", slots=2, N=1024)
+    assert [len(lake.instances) for lake in many.lakes] == [32] * 32
+    assert many.lakes[-1].instances[-1] == 1023
 
 
 def test_a_lake_of_one_is_planned_by_hand_as_by_gen_plans():
@@ -4014,9 +4055,9 @@ def test_comparison_finds_goodput_and_draws(tmp_path):
 
 def test_comparison_on_real_ranks(tmp_path):
     """Every policy's tokens equal recomputation; the pool hits most and is the most even."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
                HERE / "bench" / "compare.py", "--real", "--num-requests", "30", "--policies",
-               "tokenlake,router,pd:1x2,pd:2x1", "--output", "out"]
+               "tokenlake,lakes:2x2,router,pd:1x3,pd:2x2", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -4025,6 +4066,7 @@ def test_comparison_on_real_ranks(tmp_path):
     pool = results.pop("tokenlake")
     assert pool["cache_load_cv"] < min(r["cache_load_cv"] for r in results.values())
     assert all(r["moved_bytes"]["put"] > 0 for name, r in results.items() if "pd" in name)
+    assert results["lakes:2x2"]["moved_bytes"]["query"] > 0 == results["router"]["moved_bytes"]["query"]
 
 
 # ── the control plane against a naive model ───────────────────────────────────────────────────

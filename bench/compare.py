@@ -362,7 +362,7 @@ class RealRun:
             engine.computed = self.engines[0].computed
             engine.sampled = self.engines[0].sampled
         self.pool = next(lake.pool for lake in self.fleet.lakes if lake.pool)
-        if len(self.fleet.lakes) > 1:  # lakes of one have no group of their own
+        if self.pool.move_group is None:  # a lake of one has no group of its own
             self.pool.move_group = group[0]
         self.reads = []  # per iteration: [ranks] tokens of cache
 

@@ -449,9 +449,10 @@ class Simulation:
         )
 
     def idle_fraction(self) -> float | None:
-        """How long a mean instance of one lake waits for the slowest."""
+        """How long a mean instance waits for the slowest of its lake; None if all are alone."""
         computing, elapsed = self.work_seconds
-        if len(self.fleet.lakes) > 1 or elapsed == 0:
+        all_alone = 1 < len(self.fleet.lakes) == self.num_instances
+        if all_alone or elapsed == 0:
             return None
         return float(1 - computing / elapsed)
 
@@ -702,7 +703,8 @@ def main(arguments: list[str]) -> int:
     add(
         "--policy",
         default="tokenlake",
-        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD, each also with :fcfs",
+        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, lakes:KxM, router, pd:PxD, "
+        "each also with :fcfs",
     )
     add("--rate", type=RATE, help="requests per second; default: 1, a trace's own")
     trace = "with --table: a trace to be in it, at its own times"
