@@ -3547,6 +3547,7 @@ import golden_plans  # noqa: E402
 import kernel_speed  # noqa: E402
 import plan  # noqa: E402
 import replay  # noqa: E402
+import report  # noqa: E402
 import simulate  # noqa: E402
 import soak  # noqa: E402
 import workloads  # noqa: E402
@@ -3624,6 +3625,7 @@ def test_wrong_options_of_benchmarks_are_named(tmp_path, monkeypatch, capsys, co
     (simulate, "model hardware instances tp num-requests seed chunk-tokens max-batch "
                "capacity-tokens tbt-slo-ms workload policy rate trace validate table"),
     (compare, "policies seeds rate rates capacities output slots"), (workloads, "rate seed"),
+    (report, "measure again trace"),
     (replay, "trace instances placement replicate-factor segment-tokens capacity-tokens"),
     (plan, "instances requests segments repeat"), (golden_plans, "record"),
     (kernel_speed, "models segments dtype json")])
@@ -4051,6 +4053,156 @@ def test_comparison_finds_goodput_and_draws(tmp_path):
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "out" / "latency.png").stat().st_size > 10_000
         assert (tmp_path / "out" / "balance.png").stat().st_size > 10_000
+
+
+def test_the_readme_says_what_was_measured():
+    """Its tables are those of bench/results, to the character."""
+    text = report.README.read_text()
+    assert "<!-- table: " in text and report.fill(text, report.read_records()) == text
+
+
+def test_records_say_how_they_came_about():
+    """Each is of its experiment's command, and of a machine without a name."""
+    records = report.read_records()
+    assert {f"{name}.json" for name in records} == {f.name for f in report.RESULTS.iterdir()}
+    for name, record in records.items():
+        assert list(record) == ["command", "commit", "code", "machine", "date", "seconds", "result"]
+        assert record["command"] == report.command_of(name) and record["result"]
+        assert record["machine"].keys() == {"cpus", "platform", "python", "torch", "numpy"}
+        text = json.dumps(record)
+        assert not any(part in text for part in (str(Path.home()), str(HERE), os.uname().nodename))
+
+
+@pytest.mark.parametrize("name", report.EXPERIMENTS)
+def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsys):
+    """Each experiment's options, with a trace of the name that commands have for it."""
+    (tmp_path / report.TRACE).write_text(json.dumps(
+        dict(timestamp=0, input_length=20, output_length=2, hash_ids=[1])))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(report.RANKS.get(name, 1)))
+    done = []
+    note = lambda *arguments, **_: done.append(arguments)
+    monkeypatch.setattr(simulate, "table", note)
+    monkeypatch.setattr(simulate, "simulate", lambda options: note(options) or SimpleNamespace(
+        summary=lambda: baselines.make_fleet(options.policy, options.instances, simulate.MODELS[
+            "tiny"], LakeConfig()) and {}))
+    monkeypatch.setattr(compare, "compare", lambda options: note(options) or {})
+    monkeypatch.setattr(compare, "real", lambda options: note(options) or 0)
+    monkeypatch.setattr(plan, "milliseconds", lambda *sizes: note(sizes) or np.ones((2, 3)))
+    program, *arguments = report.EXPERIMENTS[name].split()
+    main = importlib.import_module(program.removesuffix(".py")).main
+    assert main(arguments) == 0 and done
+
+
+def test_measuring_and_reporting(tmp_path, monkeypatch, capsys):
+    """A record is written once, and again if its command or the code is another; the README's table
+    is made of it, and only what stands between its marks."""
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    small = "plan.py --instances {} --requests 2 --segments 3 --repeat 2 --json"
+    monkeypatch.setattr(report, "EXPERIMENTS", {
+        "planning": small.format(2), "planning-unshared": small.format(3)})
+    monkeypatch.setattr(report, "TABLES", {"planning": report.TABLES["planning"]})
+    text = "Before.\n\n<!-- table: planning -->\nold\n<!-- /table -->\nAfter.\n"
+    readme.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    said = capsys.readouterr().err
+    assert "bench/results has no planning.json, planning-unshared.json" in said
+    assert "`python bench/report.py --measure planning planning-unshared`" in said
+    assert said.count("\n") == 1 and readme.read_text() == text
+    assert report.main(["--measure"]) == 0
+    records = report.read_records()
+    assert [record["result"][0]["instances"] for record in records.values()] == [2, 3]
+    assert records["planning"]["command"] == f"python bench/{small.format(2)}"
+    assert report.main([]) == 0
+    made = readme.read_text()
+    rows = made.splitlines()
+    assert rows[:3] == ["Before.", "", "<!-- table: planning -->"]
+    assert rows[-2:] == ["<!-- /table -->", "After."] and rows[4] == "|" + " --- |" * 6
+    median = records["planning"]["result"][0]["plan_ms_median"]
+    assert rows[5].startswith(f"| 2 | 2 | 3 | everywhere | {median:.2g}"[:30])
+    assert rows[6].startswith("| 3 | 2 | 3 | none | ") and "old" not in made
+    report.main([])
+    assert readme.read_text() == made  # steady
+    capsys.readouterr()
+    report.main(["--measure", "planning"])
+    assert "planning: is there already" in capsys.readouterr().out
+    assert report.read_records() == records
+    report.main(["--measure", "planning", "--again"])
+    assert report.read_records()["planning"]["result"] != records["planning"]["result"]
+    monkeypatch.setitem(report.EXPERIMENTS, "planning", small.format(4))
+    report.main(["--measure"])
+    assert report.read_records()["planning"]["result"][0]["instances"] == 4
+    monkeypatch.setattr(report, "digest_of_code", lambda: "another")
+    assert not report.is_current("planning")
+    monkeypatch.setitem(report.EXPERIMENTS, "planning", "plan.py --instances 0")
+    assert report.main(["--measure", "planning"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("report.py: planning: exit status 2: plan.py: error: ")
+    assert report.read_records()["planning"]["result"][0]["instances"] == 4  # left as it was
+
+
+@pytest.mark.parametrize("arguments, text, said", [
+    (["--measure", "planing"], "", "--measure planing: no such experiment; schedulers, planning"),
+    (["--measure"], "", "--trace: schedulers, conversation need Mooncake's conversation_trace.jsonl"),
+    (["--measure", "schedulers", "--trace", "none"], "", "No such file or directory: 'none'"),
+    ([], "<!-- table: plan -->\n<!-- /table -->", "README.md: no table is called plan; schedulers"),
+    ([], "<!-- table: real -->\n", "<!-- table: NAME --> and <!-- /table --> are expected"),
+    ([], "<!-- table: real -->\n<!-- table: real -->\n<!-- /table -->", "are expected")])
+def test_what_cannot_be_reported_is_named(tmp_path, monkeypatch, capsys, arguments, text, said):
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and report.README.read_text() == text
+
+
+def test_tables_of_small_measurements(tmp_path, monkeypatch, capsys):
+    """Every table from what its programs print, for loads of a few requests."""
+    lines = workloads.generate("sharegpt", 6, 5.0, 0)
+    (tmp_path / report.TRACE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+
+    def record(command):
+        program, *arguments = command.split()
+        assert importlib.import_module(program.removesuffix(".py")).main(arguments) == 0
+        return dict(command=f"python bench/{command}", result=report.parse(capsys.readouterr().out))
+
+    found = record("compare.py --json --workload sharegpt --capacity-tokens 200000 --num-requests 10 "
+                   "--rate 512 --rates 1,2,4,5 --seeds 1 --capacities 100000,1500000 "
+                   "--policies tokenlake,hash,unreplicated,ship,tokenlake:fcfs,tokenlake:dp")
+    policies = found["result"][0]["policies"]
+    rates = {policy: report.goodput(entry) for policy, entry in policies.items()}
+    assert all(rate == "no limit" or float(rate.replace(",", "")) > 10 for rate in rates.values())
+    rows = lambda table: [[cell.strip() for cell in line.split("|")[1:-1]]
+                          for line in table.splitlines()]
+    head, _, *body = rows(report.loogle_table(found))
+    assert [row[:2] for row in body] == [list(pair) for pair in rates.items()]
+    at_4 = policies["hash"]["curve"][2]
+    assert body[1][3] == report.short(at_4["normalised_ttft"]) and at_4["rate"] == 4
+    assert body[1][6] == f"{100 * at_4['hit_rate']:.0f} %" and len(head) == len(body[1]) == 7
+    assert rows(report.loads_table(found))[2] == [
+        "sharegpt, 200k (10, one seed)", rates["tokenlake"], *"––––"]
+    sizes = rows(report.conversation_table(found))
+    assert sizes[0] == ["cache, tokens", *policies]
+    assert [row[0] for row in sizes[2:]] == ["100k", "200k", "1.5M"] and sizes[3][1:] == [*rates.values()]
+    assert rows(report.elastic_table(found))[2][2] == report.short(
+        policies["tokenlake"]["curve"][1]["normalised_ttft"])
+    assert rows(report.ablations_table(found))[2] == [*rates.values()]
+    fleets = [record("simulate.py --workload sharegpt --num-requests 9 --rate 7 --instances 4 "
+                     f"--policy {policy}") for policy in ("lakes:2x2", "router")]
+    pooled, routed = rows(report.lakes_table(*fleets))[2:]
+    assert pooled[:3] == ["4", "lakes:2x2", "7"] and float(pooled[8]) > 0
+    assert routed[:4] == ["4", "router", "7", "100.0 %"] and routed[8:] == ["–", "–", "–"]
+    steps = rows(report.schedulers_table(record(
+        f"simulate.py --table --json --trace {report.TRACE} --num-requests 6 --rate 4")))
+    assert [row[0] for row in steps[2::5]] == [
+        "loogle, 4 requests/s", "sharegpt, 24 requests/s", "conversation trace"]
+    assert [row[1] for row in steps[2:]] == ["even", "dp", "pd:1x3", "pd:2x2", "pd:3x1"] * 3
 
 
 def test_comparison_on_real_ranks(tmp_path):

@@ -615,21 +615,26 @@ def table(options):
     schedulers = ["even", "dp"]
     for prefills in sorted({1, N // 2, N - 1}):
         schedulers.append(f"pd:{prefills}x{N - prefills}")
-    print(
-        f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
-        f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}"
-    )
+    if not options.json:
+        print(
+            f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
+            f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}"
+        )
     for load_options in loads:
         run_options = argparse.Namespace(**(vars(options) | load_options))
-        name = Path(run_options.workload).stem[:12]
+        name = Path(run_options.workload).stem
         for scheduler in schedulers:
-            row = simulate(run_options, f"tokenlake:{scheduler}").summary()
-            print(
-                f"{name:>12} {scheduler:>10} {row['duration_s']:>10.3f} "
-                f"{row['ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} {row['tbt_ms']:>8.3f} "
-                f"{row['p99_tbt_ms']:>8.2f} {row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}",
-                flush=True,
-            )
+            summary = simulate(run_options, f"tokenlake:{scheduler}").summary()
+            row = dict(load=name, rate=run_options.rate, scheduler=scheduler, **summary)
+            print(json.dumps(row) if options.json else format_row(row), flush=True)
+
+
+def format_row(row: dict) -> str:
+    return (
+        f"{row['load'][:12]:>12} {row['scheduler']:>10} {row['duration_s']:>10.3f} "
+        f"{row['ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} {row['tbt_ms']:>8.3f} "
+        f"{row['p99_tbt_ms']:>8.2f} {row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}"
+    )
 
 
 # What `validate` fits: attributes of a Roofline, and where the search begins.
@@ -714,6 +719,7 @@ def main(arguments: list[str]) -> int:
         action="store_true",
         help="every scheduler on the demo and generated loads",
     )
+    add("--json", action="store_true", help="with --table: a JSON object per row")
     add(
         "--validate",
         action="store_true",
