@@ -488,8 +488,7 @@ def check_measured(names: list[str], trace: str | None):
     for name in names:
         if name not in EXPERIMENTS:
             known = ", ".join(EXPERIMENTS)
-            said = f"no such experiment; {known} are there"
-            raise ValueError(f"--measure {cut(name, 20)}: {said}")
+            raise ValueError(f"--measure {cut(name, 20)}: there are {known}")
     traced = [name for name in names if TRACE in EXPERIMENTS[name]]
     if traced and not trace:
         said = f"{', '.join(traced)} need Mooncake's {TRACE}; where it is, is expected"
