@@ -515,9 +515,7 @@ def by_commas(convert):
 
 
 def parser():
-    command_line = sim.parser(
-        "Compare TokenLake with cache-aware routing and PD disaggregation."
-    )
+    command_line = sim.parser("Compare TokenLake with routing and PD disaggregation.")
     command_line.set_defaults(num_requests=None)
     add = command_line.add_argument
     add(

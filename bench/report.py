@@ -92,7 +92,7 @@ EXPERIMENTS = {
     "lakes-256-8x32": large_fleet(256, "lakes:8x32"),
     "lakes-256-router": large_fleet(256, "router"),
     "lakes-1024-32x32": large_fleet(1024, "lakes:32x32"),
-    "real": "compare.py --real --json",
+    "real": "compare.py --real --json --policies tokenlake,lakes:2x2,router,pd:1x3,pd:3x1",
 }
 RANKS = {"real": 4}  # of the experiments that take several
 
@@ -181,17 +181,16 @@ def machine() -> dict:
     )
 
 
-def is_current(name: str) -> bool:
+def is_current(name: str, record: dict) -> bool:
     """Whether an experiment's record is of its command, and of this code."""
-    record = read_records().get(name, {})
-    found = record.get("command"), record.get("code")
-    return found == (command_of(name), digest_of_code())
+    return record["command"] == command_of(name) and record["code"] == digest_of_code()
 
 
 def measure_all(names: list[str], trace: str | None, again: bool):
     """Writes the record of each; one that is cut short writes none."""
+    records = read_records()
     for name in names:
-        if is_current(name) and not again:
+        if name in records and is_current(name, records[name]) and not again:
             print(f"{name}: is there already; --again measures it again", flush=True)
             continue
         record = measure(name, trace)
@@ -458,7 +457,8 @@ def fill(text: str, records: dict) -> str:
 
 
 def write_tables(records: dict):
-    """Of the README; says which others could be there. Raises ValueError as `fill` does."""
+    """Of the README; says which others could be there, and what is old. Raises ValueError as `fill`
+    does."""
     text = README.read_text()
     README.write_text(fill(text, records))
     marked = [name for name, _ in MARKED.findall(text)]
@@ -468,6 +468,8 @@ def write_tables(records: dict):
             print(f"{README.name} has no <!-- table: {name} --> to <!-- /table -->")
     if said := missing(unmarked, records):
         print(said)
+    if old := [name for name in records if not is_current(name, records[name])]:
+        print(f"of an earlier state of the code: {', '.join(old)}")
 
 
 def draw_figures(records: dict):
