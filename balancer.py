@@ -717,7 +717,7 @@ class TraceLine:
     where: str  # file:line
     previous: "TraceLine | None" = field(repr=False)  # of the session
     session_id: str | int | None
-    timestamp: float  # ms
+    timestamp: float  # ms since the first line's
     think_ms: float
     salt: str
     input_length: int  # with a session, an upper bound until it is sent
@@ -753,8 +753,9 @@ def read_trace(
     source, name: str, scale: int = 1, limit: int | None = None, warn=None
 ) -> list[TraceLine]:
     """The first `limit` requests of a trace, checked; `source` yields its lines, bytes or text.
-    Lengths are divided by `scale`. Raises ValueError: file:line, what is wrong, what is right;
-    `warn`, if there is one, is told of what is ignored."""
+    Lengths are divided by `scale`, and time begins with the first line's timestamp: a trace may be
+    a slice of another, or have Unix times. Raises ValueError: file:line, what is wrong, what is
+    right; `warn`, if there is one, is told of what is ignored."""
     lines = []
     # By salt and session id: tenants do not know of each other's.
     last_of_session = {}
@@ -778,6 +779,9 @@ def read_trace(
         lines.append(line)
     if not lines:
         raise ValueError(f"{name}: is empty; one JSON object per line is expected")
+    start = lines[0].timestamp
+    for line in lines:
+        line.timestamp -= start
     return lines
 
 

@@ -3711,6 +3711,7 @@ import kernel_speed  # noqa: E402
 import peers  # noqa: E402
 import plan  # noqa: E402
 import replay  # noqa: E402
+import report  # noqa: E402
 import simulate  # noqa: E402
 import soak  # noqa: E402
 import workloads  # noqa: E402
@@ -3749,6 +3750,8 @@ def test_benchmarks_run(tmp_path, command, said):
 
 @pytest.mark.parametrize("command, said", [
     (["simulate.py", "--policy", "pd:1x4"], "P + D = 4"),
+    (["simulate.py", "--policy", "lakes:2x3"], "lakes:2x3: K x M = 4 instances are expected"),
+    (["compare.py", "--policies", "router,lakes:2"], "lakes:2: no such policy"),
     (["simulate.py", "--policy", "magic"], "magic"),
     (["simulate.py", "--policy", "tokenlake:pd:1x4"], "pd:1x4"),
     (["simulate.py", "--workload", "missing.jsonl"], "missing.jsonl"),
@@ -3794,6 +3797,7 @@ def test_wrong_options_of_benchmarks_are_named(tmp_path, monkeypatch, capsys, co
     (simulate, "model hardware instances tp num-requests seed chunk-tokens max-batch "
                "capacity-tokens tbt-slo-ms workload policy rate trace validate table"),
     (compare, "policies seeds rate rates capacities output slots"), (workloads, "rate seed"),
+    (report, "measure again trace"),
     (replay, "trace instances placement replicate-factor segment-tokens capacity-tokens"),
     (plan, "instances requests segments repeat"), (golden_plans, "record"),
     (kernel_speed, "models segments dtype json"),
@@ -4053,7 +4057,8 @@ def test_a_request_alone_takes_what_the_roofline_says():
     assert run.roofline.compute(64, 0) >= run.roofline.weights
 
 
-@pytest.mark.parametrize("policy", ["tokenlake", "tokenlake:pd:2x2", "router", "pd:1x3", "pd:3x1"])
+@pytest.mark.parametrize("policy", ["tokenlake", "tokenlake:pd:2x2", "lakes:2x2", "router", "pd:1x3",
+                                    "pd:3x1"])
 def test_simulated_fleets_serve_everything(policy, monkeypatch):
     """Under pressure, all of a load with sessions and shared prefixes; planning each iteration or
     not is the same to a percent; a request longer than an instance is refused, and has missed."""
@@ -4069,8 +4074,46 @@ def test_simulated_fleets_serve_everything(policy, monkeypatch):
     assert summary["duration_s"] == pytest.approx(exact["duration_s"], rel=0.02)
     lines = asks([(0, [1, 2, 3], 512, 4), (0, list(range(100, 160)), 512, 4)])
     run = simulated(policy, lines, slots=40)
-    assert len(run.times) == (2 if "tokenlake" in policy else 1)
-    assert "tokenlake" in policy or (run.refused, run.summary()["slo_attainment"]) == (1, 0.5)
+    assert len(run.times) == (2 if "lake" in policy else 1)
+    assert "lake" in policy or (run.refused, run.summary()["slo_attainment"]) == (1, 0.5)
+
+
+def test_lakes_behind_a_router_lie_between_one_lake_and_instances_of_their_own():
+    """One lake of all is the flat pool, lakes of one are the router's instances, to the last figure;
+    what is between sends less than the first, to fewer, and waits less."""
+    load = lambda: asks([(2 * i, [i % 5, 100 + i % 5, *range(1000 + 10 * i, 1003 + 10 * i)], 300,
+                          5 + i % 40) for i in range(60)])
+    found = {}
+    for policy in ("tokenlake", "lakes:1x4", "lakes:2x2", "lakes:4x1", "router"):
+        run = simulated(policy, load(), slots=60)
+        found[policy] = run.summary()
+        lakes = [lake.instances for lake in run.fleet.lakes]
+        if policy == "lakes:2x2":
+            assert lakes == [[0, 1], [2, 3]] and len(run.fleet.trees) == 2
+            assert all(lake.config.max_batch == 2 * 32 for lake in run.fleet.lakes)
+            assert 0 < found[policy]["fan_out"] <= 1 and found[policy]["plan_ms_median"] > 0
+        del found[policy]["plan_ms_median"]
+    assert found["lakes:1x4"] == found["tokenlake"] and found["lakes:4x1"] == found["router"]
+    assert found["router"]["fan_out"] is None is found["router"]["idle_fraction"]
+    for key in ("fan_out", "sent_mib", "idle_fraction"):
+        assert 0 < found["lakes:2x2"][key] < found["tokenlake"][key]
+
+
+def test_lakes_serve_by_urgency_or_in_order():
+    """`:fcfs` reaches the schedulers of all lakes; K lakes of M have to be the instances there are,
+    of which there may be 1,024."""
+    made = fleet("lakes:2x2:fcfs")
+    assert [s.patience for s in made.schedulers] == [baselines.by_arrival] * 2
+    assert [s.patience for s in fleet("lakes:2x2").schedulers] != [baselines.by_arrival] * 2
+    for policy in ("lakes:2x3", "lakes:4x0", "lakes:0x0", "lakes:5x1:fcfs"):
+        with pytest.raises(ValueError, match=r"^lakes:\dx\d: K x M = 4 instances are expected$"):
+            fleet(policy)
+    for policy in ("lakes:4", "lakes:2x2x1", "lakes:-2x-2", "lakes:2X2", "lakes:99999x1"):
+        with pytest.raises(ValueError, match=f"^{policy}: no such policy; .*lakes:KxM, "):
+            fleet(policy)
+    many = fleet("lakes:32x32", slots=2, N=1024)
+    assert [len(lake.instances) for lake in many.lakes] == [32] * 32
+    assert many.lakes[-1].instances[-1] == 1023
 
 
 def test_a_lake_of_one_is_planned_by_hand_as_by_gen_plans():
@@ -4090,6 +4133,73 @@ def test_a_lake_of_one_is_planned_by_hand_as_by_gen_plans():
             assert len(by_hand.runs) == len(plan.runs) == by_hand.local.sum()
             scheduler.update(by_hand, {run.request.id: 7 for run in plan.runs if run.samples})
     assert scheduler.cached_tokens[3] == 95
+
+
+@pytest.mark.parametrize("start", [1_200_000, 1_700_000_000_000])
+def test_time_begins_with_the_first_line(tmp_path, capsys, start):
+    """A slice of a trace, or one with Unix times, is simulated and replayed as the same one from 0
+    on, turns of sessions among it."""
+    lines = list(workloads.generate("mixed", 40, 2.0, 3))
+    assert any("session_id" in line for line in lines)
+    summaries, replays = [], []
+    for name, first in (("zero.jsonl", 0), ("late.jsonl", start)):
+        moved = [line | {"timestamp": first + 700 * i} for i, line in enumerate(lines)]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in moved))
+        path = str(tmp_path / name)
+        simulate.main(["--workload", path, "--num-requests", "40", "--rate", "1"])
+        summaries.append(json.loads(capsys.readouterr().out))
+        replay.main(["--trace", path, "--instances", "3", "--json"])
+        replays.append(json.loads(capsys.readouterr().out))
+    for at_zero, late in (summaries, replays):
+        del at_zero["plan_ms_median"], late["plan_ms_median"]
+        assert at_zero == late and late["hit_rate"] > 0
+
+
+def test_nobody_waits_for_the_first_timestamp(tmp_path):
+    """A trace that begins late is served at once, its requests as far apart as they are in it; a run
+    that resumes goes on from there."""
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps(dict(
+        timestamp=2_000_000 + 70_000 * i, input_length=512, output_length=4, hash_ids=[i])) + "\n"
+        for i in range(3)))
+    command = ["--trace", str(path), "--trace-scale", "64", "--speed", "200", "--output",
+               str(tmp_path / "out")]
+    assert run_cluster.run(command) == 0
+    file = tmp_path / "out" / "requests.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["arrival_s"] for record in records] == [0, 0.35, 0.7]
+    file.write_text(json.dumps(records[0]) + "\n")
+    assert run_cluster.run([*command, "--resume"]) == 0
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert again[0] == records[0]
+    assert [record["arrival_s"] for record in again] == [0, 0.35, 0.7]
+    assert all(a["output_ids"] == b["output_ids"] for a, b in zip(records, again))
+
+
+@pytest.mark.parametrize("first, apart", [(0, 4), (1, 2**56), (2**63 - 32, 4)])
+def test_hash_ids_are_of_any_64_bits(tmp_path, capsys, first, apart):
+    """Eight prompts of four blocks each, no id twice: none hits. Then the same eight again: all do,
+    but for their last token."""
+    path = tmp_path / "t.jsonl"
+    ids = [[first + apart * i + k for k in range(4)] for i in range(8)]
+    for rows, hits in ((ids, 0), (ids + ids, 8 * 2047 / (16 * 2048))):
+        path.write_text("".join(json.dumps(dict(
+            timestamp=5000 * i, input_length=2048, output_length=4, hash_ids=row)) + "\n"
+            for i, row in enumerate(rows)))
+        simulate.main(["--workload", str(path), "--model", "llama-3.1-8b"])
+        assert json.loads(capsys.readouterr().out)["hit_rate"] == hits
+        replay.main(["--trace", str(path), "--json"])
+        assert json.loads(capsys.readouterr().out)["hit_rate"] == hits
+
+
+def test_blocks_are_nobody_s_tokens(tmp_path, capsys):
+    """A simulated block is no prompt that is given by its tokens, whatever these are."""
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (
+        dict(timestamp=0, input_length=1024, output_length=1, hash_ids=[0, 1]),
+        dict(timestamp=5000, input_ids=list(range(1024)), output_length=1))))
+    simulate.main(["--workload", str(path)])
+    assert json.loads(capsys.readouterr().out)["hit_rate"] == 0
 
 
 def test_a_simulation_knows_early_that_it_fails():
@@ -4191,11 +4301,164 @@ def test_comparison_finds_goodput_and_draws(tmp_path):
         assert (tmp_path / "out" / "balance.png").stat().st_size > 10_000
 
 
+def test_the_readme_says_what_was_measured():
+    """Its tables are those of bench/results, to the character."""
+    text = report.README.read_text()
+    assert "<!-- table: " in text and report.fill(text, report.read_records()) == text
+
+
+def test_records_say_how_they_came_about():
+    """Each is of its experiment's command, and of a machine without a name."""
+    records = report.read_records()
+    assert {f"{name}.json" for name in records} == {f.name for f in report.RESULTS.iterdir()}
+    for name, record in records.items():
+        assert list(record) == ["command", "commit", "code", "machine", "date", "seconds", "result"]
+        assert record["command"] == report.command_of(name) and record["result"]
+        assert record["machine"].keys() == {"cpus", "platform", "python", "torch", "numpy"}
+        text = json.dumps(record)
+        assert not any(part in text for part in (str(Path.home()), str(HERE), os.uname().nodename))
+
+
+@pytest.mark.parametrize("name", report.EXPERIMENTS)
+def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsys):
+    """Each experiment's options, with a trace of the name that commands have for it."""
+    (tmp_path / report.TRACE).write_text(json.dumps(
+        dict(timestamp=0, input_length=20, output_length=2, hash_ids=[1])))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(report.RANKS.get(name, 1)))
+    done = []
+    note = lambda *arguments, **_: done.append(arguments)
+    monkeypatch.setattr(simulate, "table", note)
+    monkeypatch.setattr(simulate, "simulate", lambda options: note(options) or SimpleNamespace(
+        summary=lambda: baselines.make_fleet(options.policy, options.instances, simulate.MODELS[
+            "tiny"], LakeConfig()) and {}))
+    monkeypatch.setattr(compare, "compare", lambda options: note(options) or {})
+    monkeypatch.setattr(compare, "real", lambda options: note(options) or 0)
+    monkeypatch.setattr(plan, "milliseconds", lambda *sizes: note(sizes) or np.ones((2, 3)))
+    program, *arguments = report.EXPERIMENTS[name].split()
+    main = importlib.import_module(program.removesuffix(".py")).main
+    assert main(arguments) == 0 and done
+
+
+def test_measuring_and_reporting(tmp_path, monkeypatch, capsys):
+    """A record is written once, and again if its command or the code is another; the README's table
+    is made of it, and only what stands between its marks."""
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    small = "plan.py --instances {} --requests 2 --segments 3 --repeat 2 --json"
+    monkeypatch.setattr(report, "EXPERIMENTS", {
+        "planning": small.format(2), "planning-unshared": small.format(3)})
+    monkeypatch.setattr(report, "TABLES", {"planning": report.TABLES["planning"]})
+    text = "Before.\n\n<!-- table: planning -->\nold\n<!-- /table -->\nAfter.\n"
+    readme.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    said = capsys.readouterr().err
+    assert "bench/results has no planning.json, planning-unshared.json" in said
+    assert "`python bench/report.py --measure planning planning-unshared`" in said
+    assert said.count("\n") == 1 and readme.read_text() == text
+    assert report.main(["--measure"]) == 0
+    records = report.read_records()
+    assert [record["result"][0]["instances"] for record in records.values()] == [2, 3]
+    assert records["planning"]["command"] == f"python bench/{small.format(2)}"
+    assert report.main([]) == 0
+    made = readme.read_text()
+    rows = made.splitlines()
+    assert rows[:3] == ["Before.", "", "<!-- table: planning -->"]
+    assert rows[-2:] == ["<!-- /table -->", "After."] and rows[4] == "|" + " --- |" * 6
+    median = records["planning"]["result"][0]["plan_ms_median"]
+    assert rows[5].startswith(f"| 2 | 2 | 3 | everywhere | {report.short(median, 2)} | ")
+    assert rows[6].startswith("| 3 | 2 | 3 | none | ") and "old" not in made
+    report.main([])
+    assert readme.read_text() == made  # steady
+    capsys.readouterr()
+    report.main(["--measure", "planning"])
+    assert "planning: is there already" in capsys.readouterr().out
+    assert report.read_records() == records
+    report.main(["--measure", "planning", "--again"])
+    assert report.read_records()["planning"]["result"] != records["planning"]["result"]
+    records = report.read_records()
+    monkeypatch.setattr(report, "digest_of_code", lambda: "another")
+    report.main([])
+    assert "earlier state of the code: planning, planning-unshared\n" in capsys.readouterr().out
+    monkeypatch.setitem(report.EXPERIMENTS, "planning", "plan.py --instances 0")
+    assert report.main(["--measure", "planning"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("report.py: planning: exit status 2: plan.py: error: ")
+    assert report.read_records() == records  # left as they were
+
+
+@pytest.mark.parametrize("arguments, text, said", [
+    (["--measure", "planing"], "", "--measure planing: there are schedulers, planning, "),
+    (["--measure"], "", "--trace: schedulers, conversation need Mooncake's conversation_trace.jsonl"),
+    (["--measure", "schedulers", "--trace", "none"], "", "No such file or directory: 'none'"),
+    ([], "<!-- table: plan -->\n<!-- /table -->", "README.md: no table is called plan; schedulers"),
+    ([], "<!-- table: real -->\n", "<!-- table: NAME --> and <!-- /table --> are expected"),
+    ([], "<!-- table: real -->\n<!-- table: real -->\n<!-- /table -->", "are expected")])
+def test_what_cannot_be_reported_is_named(tmp_path, monkeypatch, capsys, arguments, text, said):
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and report.README.read_text() == text
+
+
+def test_tables_of_small_measurements(tmp_path, monkeypatch, capsys):
+    """Every table from what its programs print, for loads of a few requests."""
+    lines = workloads.generate("sharegpt", 6, 5.0, 0)
+    (tmp_path / report.TRACE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+
+    def record(command):
+        program, *arguments = command.split()
+        assert importlib.import_module(program.removesuffix(".py")).main(arguments) == 0
+        return dict(command=f"python bench/{command}", result=report.parse(capsys.readouterr().out))
+
+    found = record("compare.py --json --workload sharegpt --capacity-tokens 200000 --num-requests 4 "
+                   "--rate 4096 --rates 1,2,4 --seeds 1 --capacities 1500000 "
+                   "--policies tokenlake,hash,unreplicated,ship,tokenlake:fcfs,tokenlake:dp")
+    policies = found["result"][0]["policies"]
+    rates = {policy: report.goodput(entry) for policy, entry in policies.items()}
+    assert set(rates.values()) == {"no limit"}  # four requests may come at once
+    assert [report.goodput(dict(p90_goodput=x)) for x in (0, 5.876, dict(mean=41.72))] == [
+        "0", "5.88", "41.7"]
+    assert [report.short(x) for x in (1036.2, 9.994, 0.0091, None)] == [
+        "1,036", "9.99", "0.00910", "–"]
+    rows = lambda table: [[cell.strip() for cell in line.split("|")[1:-1]]
+                          for line in table.splitlines()]
+    head, _, *body = rows(report.loogle_table(found))
+    assert [row[:2] for row in body] == [list(pair) for pair in rates.items()]
+    at_4 = policies["hash"]["curve"][2]
+    assert body[1][3] == report.short(at_4["normalised_ttft"]) and at_4["rate"] == 4
+    assert body[1][6] == f"{100 * at_4['hit_rate']:.0f} %" and len(head) == len(body[1]) == 7
+    assert rows(report.loads_table(found))[2] == [
+        "sharegpt, 200k (4, one seed)", rates["tokenlake"], *"––––"]
+    sizes = rows(report.conversation_table(found))
+    assert sizes[0] == ["cache, tokens", *policies]
+    assert [row[0] for row in sizes[2:]] == ["200k", "1.5M"] and sizes[2][1:] == [*rates.values()]
+    assert rows(report.elastic_table(found))[2][2] == report.short(
+        policies["tokenlake"]["curve"][1]["normalised_ttft"])
+    assert rows(report.ablations_table(found))[2] == [*rates.values()]
+    fleets = [record("simulate.py --workload sharegpt --num-requests 9 --rate 7 --instances 4 "
+                     f"--policy {policy}") for policy in ("lakes:2x2", "router")]
+    pooled, routed = rows(report.lakes_table(*fleets))[2:]
+    assert pooled[:3] == ["4", "lakes:2x2", "7"] and float(pooled[8]) > 0
+    assert routed[:4] == ["4", "router", "7", "100.0 %"] and routed[8:] == ["–", "–", "–"]
+    steps = rows(report.schedulers_table(record(
+        f"simulate.py --table --json --trace {report.TRACE} --num-requests 3 --rate 4")))
+    assert [row[0] for row in steps[2::5]] == [
+        "loogle, 4 requests/s", "sharegpt, 24 requests/s", "conversation trace"]
+    assert [row[1] for row in steps[2:]] == ["even", "dp", "pd:1x3", "pd:2x2", "pd:3x1"] * 3
+
+
 def test_comparison_on_real_ranks(tmp_path):
     """Every policy's tokens equal recomputation; the pool hits most and is the most even."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
                HERE / "bench" / "compare.py", "--real", "--num-requests", "30", "--policies",
-               "tokenlake,router,pd:1x2,pd:2x1", "--output", "out"]
+               "tokenlake,lakes:2x2,router,pd:1x3,pd:2x2", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -4204,6 +4467,7 @@ def test_comparison_on_real_ranks(tmp_path):
     pool = results.pop("tokenlake")
     assert pool["cache_load_cv"] < min(r["cache_load_cv"] for r in results.values())
     assert all(r["moved_bytes"]["put"] > 0 for name, r in results.items() if "pd" in name)
+    assert results["lakes:2x2"]["moved_bytes"]["query"] > 0 == results["router"]["moved_bytes"]["query"]
 
 
 # ── the control plane against a naive model ───────────────────────────────────────────────────

@@ -4,7 +4,9 @@ A fleet is some lakes, a scheduler for each, and the decision who serves a reque
 
     Fleet           one lake over all instances, nothing to route: TokenLake itself
     Router          cache-aware routing as SGLang's launcher sets it up: the instance that was sent
-                    the longest prefix, unless in-flight requests are far apart
+                    the longest prefix, unless in-flight requests are far apart. In front of lakes
+                    of several instances it chooses among lakes instead: so many GPUs are served as
+                    one flat lake is too slow for (`lakes:KxM`)
     Disaggregated   PD disaggregation with Mooncake's conductor: the prefill instance with the least
                     estimated TTFT, prefixes copied to it where that pays, KV streamed to the least
                     loaded decode instance, which keeps what it received
@@ -110,8 +112,8 @@ class Fleet:
 
 
 class Router(Fleet):
-    """Cache-aware routing. Its tree of an instance is what it sent there, LRU by tokens; whether
-    the instance still holds it, it does not know."""
+    """Cache-aware routing among lakes, each of one instance or of several. Its tree of a lake is
+    what it sent there, LRU by tokens; whether the lake still holds it, it does not know."""
     CACHE_THRESHOLD = 0.3  # of a prompt: a longer match decides
     BALANCE_ABS = 64  # in-flight requests: queues that are further apart,
     BALANCE_REL = 1.5  # and so many times as long, are balanced first
@@ -122,7 +124,7 @@ class Router(Fleet):
         self.trees = [OrderedDict() for _ in lakes]  # ids of segments, the oldest first
 
     def choose(self, request: Request) -> int:
-        """The instance that serves a request."""
+        """The lake that serves a request."""
         in_flight = [len(s.waiting) + len(s.running) for s in self.schedulers]
         shortest = min(in_flight)
         longest = max(in_flight)
@@ -136,7 +138,7 @@ class Router(Fleet):
         return sizes.index(min(sizes))
 
     def matched_tokens(self, request: Request, tree: OrderedDict) -> int:
-        """How much of a prompt was sent to the instance before."""
+        """How much of a prompt was sent to the lake before."""
         for index, id in enumerate(request.ids):
             if id not in tree:
                 return index * self.segment_tokens
@@ -357,7 +359,7 @@ VARIANTS = {
     "unreplicated": dict(replicate_factor=0.0),
     "ship": dict(pull_tokens=0),
 }
-# And pd:PxD.
+# And lakes:KxM, pd:PxD.
 POLICIES = (*VARIANTS, "tokenlake:auto", "tokenlake:even", "tokenlake:dp", "router")
 
 
@@ -376,6 +378,24 @@ def pd_counts(policy: str, N: int) -> tuple[int, int] | None:
     return prefills, decodes
 
 
+def count_lakes(policy: str, N: int) -> int:
+    """Lakes that N instances are. Raises ValueError for another policy, or for one that is not for
+    so many instances."""
+    match = re.fullmatch(r"lakes:(\d{1,4})x(\d{1,4})", policy)
+    if match:
+        lakes = int(match[1])
+        if lakes * int(match[2]) != N:
+            raise ValueError(f"{policy}: K x M = {N} instances are expected")
+        return lakes
+    if pd_counts(policy, N) is None and policy not in POLICIES:
+        raise ValueError(
+            f"{cut(policy)}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
+            "lakes:KxM, router and pd:PxD are there, and each with :fcfs behind it"
+        )
+    is_pool = policy in VARIANTS or policy.startswith("tokenlake:")
+    return 1 if is_pool else N
+
+
 def make_fleet(
     policy: str,
     N: int,
@@ -386,33 +406,29 @@ def make_fleet(
     **options,
 ) -> Fleet:
     """A fleet of N instances: `tokenlake`, one of its variants (or a scheduler of its own, such as
-    `tokenlake:pd:1x3`), `router`, or `pd:PxD`; all serve by patience, with `:fcfs` behind the name
-    in order of arrival. config is that of one instance; slo: ms between tokens, which schedulers
-    keep (not those of `pd:PxD`). Raises ValueError for another policy."""
+    `tokenlake:pd:1x3`), `lakes:KxM`, `router`, or `pd:PxD`; all serve by patience, with `:fcfs`
+    behind the name in order of arrival. config is that of one instance; slo: ms between tokens,
+    which schedulers keep (not those of `pd:PxD`). Raises ValueError for another policy."""
     if policy.endswith(":fcfs"):
         by_urgency = policy.removesuffix(":fcfs")
         fleet = make_fleet(by_urgency, N, model, config, slo, cluster, **options)
         fleet.serve_in_order()
         return fleet
-    counts = pd_counts(policy, N)
-    if counts is None and policy not in POLICIES:
-        raise ValueError(
-            f"{cut(policy)}: no such policy; {', '.join(VARIANTS)}, tokenlake:SCHEDULER, "
-            "router and pd:PxD are there, and each with :fcfs behind it"
-        )
-
-    has_scheduler = policy.startswith("tokenlake:")
+    num_lakes = count_lakes(policy, N)
+    size = N // num_lakes  # instances of a lake
+    variant = VARIANTS.get(policy, {})
+    config = replace(config, max_batch=size * config.max_batch, **variant)
+    lakes = []
+    for first in range(0, N, size):
+        instances = list(range(first, first + size))
+        lakes.append(TokenLake(instances, model, config, cluster, **options))
+    if policy.startswith("pd:"):
+        return Disaggregated(lakes, prefills=pd_counts(policy, N)[0])
 
     def make_scheduler(lake):
-        own = policy.removeprefix("tokenlake:") if has_scheduler else "auto"
+        has_own = policy.startswith("tokenlake:")
+        own = policy.removeprefix("tokenlake:") if has_own else "auto"
         return Scheduler(lake, policy=own, tbt_slo=slo)
 
-    if policy in VARIANTS or has_scheduler:
-        variant = VARIANTS.get(policy, {})
-        config = replace(config, max_batch=N * config.max_batch, **variant)
-        lake = TokenLake(list(range(N)), model, config, cluster, **options)
-        return Fleet([lake], make_scheduler)
-    lakes = [TokenLake([i], model, config, cluster, **options) for i in range(N)]
-    if policy == "router":
-        return Router(lakes, make_scheduler)
-    return Disaggregated(lakes, prefills=counts[0])
+    kind = Fleet if num_lakes == 1 else Router
+    return kind(lakes, make_scheduler)

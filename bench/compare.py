@@ -362,7 +362,7 @@ class RealRun:
             engine.computed = self.engines[0].computed
             engine.sampled = self.engines[0].sampled
         self.pool = next(lake.pool for lake in self.fleet.lakes if lake.pool)
-        if len(self.fleet.lakes) > 1:  # lakes of one have no group of their own
+        if self.pool.move_group is None:  # a lake of one has no group of its own
             self.pool.move_group = group[0]
         self.reads = []  # per iteration: [ranks] tokens of cache
 
@@ -463,25 +463,28 @@ def real(options) -> int:
         lake_config = LakeConfig(SEGMENT, options.slots, chunk_tokens=64, max_batch=8)
         trace = generate(options.workload, options.num_requests, 1.0, options.seed)
         trace = [json.dumps(line) for line in trace]
-        if cluster.rank == 0:
-            print(
-                f"{'':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
-                f"{'iterations':>10}   moved MB: queries, new KV, replicas, pulled",
-                flush=True,
-            )
+        if cluster.rank == 0 and not options.json:
+            print(REAL_HEADER, flush=True)
         results = []
         for policy in options.policies:
             run = RealRun(policy, cluster, group, model, lake_config)
             lines = read_trace(iter(trace), options.workload, TRACE_BLOCK // SEGMENT)
             results.append(run.serve(lines, 4 * cluster.size))
             if cluster.rank == 0:
-                print(show_real(results[-1]), flush=True)
+                row = json.dumps(results[-1]) if options.json else show_real(results[-1])
+                print(row, flush=True)
         if cluster.rank == 0 and options.output:
             write_json(options.output / "real.json", results)
     finally:
         cluster.close()
     wrong = [result for result in results if result["verified"] < result["requests"]]
     return 1 if wrong else 0
+
+
+REAL_HEADER = (
+    f"{'':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
+    f"{'iterations':>10}   moved MB: queries, new KV, replicas, pulled"
+)
 
 
 def show_real(result: dict) -> str:
@@ -512,9 +515,7 @@ def by_commas(convert):
 
 
 def parser():
-    command_line = sim.parser(
-        "Compare TokenLake with cache-aware routing and PD disaggregation."
-    )
+    command_line = sim.parser("Compare TokenLake with routing and PD disaggregation.")
     command_line.set_defaults(num_requests=None)
     add = command_line.add_argument
     add(
@@ -543,6 +544,7 @@ def parser():
         help="tokens; goodput and hits at each",
     )
     add("--output", type=PATH, help="folder for compare.json and figures")
+    add("--json", action="store_true", help="print JSON in place of the table")
     add("--real", action="store_true", help="on these ranks, with the small model")
     add(
         "--slots",
@@ -582,7 +584,7 @@ def main(arguments: list[str]) -> int:
         if options.real:
             return real(options)
         result = compare(options)
-        print(show(result))
+        print(json.dumps(result) if options.json else show(result))
         if options.output:
             write_json(options.output / "compare.json", result)
             draw(result, options.output)

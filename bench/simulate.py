@@ -90,6 +90,8 @@ REUSE = 16  # iterations at most that a plan is used again
 RATE = number(float, 1e-6, 1e6)
 TOKENS = number(int, 1, 2**40)
 MOST_TOKENS = 2**30  # of a request, whose chunks are listed
+# First token of the first block: blocks are far from tokens that are given, and from answers.
+FIRST_BLOCK = -(2**62)
 SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
@@ -214,6 +216,7 @@ class Simulation:
         self.now = 0.0  # seconds, as all times here
         self.events = []  # heap of (time, number, action, arguments)
         self.event_number = count()
+        self.block_numbers = {}  # by hash id
         # By lake.
         self.computing = [False] * len(fleet.lakes)
         self.last_iteration = [None] * len(fleet.lakes)
@@ -285,7 +288,12 @@ class Simulation:
         """The line's request. A block's tokens only have to be its own."""
         if line.hash_ids is None:
             return line.arrive(self.roofline.model.vocab_size, self.block, 0)
-        first = np.asarray(line.hash_ids, np.int64)[:, None] * self.block
+        # An id may be any of 64 bits, so blocks are numbered as they come.
+        numbers = [
+            self.block_numbers.setdefault(id, len(self.block_numbers))
+            for id in line.hash_ids
+        ]
+        first = FIRST_BLOCK + self.block * np.array(numbers, np.int64)[:, None]
         ids = (first + np.arange(self.block)).ravel()
         tokens = array("q", ids[: line.input_length].tobytes())
         line.request = Request(line.index, tokens, line.total, line.salt)
@@ -441,9 +449,10 @@ class Simulation:
         )
 
     def idle_fraction(self) -> float | None:
-        """How long a mean instance of one lake waits for the slowest."""
+        """How long a mean instance waits for the slowest of its lake; None if all are alone."""
         computing, elapsed = self.work_seconds
-        if len(self.fleet.lakes) > 1 or elapsed == 0:
+        all_alone = 1 < len(self.fleet.lakes) == self.num_instances
+        if all_alone or elapsed == 0:
             return None
         return float(1 - computing / elapsed)
 
@@ -606,21 +615,26 @@ def table(options):
     schedulers = ["even", "dp"]
     for prefills in sorted({1, N // 2, N - 1}):
         schedulers.append(f"pd:{prefills}x{N - prefills}")
-    print(
-        f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
-        f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}"
-    )
+    if not options.json:
+        print(
+            f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
+            f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}"
+        )
     for load_options in loads:
         run_options = argparse.Namespace(**(vars(options) | load_options))
-        name = Path(run_options.workload).stem[:12]
+        name = Path(run_options.workload).stem
         for scheduler in schedulers:
-            row = simulate(run_options, f"tokenlake:{scheduler}").summary()
-            print(
-                f"{name:>12} {scheduler:>10} {row['duration_s']:>10.3f} "
-                f"{row['ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} {row['tbt_ms']:>8.3f} "
-                f"{row['p99_tbt_ms']:>8.2f} {row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}",
-                flush=True,
-            )
+            summary = simulate(run_options, f"tokenlake:{scheduler}").summary()
+            row = dict(load=name, rate=run_options.rate, scheduler=scheduler, **summary)
+            print(json.dumps(row) if options.json else format_row(row), flush=True)
+
+
+def format_row(row: dict) -> str:
+    return (
+        f"{row['load'][:12]:>12} {row['scheduler']:>10} {row['duration_s']:>10.3f} "
+        f"{row['ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} {row['tbt_ms']:>8.3f} "
+        f"{row['p99_tbt_ms']:>8.2f} {row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}"
+    )
 
 
 # What `validate` fits: attributes of a Roofline, and where the search begins.
@@ -694,7 +708,8 @@ def main(arguments: list[str]) -> int:
     add(
         "--policy",
         default="tokenlake",
-        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, router, pd:PxD, each also with :fcfs",
+        help=f"{', '.join(VARIANTS)}, tokenlake:SCHEDULER, lakes:KxM, router, pd:PxD, "
+        "each also with :fcfs",
     )
     add("--rate", type=RATE, help="requests per second; default: 1, a trace's own")
     trace = "with --table: a trace to be in it, at its own times"
@@ -704,6 +719,7 @@ def main(arguments: list[str]) -> int:
         action="store_true",
         help="every scheduler on the demo and generated loads",
     )
+    add("--json", action="store_true", help="with --table: a JSON object per row")
     add(
         "--validate",
         action="store_true",

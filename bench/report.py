@@ -1,0 +1,530 @@
+"""The README's tables and figures: measured by one command, written by another.
+
+    python bench/report.py --measure lakes-64 lakes-256     # or all, without names
+    python bench/report.py
+
+The first runs experiments, each a command of the programs here, and writes one file of each,
+bench/results/NAME.json: the command, what printed its figures (commit, machine, date), how long it
+took, and all that it printed. What is there already, of the same command and the same code, is left
+as it is. (`--again` measures it again.) Mooncake's conversation trace is not part of the project;
+experiments that need it are told by `--trace FILE` where it is.
+
+The second reads these files and writes each table of the README between its two marks,
+
+    <!-- table: NAME --> … <!-- /table -->
+
+and, where Matplotlib is, the figures. So no table says what was not measured, or what another
+version of the code has measured: a test compares them.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import compare  # noqa: E402
+from model import cut  # noqa: E402
+from options import Parser, file_name  # noqa: E402
+
+RESULTS = HERE / "results"
+FIGURES = HERE / "figures"
+README = HERE.parent / "README.md"
+TRACE = "conversation_trace.jsonl"  # as commands call Mooncake's conversation trace
+
+LOOGLE = "compare.py --json --workload loogle --capacity-tokens 400000"
+POLICIES = "--policies tokenlake,router,router:fcfs,pd:1x3,pd:3x1"
+
+
+def large_fleet(instances: int, policy: str) -> str:
+    """15 requests/s for every 16 instances, with 100,000 tokens of cache each."""
+    return (
+        f"simulate.py --policy {policy} --instances {instances} --num-requests 10000 "
+        f"--rate {instances * 15 // 16} --capacity-tokens {100_000 * instances} "
+        f"--max-batch {128 * instances}"
+    )
+
+
+# By name: what is run, without `python bench/`.
+EXPERIMENTS = {
+    "schedulers": f"simulate.py --table --json --trace {TRACE} --model llama-3.1-8b --tp 1 "
+    "--num-requests 200 --capacity-tokens 1000000 --chunk-tokens 1024 --max-batch 128 --rate 4",
+    "planning": "plan.py --table --json",
+    "planning-unshared": "plan.py --instances 64 --requests 64 --segments 200 --json",
+    "loogle": f"{LOOGLE} --num-requests 1000 --rate 4 --rates 1,2,3,4,5,6 "
+    "--policies tokenlake,router,router:fcfs,pd:3x1,pd:1x3 --seeds 3",
+    "loogle-200k": "compare.py --json --workload loogle --capacity-tokens 200000 "
+    f"--num-requests 500 --rate 4 --rates 4 {POLICIES} --seeds 2",
+    "scbench": "compare.py --json --workload scbench --capacity-tokens 1120000 "
+    f"--num-requests 600 --rate 0.5 --rates 0.5 {POLICIES} --seeds 1",
+    "toolagent": "compare.py --json --workload toolagent --capacity-tokens 400000 "
+    f"--num-requests 1000 --rate 4 --rates 4 {POLICIES} --seeds 1",
+    "mixed": "compare.py --json --workload mixed --capacity-tokens 1120000 "
+    f"--num-requests 300 --rate 0.25 --rates 0.25 {POLICIES} --seeds 1",
+    "sharegpt": "compare.py --json --workload sharegpt --capacity-tokens 400000 "
+    f"--num-requests 2000 --rate 32 --rates 32 {POLICIES} --seeds 3",
+    "conversation": f"compare.py --json --workload {TRACE} --model llama-3.1-8b --hardware h200 "
+    "--tp 1 --instances 8 --num-requests 400 --capacity-tokens 6890000 "
+    "--capacities 1720000,3440000,6890000 --rate 16 --rates 2,8 "
+    "--policies tokenlake,router,pd:2x6,pd:6x2 --seeds 1",
+    "elastic": f"{LOOGLE} --num-requests 300 --rate 4 --rates 0.5,1,2,3,4 --seeds 1 "
+    "--policies pd:1x3,tokenlake:pd:1x3,pd:3x1,tokenlake:pd:3x1,tokenlake",
+    "ablations": f"{LOOGLE} --num-requests 600 --rate 4 --rates 4 --seeds 1 "
+    "--policies tokenlake,hash,unreplicated,ship,tokenlake:fcfs,tokenlake:dp",
+    "lakes-16": large_fleet(16, "tokenlake"),
+    "lakes-64": large_fleet(64, "tokenlake"),
+    "lakes-256": large_fleet(256, "tokenlake"),
+    "lakes-256-8x32": large_fleet(256, "lakes:8x32"),
+    "lakes-256-router": large_fleet(256, "router"),
+    "lakes-1024-32x32": large_fleet(1024, "lakes:32x32"),
+    "real": "compare.py --real --json --policies tokenlake,lakes:2x2,router,pd:1x3,pd:3x1",
+}
+RANKS = {"real": 4}  # of the experiments that take several
+
+
+# Measuring.
+
+
+def command_of(name: str) -> str:
+    """An experiment's command, as a reader would type it."""
+    launch = "python"
+    if name in RANKS:
+        launch = f"torchrun --standalone --nproc-per-node={RANKS[name]}"
+    return f"{launch} bench/{EXPERIMENTS[name]}"
+
+
+def measure(name: str, trace: str | None) -> dict:
+    """An experiment's record, of which all but `result` says how it came about. Raises RuntimeError
+    if the program fails."""
+    launch = [sys.executable]
+    if name in RANKS:
+        launch += ["-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc-per-node={RANKS[name]}"]
+    program, *arguments = shlex.split(EXPERIMENTS[name])
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if trace:
+            os.symlink(os.path.abspath(trace), Path(folder, TRACE))
+        done = subprocess.run(
+            [*launch, HERE / program, *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise RuntimeError(f"{name}: exit status {done.returncode}: {last}")
+    return dict(
+        command=command_of(name),
+        commit=commit(),
+        code=digest_of_code(),
+        machine=machine(),
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        seconds=round(time.perf_counter() - started),
+        result=parse(done.stdout),
+    )
+
+
+def parse(text: str) -> list:
+    """The JSON values that a program has printed, one after another."""
+    decoder = json.JSONDecoder()
+    values = []
+    text = text.strip()
+    while text:
+        value, end = decoder.raw_decode(text)
+        values.append(value)
+        text = text[end:].lstrip()
+    return values
+
+
+def commit() -> str | None:
+    """For who reads the record. Changes that are not committed are a plus sign; None: no git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def digest_of_code() -> str:
+    """Of the programs that are measured: a commit of results, or of text, changes none of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*HERE.parent.glob("*.py"), *HERE.glob("*.py")]):
+        if not file.name.startswith("test_") and file != Path(__file__).resolve():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def machine() -> dict:
+    return dict(
+        cpus=os.cpu_count(),
+        platform=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+    )
+
+
+def is_current(name: str, record: dict) -> bool:
+    """Whether an experiment's record is of its command, and of this code."""
+    return record["command"] == command_of(name) and record["code"] == digest_of_code()
+
+
+def measure_all(names: list[str], trace: str | None, again: bool):
+    """Writes the record of each; one that is cut short writes none."""
+    records = read_records()
+    for name in names:
+        if name in records and is_current(name, records[name]) and not again:
+            print(f"{name}: is there already; --again measures it again", flush=True)
+            continue
+        record = measure(name, trace)
+        RESULTS.mkdir(exist_ok=True)
+        partial = RESULTS / f"{name}.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(RESULTS / f"{name}.json")
+        print(f"{name}: {record['seconds']} s", flush=True)
+
+
+def read_records() -> dict:
+    """All records there are, by experiment. Raises ValueError for a file that is none."""
+    records = {}
+    for name in EXPERIMENTS:
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            try:
+                records[name] = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file.name}: not JSON ({error})") from None
+    return records
+
+
+# Tables. Each is made of records, in the order in which TABLES names them.
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits, and all that stand before its point."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:,.{decimals}f}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def tokens(number: int) -> str:
+    """13,000 as 13k, 1,120,000 as 1.12M."""
+    return f"{number / 1e6:.3g}M" if number >= 10**6 else f"{number / 1e3:.3g}k"
+
+
+def option(record: dict, name: str) -> str:
+    """What a record's command gives an option."""
+    words = shlex.split(record["command"])
+    return words[words.index(name) + 1]
+
+
+def goodput(entry: dict | None) -> str:
+    """P90 goodput of a policy's entry in a comparison; None: it was not compared."""
+    if entry is None:
+        return "–"
+    rate = entry["p90_goodput"]
+    rate = rate["mean"] if isinstance(rate, dict) else rate
+    return "no limit" if rate > compare.HIGHEST / 4 else short(rate)
+
+
+def at_rate(entry: dict, rate: float) -> dict:
+    """The point of a policy's curve."""
+    return next(point for point in entry["curve"] if point["rate"] == rate)
+
+
+def schedulers_table(record: dict) -> str:
+    rows = []
+    loads = (row for row in record["result"] if row["load"] != "demo")
+    for (load, rate), group in groupby(loads, lambda row: (row["load"], row["rate"])):
+        label = load.replace("_", " ")
+        if rate:
+            label += f", {rate:g} requests/s"
+        for row in group:
+            ttft = short(row["ttft_ms"] / 1e3, 2)
+            tbt = short(row["tbt_ms"], 2)
+            idle = percent(row["idle_fraction"])
+            duration = f"{row['duration_s']:.1f}"
+            rows.append([label, row["scheduler"], duration, ttft, tbt, idle])
+            label = ""
+    head = "load, scheduler, makespan s, mean TTFT s, mean TBT ms, idle"
+    return markdown(head.split(", "), rows)
+
+
+def planning_table(shared: dict, unshared: dict) -> str:
+    rows = []
+    cases = [(row, "everywhere") for row in shared["result"]]
+    cases += [(row, "none") for row in unshared["result"]]
+    for row, replicas in cases:
+        sizes = [row["instances"], row["requests"], row["segments"]]
+        median = short(row["plan_ms_median"], 2)
+        with_digest = short(row["with_digest_ms_median"], 2)
+        rows.append([*sizes, replicas, median, with_digest])
+    head = "instances, requests per instance, segments per request, replicas of one segment, "
+    head += "median ms, with the digest"
+    return markdown(head.split(", "), rows)
+
+
+def loogle_table(record: dict) -> str:
+    (result,) = record["result"]
+    rows = []
+    for policy, entry in result["policies"].items():
+        relaxed = at_rate(entry, 1)
+        busy = at_rate(entry, 4)
+        rows.append(
+            [
+                policy,
+                goodput(entry),
+                short(relaxed["normalised_ttft"]),
+                short(busy["normalised_ttft"]),
+                short(busy["tbt_ms"], 2),
+                f"{busy['cache_load_cv']:.2f}",
+                percent(busy["hit_rate"]),
+            ]
+        )
+    head = [
+        "",
+        "P90 goodput, requests/s",
+        "TTFT at 1 request/s, ms per token",
+        "at 4 requests/s: TTFT",
+        "TBT ms",
+        "CV of cache reads",
+        "hit rate",
+    ]
+    return markdown(head, rows)
+
+
+def loads_table(*records: dict) -> str:
+    names = "tokenlake router router:fcfs pd:1x3 pd:3x1".split()
+    rows = []
+    for record in records:
+        (result,) = record["result"]
+        config = result["config"]
+        capacity = tokens(config["capacity_tokens"])
+        seeds = "one seed" if config["seeds"] == 1 else f"{config['seeds']} seeds"
+        label = f"{config['workload']}, {capacity} ({config['num_requests']:,}, {seeds})"
+        rows.append([label, *(goodput(result["policies"].get(name)) for name in names)])
+    return markdown(["", *names], rows)
+
+
+def conversation_table(record: dict) -> str:
+    (result,) = record["result"]
+    policies = result["policies"]
+    rows = []
+    for entries in zip(*(entry["capacities"] for entry in policies.values())):
+        capacity = tokens(entries[0]["capacity_tokens"])
+        rows.append([capacity, *map(goodput, entries)])
+    return markdown(["cache, tokens", *policies], rows)
+
+
+def elastic_table(record: dict) -> str:
+    (result,) = record["result"]
+    rows = []
+    for policy, entry in result["policies"].items():
+        ttft = short(at_rate(entry, 2)["normalised_ttft"])
+        rows.append([policy, goodput(entry), ttft])
+    head = ["", "P90 goodput, requests/s", "TTFT at 2 requests/s, ms per token"]
+    return markdown(head, rows)
+
+
+def ablations_table(record: dict) -> str:
+    (result,) = record["result"]
+    columns = {
+        "tokenlake": "as it is",
+        "hash": "homes by hash",
+        "unreplicated": "no replication",
+        "ship": "always shipping",
+        "tokenlake:fcfs": "first come, first served",
+        "tokenlake:dp": "DP for the even split",
+    }
+    goodputs = [goodput(result["policies"][policy]) for policy in columns]
+    return markdown([*columns.values()], [goodputs])
+
+
+def lakes_table(*records: dict) -> str:
+    rows = []
+    for record in records:
+        (summary,) = record["result"]
+        rows.append(
+            [
+                option(record, "--instances"),
+                option(record, "--policy"),
+                option(record, "--rate"),
+                f"{100 * summary['slo_attainment']:.1f} %",
+                short(summary["ttft_ms"], 2),
+                short(summary["tbt_ms"], 2),
+                percent(summary["hit_rate"]),
+                f"{summary['cache_load_cv']:.2f}",
+                short(summary["plan_ms_median"], 2),
+                short(summary["sent_mib"], 2),
+                percent(summary["idle_fraction"]),
+            ]
+        )
+    head = "instances, policy, requests/s, keep the SLO, TTFT ms, TBT ms, hits, CV, "
+    head += "planning ms, MiB sent, idle"
+    return markdown(head.split(", "), rows)
+
+
+def real_table(record: dict) -> str:
+    rows = map(compare.show_real, record["result"])
+    return "\n".join(["```", compare.REAL_HEADER, *rows, "```"])
+
+
+class Table(NamedTuple):
+    render: Callable  # of the records, to Markdown
+    experiments: list[str]
+
+
+# By the name that the README's marks give.
+TABLES = {
+    "schedulers": Table(schedulers_table, ["schedulers"]),
+    "planning": Table(planning_table, ["planning", "planning-unshared"]),
+    "loogle": Table(loogle_table, ["loogle"]),
+    "loads": Table(
+        loads_table, ["loogle-200k", "scbench", "toolagent", "mixed", "sharegpt"]
+    ),
+    "conversation": Table(conversation_table, ["conversation"]),
+    "elastic": Table(elastic_table, ["elastic"]),
+    "ablations": Table(ablations_table, ["ablations"]),
+    "lakes": Table(
+        lakes_table, [name for name in EXPERIMENTS if name.startswith("lakes-")]
+    ),
+    "real": Table(real_table, ["real"]),
+}
+MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+
+
+def missing(names: list[str], records: dict) -> str | None:
+    """What tables lack, and how it is made; None if nothing."""
+    wanted = [experiment for name in names for experiment in TABLES[name].experiments]
+    lacking = [experiment for experiment in wanted if experiment not in records]
+    if not lacking:
+        return None
+    files = ", ".join(f"{name}.json" for name in lacking)
+    makes = f"python bench/report.py --measure {' '.join(lacking)}"
+    return f"bench/results has no {files}; `{makes}` makes what is missing"
+
+
+def fill(text: str, records: dict) -> str:
+    """The README with its tables as the records give them. Raises ValueError if one is missing, or
+    a mark is not as it should be."""
+    names = [name for name, _ in MARKED.findall(text)]
+    if not len(names) == text.count("<!-- table:") == text.count("<!-- /table -->"):
+        said = "<!-- table: NAME --> and <!-- /table --> are expected, each on a line, in turn"
+        raise ValueError(f"{README.name}: {said}")
+    for name in names:
+        if name not in TABLES:
+            said = f"{', '.join(TABLES)} are there"
+            raise ValueError(f"{README.name}: no table is called {name}; {said}")
+    if said := missing(names, records):
+        raise ValueError(said)
+
+    def table(match):
+        name = match[1]
+        render, experiments = TABLES[name]
+        rendered = render(*(records[experiment] for experiment in experiments))
+        return f"<!-- table: {name} -->\n{rendered}\n<!-- /table -->"
+
+    return MARKED.sub(table, text)
+
+
+def write_tables(records: dict):
+    """Of the README; says which others could be there, and what is old. Raises ValueError as `fill`
+    does."""
+    text = README.read_text()
+    README.write_text(fill(text, records))
+    marked = [name for name, _ in MARKED.findall(text)]
+    unmarked = [name for name in TABLES if name not in marked]
+    for name in unmarked:
+        if not missing([name], records):
+            print(f"{README.name} has no <!-- table: {name} --> to <!-- /table -->")
+    if said := missing(unmarked, records):
+        print(said)
+    if old := [name for name in records if not is_current(name, records[name])]:
+        print(f"of an earlier state of the code: {', '.join(old)}")
+
+
+def draw_figures(records: dict):
+    """Those of the comparison on loogle."""
+    if "loogle" not in records:
+        return
+    try:
+        compare.draw(records["loogle"]["result"][0], FIGURES)
+    except ModuleNotFoundError:
+        print("no figures without Matplotlib (pip install matplotlib)", file=sys.stderr)
+
+
+# The command line.
+
+
+def check_measured(names: list[str], trace: str | None):
+    """Raises ValueError for a name that is none, or a trace that is not there."""
+    for name in names:
+        if name not in EXPERIMENTS:
+            known = ", ".join(EXPERIMENTS)
+            raise ValueError(f"--measure {cut(name, 20)}: there are {known}")
+    traced = [name for name in names if TRACE in EXPERIMENTS[name]]
+    if traced and not trace:
+        said = f"{', '.join(traced)} need Mooncake's {TRACE}; where it is, is expected"
+        raise ValueError(f"--trace: {said}")
+    if trace:
+        with open(trace, "rb"):
+            pass
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(description="Measure what the README says, and write its tables.")
+    add = parser.add_argument
+    measured = "experiments to measure; without names: all"
+    add("--measure", nargs="*", metavar="NAME", help=measured)
+    add("--again", action="store_true", help="also what is there already")
+    trace = "with --measure: Mooncake's conversation trace"
+    add("--trace", type=file_name, metavar="FILE", help=trace)
+    options = parser.parse_args(arguments)
+    try:
+        if options.measure is not None:
+            names = options.measure or [*EXPERIMENTS]
+            check_measured(names, options.trace)
+            measure_all(names, options.trace, options.again)
+        else:
+            records = read_records()
+            write_tables(records)
+            draw_figures(records)
+    except RuntimeError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        parser.refuse(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
