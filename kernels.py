@@ -52,7 +52,8 @@ MIN_PIECE_TILES = 4  # of a block that is cut: fewer do not pay for another piec
 MIN_LANES = 16
 MAX_LANES = 128
 # KV rows that PyTorch gathers at a time, so that they are still in the cache when they are used.
-MAX_BATCH_KEYS = 2048
+MAX_BATCH_KEYS = 1024
+MIN_VIEW_KEYS = 256  # of a piece that PyTorch reads where it lies, and so by itself
 AFTER_ALL = np.iinfo(np.int64).max  # a position that no query row sees: that of padding
 
 
@@ -326,13 +327,14 @@ class Launch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """b pieces padded to m query rows and n KV rows, for PyTorch. Padding repeats the first row of
-    its own piece: another's might be NaN, and 0 × NaN is NaN."""
-    query_rows: torch.Tensor  # [b, m]
-    # [b, m] where results go; those of padding behind the last row.
+    """b pieces padded to m query rows and n KV rows, for PyTorch. Their rows are gathered a head at
+    a time: row r of head h of q is row r · H + h of its [T · H, D], and so on. Padding repeats the
+    first row of its own piece: another's might be NaN, and 0 × NaN is NaN."""
+    query_rows: torch.Tensor  # [Hkv · b, G · m] of q's [T · H, D]
+    # [Hkv · b, n] of the slab's [slab rows · Hkv, D]; or a stretch of the slab as a slice.
+    kv_rows: torch.Tensor | slice
+    # [Hkv · b, G · m] of o's [(P + 1) · H, D]: row P is for what padding gives.
     partial_rows: torch.Tensor
-    # A stretch of the slab as a slice, or [Hkv, b, n] rows of the slab's [slab rows · Hkv, D].
-    kv_rows: slice | torch.Tensor
     # [b, 1, m, n] what a query row does not see, the same for all heads; None: it sees all.
     hidden: torch.Tensor | None
 
@@ -357,6 +359,7 @@ class Work:
         wanted_pieces=1,
         share=True,
     ):
+        self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.heads_per_kv = num_heads // num_kv_heads
         max_rows = rows_of_a_block(self.heads_per_kv)
@@ -392,18 +395,23 @@ class Work:
     @cached_property
     def batches(self) -> list[Batch]:
         """The same work for PyTorch: pieces of like size, between the same powers of two, in
-        batches, so that a batch is one matmul."""
+        batches, so that a batch is one matmul. A long stretch of the slab is a batch by itself: it
+        need not be gathered."""
         _, pieces, tiles = self._host
         keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
         first_key = keys_before[pieces.first_tile]
         num_keys = keys_before[pieces.end_tile] - first_key
+        end = tiles.first_row + tiles.length
+        stretch = np.cumsum(np.append(0, tiles.first_row[1:] != end[:-1]))
+        is_stretch = stretch[pieces.first_tile] == stretch[pieces.end_tile - 1]
+        is_view = is_stretch & (num_keys >= MIN_VIEW_KEYS)
         alike = {}
-        sizes = zip(pieces.rows.tolist(), num_keys.tolist())
-        for piece, (m, n) in enumerate(sizes):
-            size = (m - 1).bit_length(), (n - 1).bit_length()
+        sizes = zip(pieces.rows.tolist(), num_keys.tolist(), is_view.tolist())
+        for piece, (m, n, alone) in enumerate(sizes):
+            size = (m - 1).bit_length(), (n - 1).bit_length(), piece if alone else -1
             alike.setdefault(size, []).append(piece)
         batches = []
-        for (_, bits), same in sorted(alike.items()):
+        for (_, bits, _), same in sorted(alike.items()):
             most = max(1, MAX_BATCH_KEYS >> bits)
             for start in range(0, len(same), most):
                 chosen = np.array(same[start : start + most])[:, None]
@@ -424,20 +432,26 @@ class Work:
         kv_position = ranges(tiles.position, tiles.length)[key]
         kv_position = np.where(is_key, kv_position, AFTER_ALL)
         hidden = kv_position[:, None, None] > members.position[member][:, None, :, None]
-        device = self.tiles.device
-        return Batch(
-            torch.from_numpy(members.row[member]).to(device),
-            torch.from_numpy(np.where(is_row, partial + row, self.num_partials)).to(device),
-            self._kv_rows(kv_rows),
-            torch.from_numpy(hidden).to(device) if hidden.any() else None,
-        )
+        partial_row = np.where(is_row, partial + row, self.num_partials)
+        arrays = [
+            self._by_head(members.row[member], self.num_heads),
+            self._by_head(kv_rows, self.num_kv_heads),
+            self._by_head(partial_row, self.num_heads),
+            hidden,
+        ]
+        batch = Batch(*(torch.from_numpy(x).to(self.tiles.device) for x in arrays))
+        if not hidden.any():
+            batch = batch._replace(hidden=None)
+        if len(kv_rows) == 1 and (np.diff(kv_rows[0]) == 1).all():
+            batch = batch._replace(kv_rows=slice(kv_rows[0, 0], kv_rows[0, -1] + 1))
+        return batch
 
-    def _kv_rows(self, rows):
-        """Rows [b, n] of the slab as a batch has them."""
-        if len(rows) == 1 and (np.diff(rows[0]) == 1).all():
-            return slice(rows[0, 0], rows[0, -1] + 1)
-        heads = np.arange(self.num_kv_heads)[:, None, None]
-        return torch.from_numpy(rows * self.num_kv_heads + heads).to(self.tiles.device)
+    def _by_head(self, rows, num_heads):
+        """Rows [b, m] of something with so many heads → [Hkv · b, heads of a KV head · m] rows of a
+        head each."""
+        b, _ = rows.shape
+        head = np.arange(num_heads).reshape(self.num_kv_heads, 1, -1, 1)
+        return (rows[:, None] * num_heads + head).reshape(self.num_kv_heads * b, -1)
 
 
 def rows_of_a_block(heads_per_kv) -> int:
@@ -502,46 +516,43 @@ def _attend_with_torch(q, k, v, work, scale):
     """A batch of padded pieces at a time, in float32 at least."""
     _, H, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
+    query = (q.to(wide) * scale).view(-1, D)
     # One row more than there are, for what padding gives.
-    o = torch.empty(work.num_partials + 1, H, D, dtype=wide, device=q.device)
-    lse = torch.empty(work.num_partials + 1, H, dtype=wide, device=q.device)
+    o = query.new_empty(work.num_partials + 1, H, D)
+    lse = query.new_empty(work.num_partials + 1, H)
     for batch in work.batches:
-        o[batch.partial_rows], lse[batch.partial_rows] = _attend_batch(
-            q, k, v, batch, scale, wide
-        )
+        rows = batch.partial_rows.flatten()
+        batch_o, batch_lse = _attend_batch(query, k, v, batch)
+        o.view(-1, D).index_copy_(0, rows, batch_o.view(-1, D))
+        lse.view(-1).index_copy_(0, rows, batch_lse.flatten())
     return o[:-1], lse[:-1]
 
 
-def _attend_batch(q, k, v, batch, scale, wide):
-    """→ o [b, m, H, D], lse [b, m, H] of a padded batch."""
-    _, H, D = q.shape
-    Hkv = k.shape[1]
-    b, m = batch.query_rows.shape
+def _attend_batch(query, k, v, batch):
+    """→ o [Hkv · b, G · m, D], lse [Hkv · b, G · m, 1] of a padded batch; query [T · H, D] is
+    scaled."""
+    _, Hkv, D = k.shape
 
     def read(slab):  # [slab rows, Hkv, D] → [Hkv · b, n, D]
         if isinstance(batch.kv_rows, slice):
-            return slab[batch.kv_rows].transpose(0, 1).to(wide)
-        rows = slab.view(-1, D).index_select(0, batch.kv_rows.flatten())
-        return rows.view(Hkv * b, -1, D).to(wide)
+            return slab[batch.kv_rows].transpose(0, 1).to(query.dtype)
+        return gather(slab.view(-1, D), batch.kv_rows).to(query.dtype)
 
-    query = q[batch.query_rows].view(b, m, Hkv, -1, D)
-    query = query.permute(2, 0, 3, 1, 4).to(wide) * scale  # [Hkv, b, G, m, D]
-    s = query.reshape(Hkv * b, -1, D) @ read(k).mT  # [Hkv · b, G · m, n]
+    s = gather(query, batch.query_rows) @ read(k).mT  # [Hkv · b, G · m, n]
     if batch.hidden is not None:
-        s.view(Hkv, b, -1, m, s.shape[-1]).masked_fill_(batch.hidden, -math.inf)
+        b, _, m, n = batch.hidden.shape
+        s.view(Hkv, b, -1, m, n).masked_fill_(batch.hidden, -math.inf)
     # A row that sees nothing has a maximum of −inf, and p = 0.
     top = s.amax(-1, keepdim=True)
-    p = s.sub_(top.clamp(min=torch.finfo(wide).min)).exp_()
+    p = s.sub_(top.clamp(min=torch.finfo(s.dtype).min)).exp_()
     # At least 1 with a visible key, as the maximum gives 1. Without one it is 0.
     total = p.sum(-1, keepdim=True)
-    o = p @ read(v) / total.clamp(min=1)
-    lse = top + total.log()
+    return (p @ read(v)).div_(total.clamp(min=1)), top + total.log()
 
-    def by_row(x):  # [Hkv · b, G · m, x] → [b, m, H, x]
-        x = x.view(Hkv, b, -1, m, x.shape[-1]).permute(1, 3, 0, 2, 4)
-        return x.reshape(b, m, H, -1)
 
-    return by_row(o), by_row(lse)[..., 0]
+def gather(x, rows):
+    """Rows of x [n, D] by a table of their numbers [i, j] → [i, j, D]."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 # ── merge ────────────────────────────────────────────────────────────────────────────────────────

@@ -686,7 +686,9 @@ class Pool:
         if not partials:
             return buffer.q  # no rows: each reads itself at least
         o, lse = (torch.cat(parts) for parts in zip(*partials))
-        return merge(o, lse, buffer.parts)[0].to(buffer.q.dtype)
+        if buffer.parts.shape[1] > 1:  # with one source, results are in order of the rows
+            o, _ = merge(o, lse, buffer.parts)
+        return o.to(buffer.q.dtype)
 
     def _ship(self, buffer):
         """Rows of Q leave for the holders. Returns a function that waits for those that arrive,

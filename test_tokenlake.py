@@ -541,13 +541,15 @@ def test_adjacent_spans_are_views():
     cache holds; only what hides something has a mask."""
     runs = [(i, 1, 99) for i in range(70)]
     apart = [(i, 2 * 48 * i + 32 * j, 16, 16 * j) for i in range(70) for j in range(3)]
-    one = make_work(runs[:1], [(0, 16 * j, 16, 16 * j) for j in range(7)], 4, 2)
+    one = make_work([(0, 1, 299)], [(0, 16 * j, 16, 16 * j) for j in range(20)], 4, 2)
     (batch,) = one.batches
-    assert batch.kv_rows == slice(0, 112) and batch.hidden.sum() == 12
+    assert batch.kv_rows == slice(0, 320) and batch.hidden.sum() == 20
     batches = make_work(runs, apart, 4, 2).batches
-    assert sum(len(batch.query_rows) for batch in batches) == 70
+    assert sum(len(batch.query_rows) for batch in batches) == 2 * 70
     assert max(batch.kv_rows.numel() for batch in batches) <= 2 * kernels.MAX_BATCH_KEYS
-    assert all(batch.hidden is None for batch in batches) and len(batches) == 3
+    assert all(batch.hidden is None for batch in batches) and len(batches) == 5
+    both = make_work([(0, 1, 299), (1, 1, 299)], [(0, 0, 300, 0), (1, 300, 300, 0)], 4, 2).batches
+    assert [batch.kv_rows for batch in both] == [slice(0, 300), slice(300, 600)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
