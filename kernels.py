@@ -394,13 +394,27 @@ class Work:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """The same work for PyTorch: pieces of like size, between the same powers of two, in
-        batches, so that a batch is one matmul. A long stretch of the slab is a batch by itself: it
-        need not be gathered."""
+        """The same work for PyTorch, in batches: each is one matmul."""
         _, pieces, tiles = self._host
         keys_before = np.concatenate(([0], np.cumsum(tiles.length)))
         first_key = keys_before[pieces.first_tile]
         num_keys = keys_before[pieces.end_tile] - first_key
+        return [
+            self._batch(chosen, first_key[chosen], num_keys[chosen])
+            for chosen in self._alike(num_keys)
+        ]
+
+    @cached_property
+    def _keys(self):
+        """[keys] slab row and position of each key of the tiles, one tile after another."""
+        _, _, tiles = self._host
+        return ranges(tiles.first_row, tiles.length), ranges(tiles.position, tiles.length)
+
+    def _alike(self, num_keys):
+        """Yields pieces [b, 1] that make a batch: of like size, between the same powers of two, and
+        with so few keys that the cache holds them. A long stretch of the slab is one by itself: it
+        need not be gathered."""
+        _, pieces, tiles = self._host
         end = tiles.first_row + tiles.length
         stretch = np.cumsum(np.append(0, tiles.first_row[1:] != end[:-1]))
         is_stretch = stretch[pieces.first_tile] == stretch[pieces.end_tile - 1]
@@ -410,26 +424,22 @@ class Work:
         for piece, (m, n, alone) in enumerate(sizes):
             size = (m - 1).bit_length(), (n - 1).bit_length(), piece if alone else -1
             alike.setdefault(size, []).append(piece)
-        batches = []
         for (_, bits, _), same in sorted(alike.items()):
             most = max(1, MAX_BATCH_KEYS >> bits)
             for start in range(0, len(same), most):
-                chosen = np.array(same[start : start + most])[:, None]
-                batches.append(self._batch(chosen, first_key[chosen], num_keys[chosen]))
-        return batches
+                yield np.array(same[start : start + most])[:, None]
 
     def _batch(self, chosen, first_key, num_keys) -> Batch:
-        """Of the chosen pieces; all are [b, 1]. Keys count through the tiles."""
-        members, pieces, tiles = self._host
+        """Of the chosen pieces, with their keys, which count through the tiles; all [b, 1]."""
+        members, pieces, _ = self._host
         _, rows, _, _, partial = select(pieces, chosen)
         row = np.arange(rows.max())
         is_row = row < rows
         member = pieces.first_member[chosen] + row * is_row
-        column = np.arange(num_keys.max())
-        is_key = column < num_keys
-        key = first_key + column * is_key
-        kv_rows = ranges(tiles.first_row, tiles.length)[key]
-        kv_position = ranges(tiles.position, tiles.length)[key]
+        number = np.arange(num_keys.max())
+        is_key = number < num_keys
+        key = first_key + number * is_key
+        kv_rows, kv_position = (column[key] for column in self._keys)
         kv_position = np.where(is_key, kv_position, AFTER_ALL)
         hidden = kv_position[:, None, None] > members.position[member][:, None, :, None]
         partial_row = np.where(is_row, partial + row, self.num_partials)
