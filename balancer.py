@@ -80,7 +80,7 @@ class Segment:
     # Instance → global slot; the first one lives as long as the segment.
     replicas: dict[int, int]
     children: dict = field(default_factory=dict)  # segments by id
-    pins: int = 0  # running requests that read it
+    readers: dict = field(default_factory=dict)  # running requests that pin it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
     depth: int = 0  # segments on the path from the root to here
     # Requests that hit it, recent ones weigh more; never less than a child's.
@@ -90,6 +90,11 @@ class Segment:
     def slot(self) -> int:
         """Global slot of the first replica."""
         return next(iter(self.replicas.values()))
+
+    @property
+    def pins(self) -> int:
+        """Never less than a child's: whoever pins a segment pins all before it."""
+        return len(self.readers)
 
 
 class PrefixTree:
@@ -122,7 +127,7 @@ class PrefixTree:
         parent.children[id] = segment
         return segment
 
-    def hit(self, segments: list[Segment]):
+    def hit(self, segments: list[Segment], reader: "Request"):
         """Counts and pins what an admission reads. After half_life admissions all heat is
         halved."""
         self.clock += 1
@@ -132,7 +137,7 @@ class PrefixTree:
                 segment.heat *= 0.5
         for segment in segments:
             segment.heat += 1.0
-            self.pin(segment)
+            self.pin(segment, reader)
         self.root.heat += len(segments)
 
     def heaviest(self, count, above=0.0) -> list[Segment]:
@@ -147,16 +152,24 @@ class PrefixTree:
                     heapq.heappush(heap, (-child.heat, child.id, child))
         return found[1:]  # without the root
 
-    def pin(self, segment):
+    def pin(self, segment, reader: "Request"):
         """One reader more."""
         self.lru.pop(segment.id, None)
-        segment.pins += 1
+        readers = segment.readers
+        if len(readers) == 1:
+            next(iter(readers)).num_shared += 1
+        readers[reader] = None
+        reader.num_shared += len(readers) > 1
         self._touch(segment)
 
-    def unpin(self, segment):
+    def unpin(self, segment, reader: "Request"):
         """One reader less; the last one leaves it the youngest of the LRU."""
-        segment.pins -= 1
-        if not segment.pins:
+        readers = segment.readers
+        reader.num_shared -= len(readers) > 1
+        del readers[reader]
+        if len(readers) == 1:
+            next(iter(readers)).num_shared -= 1
+        if not readers:
             self.lru[segment.id] = segment
         self._touch(segment)
 
@@ -201,6 +214,7 @@ class Request:
     peak: int = 0
     ids: list = field(default_factory=list)  # of the full segments among `tokens`
     segments: list = field(default_factory=list)  # published and pinned
+    num_shared: int = 0  # of these, the first ones, which others pin, too
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
     held_row: int | None = None  # of Balancer.held, while it runs
@@ -324,7 +338,7 @@ class Balancer:
     def admit(self, request, matched):
         """Pins what matched. Even if that is all, one row is computed again: to have its logits."""
         request.segments = [self.tree.segments[id] for id in request.ids[:matched]]
-        self.tree.hit(request.segments)
+        self.tree.hit(request.segments, request)
         request.table = np.zeros(self.num_segments(request.max_tokens), np.int32)
         request.table[:matched] = [segment.slot for segment in request.segments]
         request.num_slots = matched
@@ -353,7 +367,7 @@ class Balancer:
         request.peak = max(request.peak, request.done)
         while len(request.segments) < request.done // C:
             segment = self._publish(request, len(request.segments))
-            self.tree.pin(segment)
+            self.tree.pin(segment, request)
             request.segments.append(segment)
             self._stop_awaiting(request, segment.id)
 
@@ -386,7 +400,7 @@ class Balancer:
             self.free[slot // self.slots].append(slot)
         self.tree.clock += 1
         for segment in reversed(request.segments):  # leaf first: see PrefixTree
-            self.tree.unpin(segment)
+            self.tree.unpin(segment, request)
         for id in request.ids[published:]:
             self._stop_awaiting(request, id)
         self._free_held_rows.append(request.held_row)

@@ -230,9 +230,10 @@ class QueryPlan:
     # [N] tokens of old KV that each instance gives to readers, once a request (§7.2). Pulled ones
     # count where they come from.
     reads: Column
-    # [N] attention done at each, rows × tokens; on old KV a share counts `TokenLake.ridge` rows at
-    # least.
+    # [N] attention done at each, rows × tokens: all rows that read a token of old KV there, but
+    # `TokenLake.ridge` at least, as it is read once for all.
     load: Column
+    tokens_read: Column  # [N] tokens of KV read at each, old, pulled and fresh, in every layer
     sizes: tuple[int, int, int]  # N, S, C
 
     @property

@@ -218,6 +218,9 @@ def check_bookkeeping(bal, running):
         assert request.done <= len(request.tokens)
     assert owners == Counter(range(N * S)), "a slot without an owner, or with two"
     assert all(segment.pins == references[id] for id, segment in tree.segments.items())
+    for request in running:
+        others = [segment.pins > 1 for segment in request.segments]
+        assert others == [i < request.num_shared for i in range(len(others))]
     assert set(tree.lru) == {id for id, s in tree.segments.items() if not s.pins}
     place = {id: i for i, id in enumerate(tree.lru)}
     for id in tree.lru:
@@ -1688,7 +1691,7 @@ def test_the_digest_covers_every_leaf_of_a_plan():
     names |= {f"{where}.{name}" for name in pool.Moves._fields
               for where in ("query.old.pulls", "transfer.moves")}
     names |= {f"transfer.writes.{name}" for name in pool.SlabWrites._fields}
-    names |= {f"query.{name}" for name in ("ships", "reads", "load", "sizes")}
+    names |= {f"query.{name}" for name in ("ships", "reads", "load", "tokens_read", "sizes")}
     assert seen == names | {"transfer.num_instances"} and read_slots > 20
 
 
@@ -2324,7 +2327,7 @@ def test_a_copy_is_made_in_a_full_pool():
         bal.release(prepared(bal, id, tokens(4, id)))
     hot = prepared(bal, 200, tokens(4, 127))
     for _ in range(30):
-        bal.tree.hit(hot.segments)
+        bal.tree.hit(hot.segments, Request(0, [], 0))
     home = hot.segments[0].slot // 64
     assert not any(bal.free)
     for _ in range(8):

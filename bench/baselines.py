@@ -329,6 +329,7 @@ class Disaggregated(Fleet):
             request,
             ids=list(request.ids),
             segments=[],
+            num_shared=0,
             num_slots=0,
             done=0,
             order=None,  # that is the other scheduler's
