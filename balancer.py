@@ -50,6 +50,7 @@ from operator import attrgetter
 from typing import Callable, NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 # When to copy. None of these has to be exact: they were varied in replays on 8 instances, homes by
 # hash, of Mooncake's conversation trace, unless another is named; CV and copies were looked at.
@@ -674,6 +675,92 @@ def dynamic_program(time, R, N, slo: int | None = None) -> list[BatchRange] | No
         i = first
         k -= dop
     return batches
+
+
+# An A100 in bf16, in FLOP/s and B/s. TimePredictor replaces it by what is measured, others do not.
+FLOPS = 312e12
+BANDWIDTH = 2.04e12
+LINK = 300e9
+# An iteration that took so many times what is usual was held up by something else.
+STALL = 3
+# As P90 goodput asks for: nine of ten iterations are to take no longer than is predicted.
+KEPT = 0.9
+
+
+class TimePredictor:
+    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB. Integers, so that
+    ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
+    is used once all ranks have it (run_cluster.py).
+
+    An iteration is planned by an even split of its work. It takes longer: its slowest instance
+    has more, and the fit has errors of its own. So the fifth number is what iterations took of
+    that, in thousandths: nine of ten, of those with prompt rows for which decodes wait."""
+    def __init__(self, lake):
+        shape = lake.llama_config
+        self.bytes_per_row = shape.num_layers * lake.kv_bytes
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+        linear = 2 * shape.num_linear_parameters
+        weights = lake.weight_bytes / BANDWIDTH
+        seconds = weights, linear / FLOPS, attention / FLOPS, 1024 / LINK
+        self.fitted = [*(round(x * 1e12) for x in seconds), 1000]
+        self.coefficients = self.fitted
+        self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
+        self.expected = ()  # what this iteration is planned by: see `expect`
+        self.slower = []  # (1, rows, rows · tokens, KiB of that, seconds)
+        self.count = 0
+
+    def time(self, rows, pairs, kib):
+        """ps, for integers or arrays of them."""
+        a, b, c, e, _ = self.coefficients
+        return a + b * rows + c * pairs + e * kib
+
+    def split(self, rows, pairs, dop):
+        """Rows, pairs and KiB of an instance, if rows are split evenly over `dop`. A row's fresh KV
+        goes to the instances with later rows: to half of the others, on average."""
+        kib = rows * self.bytes_per_row * (dop - 1) // 2 // 1024
+        return -(-rows // dop), -(-pairs // dop), -(-kib // dop)
+
+    def longest_time(self, rows, pairs, kib):
+        """ps of the slowest instance, if this is an even split's."""
+        return self.time(rows, pairs, kib) * self.coefficients[-1] // 1000
+
+    def expect(self, works: list[tuple]):
+        """An even split of each batch, before an iteration that is to count; else nothing."""
+        self.expected = max(works, key=lambda work: self.time(*work), default=())
+
+    def measured(self, features, seconds):
+        """Takes an iteration with `features` [N, 3], of which the instance that should be the
+        slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
+        below 0; the first 8, which warm up, are left out, and so are stalls."""
+        slowest = features[np.argmax(self.time(*features.T))].tolist()
+        self.count += 1
+        if self.count > 8:
+            self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
+            if self.expected:
+                self.slower = [*self.slower, (1, *self.expected, seconds)][-256:]
+        if self.count % 32 == 0:
+            solution = self._fit()
+            slower = self._quantile(solution)
+            self.fitted = [*(round(x * 1e12) for x in solution), round(1000 * slower)]
+
+    def _fit(self):
+        """A first fit, of relative errors, hardly heeds a stall: so it tells what is one. It is
+        often too short, as that is where relative errors are smallest, but not by STALL."""
+        work, times = np.split(np.array(self.samples), [4], 1)
+        times = times[:, 0]
+        scale = np.maximum(1, work.max(0))
+        work = work / scale
+        usual, _ = nnls(work / times[:, None], np.ones(len(times)))
+        fair = times <= STALL * (work @ usual)
+        solution, _ = nnls(work[fair], times[fair])
+        return solution / scale
+
+    def _quantile(self, solution) -> float:
+        """What nine of ten iterations took, of what an even split of their work would take."""
+        if not self.slower:
+            return 1.0
+        work, times = np.split(np.array(self.slower), [4], 1)
+        return float(np.quantile(times[:, 0] / (work @ solution), KEPT))
 
 
 # ── traces: the requests that come ───────────────────────────────────────────────────────────────

@@ -61,15 +61,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment, nnls
+from scipy.optimize import linear_sum_assignment
 
 from balancer import (
+    BANDWIDTH,
+    FLOPS,
     FORBIDDEN,
+    LINK,
     Balancer,
     BatchRange,
     PrefixTree,
     Request,
     Run,
+    TimePredictor,
     dynamic_program,
 )
 from cluster import Cluster, LakeError
@@ -79,10 +83,6 @@ from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
-# An A100 in bf16, in FLOP/s and B/s. TimePredictor replaces it by what is measured, others do not.
-FLOPS = 312e12
-BANDWIDTH = 2.04e12
-LINK = 300e9
 EXCHANGE_SECONDS = 10e-6  # of the smallest exchange: assumed, as in bench/simulate.py
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
@@ -96,8 +96,6 @@ FEW_ROWS = 128
 # A request seems a sixteenth of a chunk shorter for each that came after it. In overload 86 % then
 # keep their SLO; 67 % with a quarter; 89 % with a 64th, but some wait longer (bench/NOTES.md).
 AGEING = 16
-# An iteration that took so many times what is usual was held up by something else.
-STALL = 3
 
 
 # ── tables of an iteration ───────────────────────────────────────────────────────────────────────
@@ -666,57 +664,6 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────────
 
 
-class TimePredictor:
-    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB. Integers, so that
-    ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
-    is used once all ranks have it (run_cluster.py)."""
-    def __init__(self, lake):
-        shape = lake.llama_config
-        self.bytes_per_row = shape.num_layers * lake.kv_bytes
-        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
-        linear = 2 * shape.num_linear_parameters
-        weights = lake.weight_bytes / BANDWIDTH
-        seconds = weights, linear / FLOPS, attention / FLOPS, 1024 / LINK
-        self.fitted = [round(x * 1e12) for x in seconds]
-        self.coefficients = self.fitted
-        self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
-        self.count = 0
-
-    def time(self, rows, pairs, kib):
-        """ps, for integers or arrays of them."""
-        a, b, c, e = self.coefficients
-        return a + b * rows + c * pairs + e * kib
-
-    def split_time(self, rows, pairs, dop):
-        """ps of rows split evenly over `dop` instances. A row's fresh KV goes to the instances with
-        later rows: to half of the others, on average."""
-        kib = rows * self.bytes_per_row * (dop - 1) // 2 // 1024
-        return self.time(-(-rows // dop), -(-pairs // dop), -(-kib // dop))
-
-    def measured(self, features, seconds):
-        """Takes an iteration with `features` [N, 3], of which the instance that should be the
-        slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
-        below 0; the first 8, which warm up, are left out, and so are stalls."""
-        slowest = features[np.argmax(self.time(*features.T))].tolist()
-        self.count += 1
-        if self.count > 8:
-            self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
-        if self.count % 32 == 0:
-            self.fitted = [round(x * 1e12) for x in self._fit()]
-
-    def _fit(self):
-        """A first fit, of relative errors, hardly heeds a stall: so it tells what is one. It is
-        often too short, as that is where relative errors are smallest, but not by STALL."""
-        work, times = np.split(np.array(self.samples), [4], 1)
-        times = times[:, 0]
-        scale = np.maximum(1, work.max(0))
-        work = work / scale
-        usual, _ = nnls(work / times[:, None], np.ones(len(times)))
-        fair = times <= STALL * (work @ usual)
-        solution, _ = nnls(work[fair], times[fair])
-        return solution / scale
-
-
 class Policy(NamedTuple):
     """How batches are formed: the even split, the dynamic program, or PD with a fixed partition."""
     kind: str  # even, dp or pd
@@ -736,6 +683,7 @@ class Batch(NamedTuple):
     """Requests that run together, in the scheduler's words."""
     items: list[tuple[Request, int]]  # and how many rows of each
     dop: int
+    work: tuple  # of each of its instances, as TimePredictor.split has it
 
 
 class Scheduler:
@@ -774,6 +722,9 @@ class Scheduler:
         slots are pinned, the last admitted requests are preempted."""
         self._admit()
         batches = self._batches_within_slo()
+        # What the SLO is kept by: prompt rows, while decodes wait.
+        kinds = {rows > 1 for batch in batches for _, rows in batch.items}
+        self.predictor.expect([b.work for b in batches] if len(kinds) > 1 else [])
         # One batch over all instances is not left to gen_plans to cut, but cut by `preferred`:
         # the even split.
         even = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
@@ -865,9 +816,10 @@ class Scheduler:
         batches = []
         slowest = 0
         for first, end, dop in self._divide(upto, len(decodes)):
-            batches.append(Batch(items[first:end], dop))
             rows, pairs = (upto[end] - upto[first]).tolist()
-            slowest = max(slowest, self.predictor.split_time(rows, pairs, dop))
+            work = self.predictor.split(rows, pairs, dop)
+            batches.append(Batch(items[first:end], dop, work))
+            slowest = max(slowest, self.predictor.longest_time(*work))
         return batches, slowest
 
     def _weigh_attention(self, items) -> list[int]:
@@ -916,7 +868,7 @@ class Scheduler:
                 too_wide = rows > dop * self.lake.config.chunk_tokens
                 mixed = np.arange(i) < num_decodes
                 forbidden = too_wide | mixed
-            times = self.predictor.split_time(rows, pairs, dop)
+            times = self.predictor.longest_time(*self.predictor.split(rows, pairs, dop))
             return np.where(forbidden, FORBIDDEN, times)
 
         # If nothing keeps the SLO, it is dropped (§6.2).
