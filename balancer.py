@@ -16,7 +16,7 @@ next:
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
-is read, if none lies where the rows are computed. `python balancer.py --trace FILE` shows what each
+is read, by so many rows that it takes no longer to read it for them than to attend (tokenlake.py). `python balancer.py --trace FILE` shows what each
 is worth.
 
 Every rank runs this and has to decide the same, so nobody asks anybody. There are no sets and no
@@ -29,8 +29,8 @@ Rows are *committed* after the iteration that wrote all their layers. Then the s
 fill are published: from the next iteration on others can hit them. A segment is evicted only when
 nobody pins it, children first: see `PrefixTree`.
 
-At the end stand two things that need no tensors either: the paper's dynamic program, and the reader
-of traces.
+At the end stand three things that need no tensors either: the paper's dynamic program, the time
+model, and the reader of traces.
 
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
@@ -683,8 +683,6 @@ BANDWIDTH = 2.04e12
 LINK = 300e9
 # An iteration that took so many times what is usual was held up by something else.
 STALL = 3
-# As P90 goodput asks for: nine of ten iterations are to take no longer than is predicted.
-KEPT = 0.9
 
 
 class TimePredictor:
@@ -694,7 +692,8 @@ class TimePredictor:
 
     An iteration is planned by an even split of its work. It takes longer: its slowest instance
     has more, and the fit has errors of its own. So the fifth number is what iterations took of
-    that, in thousandths: nine of ten, of those with prompt rows for which decodes wait."""
+    that, in thousandths; of those with prompt rows for which decodes wait, and of all together, as
+    the time between tokens that is to be kept is a mean, too."""
     def __init__(self, lake):
         shape = lake.llama_config
         self.bytes_per_row = shape.num_layers * lake.kv_bytes
@@ -706,7 +705,7 @@ class TimePredictor:
         self.coefficients = self.fitted
         self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
         self.expected = ()  # what this iteration is planned by: see `expect`
-        self.slower = []  # (1, rows, rows · tokens, KiB of that, seconds)
+        self.splits = []  # (1, rows, rows · tokens, KiB of that, seconds)
         self.count = 0
 
     def time(self, rows, pairs, kib):
@@ -737,11 +736,11 @@ class TimePredictor:
         if self.count > 8:
             self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
             if self.expected:
-                self.slower = [*self.slower, (1, *self.expected, seconds)][-256:]
+                self.splits = [*self.splits, (1, *self.expected, seconds)][-256:]
         if self.count % 32 == 0:
             solution = self._fit()
-            slower = self._quantile(solution)
-            self.fitted = [*(round(x * 1e12) for x in solution), round(1000 * slower)]
+            longer = self._measure_split(solution)
+            self.fitted = [*(round(x * 1e12) for x in solution), round(1000 * longer)]
 
     def _fit(self):
         """A first fit, of relative errors, hardly heeds a stall: so it tells what is one. It is
@@ -755,12 +754,16 @@ class TimePredictor:
         solution, _ = nnls(work[fair], times[fair])
         return solution / scale
 
-    def _quantile(self, solution) -> float:
-        """What nine of ten iterations took, of what an even split of their work would take."""
-        if not self.slower:
+    def _measure_split(self, solution) -> float:
+        """How many times as long iterations took as an even split of their work would have, but for
+        stalls: 1 if nothing is known."""
+        if not self.splits:
             return 1.0
-        work, times = np.split(np.array(self.slower), [4], 1)
-        return float(np.quantile(times[:, 0] / (work @ solution), KEPT))
+        work, times = np.split(np.array(self.splits), [4], 1)
+        times = times[:, 0]
+        even = work @ solution
+        fair = times <= STALL * even
+        return float(times[fair].sum() / even[fair].sum()) if fair.any() else 1.0
 
 
 # ── traces: the requests that come ───────────────────────────────────────────────────────────────
