@@ -1961,10 +1961,10 @@ def test_loads_are_what_rows_meet():
         scene = golden_plans.Scene(seed)
         lake = scene.lake
         lake.ridge = 1 + seed % 7
-        for _, plan, _, _ in scene.plans():
-            found = [met_at(lake, plan, index) for index in range(len(lake.instances))]
-            assert found == list(zip(plan.load.tolist(), plan.tokens_read.tolist()))
-            saved += plan.reads.sum() - plan.tokens_read.sum() > 0
+        for _, made, _, _ in scene.plans():
+            found = [met_at(lake, made, index) for index in range(len(lake.instances))]
+            assert found == list(zip(made.load.tolist(), made.tokens_read.tolist()))
+            saved += made.reads.sum() - made.tokens_read.sum() > 0
     assert saved > 20
 
 
