@@ -16,7 +16,7 @@ next:
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
-is read, if none lies where the rows are computed. `python balancer.py --trace FILE` shows what each
+is read, by so many rows that it takes no longer to read it for them than to attend (tokenlake.py). `python balancer.py --trace FILE` shows what each
 is worth.
 
 Every rank runs this and has to decide the same, so nobody asks anybody. There are no sets and no
@@ -29,8 +29,8 @@ Rows are *committed* after the iteration that wrote all their layers. Then the s
 fill are published: from the next iteration on others can hit them. A segment is evicted only when
 nobody pins it, children first: see `PrefixTree`.
 
-At the end stand two things that need no tensors either: the paper's dynamic program, and the reader
-of traces.
+At the end stand three things that need no tensors either: the paper's dynamic program, the time
+model, and the reader of traces.
 
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
@@ -50,6 +50,7 @@ from operator import attrgetter
 from typing import Callable, NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 # When to copy. None of these has to be exact: they were varied in replays on 8 instances, homes by
 # hash, of Mooncake's conversation trace, unless another is named; CV and copies were looked at.
@@ -80,7 +81,7 @@ class Segment:
     # Instance → global slot; the first one lives as long as the segment.
     replicas: dict[int, int]
     children: dict = field(default_factory=dict)  # segments by id
-    pins: int = 0  # running requests that read it
+    readers: dict = field(default_factory=dict)  # running requests that pin it
     touched: int = 0  # when it was last accessed, by PrefixTree.clock
     depth: int = 0  # segments on the path from the root to here
     # Requests that hit it, recent ones weigh more; never less than a child's.
@@ -90,6 +91,11 @@ class Segment:
     def slot(self) -> int:
         """Global slot of the first replica."""
         return next(iter(self.replicas.values()))
+
+    @property
+    def pins(self) -> int:
+        """Never less than a child's: whoever pins a segment pins all before it."""
+        return len(self.readers)
 
 
 class PrefixTree:
@@ -122,7 +128,7 @@ class PrefixTree:
         parent.children[id] = segment
         return segment
 
-    def hit(self, segments: list[Segment]):
+    def hit(self, segments: list[Segment], reader: "Request"):
         """Counts and pins what an admission reads. After half_life admissions all heat is
         halved."""
         self.clock += 1
@@ -132,7 +138,7 @@ class PrefixTree:
                 segment.heat *= 0.5
         for segment in segments:
             segment.heat += 1.0
-            self.pin(segment)
+            self.pin(segment, reader)
         self.root.heat += len(segments)
 
     def heaviest(self, count, above=0.0) -> list[Segment]:
@@ -147,16 +153,24 @@ class PrefixTree:
                     heapq.heappush(heap, (-child.heat, child.id, child))
         return found[1:]  # without the root
 
-    def pin(self, segment):
+    def pin(self, segment, reader: "Request"):
         """One reader more."""
         self.lru.pop(segment.id, None)
-        segment.pins += 1
+        readers = segment.readers
+        if len(readers) == 1:
+            next(iter(readers)).num_shared += 1
+        readers[reader] = None
+        reader.num_shared += len(readers) > 1
         self._touch(segment)
 
-    def unpin(self, segment):
+    def unpin(self, segment, reader: "Request"):
         """One reader less; the last one leaves it the youngest of the LRU."""
-        segment.pins -= 1
-        if not segment.pins:
+        readers = segment.readers
+        reader.num_shared -= len(readers) > 1
+        del readers[reader]
+        if len(readers) == 1:
+            next(iter(readers)).num_shared -= 1
+        if not readers:
             self.lru[segment.id] = segment
         self._touch(segment)
 
@@ -201,6 +215,7 @@ class Request:
     peak: int = 0
     ids: list = field(default_factory=list)  # of the full segments among `tokens`
     segments: list = field(default_factory=list)  # published and pinned
+    num_shared: int = 0  # of these, the first ones, which others pin, too
     table: np.ndarray | None = None  # [segments] global slot; the published ones first
     num_slots: int = 0  # entries of the table in use
     held_row: int | None = None  # of Balancer.held, while it runs
@@ -324,7 +339,7 @@ class Balancer:
     def admit(self, request, matched):
         """Pins what matched. Even if that is all, one row is computed again: to have its logits."""
         request.segments = [self.tree.segments[id] for id in request.ids[:matched]]
-        self.tree.hit(request.segments)
+        self.tree.hit(request.segments, request)
         request.table = np.zeros(self.num_segments(request.max_tokens), np.int32)
         request.table[:matched] = [segment.slot for segment in request.segments]
         request.num_slots = matched
@@ -353,7 +368,7 @@ class Balancer:
         request.peak = max(request.peak, request.done)
         while len(request.segments) < request.done // C:
             segment = self._publish(request, len(request.segments))
-            self.tree.pin(segment)
+            self.tree.pin(segment, request)
             request.segments.append(segment)
             self._stop_awaiting(request, segment.id)
 
@@ -386,7 +401,7 @@ class Balancer:
             self.free[slot // self.slots].append(slot)
         self.tree.clock += 1
         for segment in reversed(request.segments):  # leaf first: see PrefixTree
-            self.tree.unpin(segment)
+            self.tree.unpin(segment, request)
         for id in request.ids[published:]:
             self._stop_awaiting(request, id)
         self._free_held_rows.append(request.held_row)
@@ -660,6 +675,96 @@ def dynamic_program(time, R, N, slo: int | None = None) -> list[BatchRange] | No
         i = first
         k -= dop
     return batches
+
+
+# An A100 in bf16, in FLOP/s and B/s. TimePredictor replaces it by what is measured, others do not.
+FLOPS = 312e12
+BANDWIDTH = 2.04e12
+LINK = 300e9
+EXCHANGE_SECONDS = 10e-6  # of the smallest exchange: assumed, as in bench/simulate.py
+# An iteration that took so many times what is usual was held up by something else.
+STALL = 3
+
+
+class TimePredictor:
+    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB. Integers, so that
+    ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
+    is used once all ranks have it (run_cluster.py).
+
+    An iteration is planned by an even split of its work. It takes longer: its slowest instance
+    has more, and the fit has errors of its own. So the fifth number is what iterations took of
+    that, in thousandths; of those with prompt rows for which decodes wait, and of all together, as
+    the time between tokens that is to be kept is a mean, too."""
+    def __init__(self, lake):
+        shape = lake.llama_config
+        self.bytes_per_row = shape.num_layers * lake.kv_bytes
+        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+        linear = 2 * shape.num_linear_parameters
+        weights = lake.weight_bytes / BANDWIDTH
+        seconds = weights, linear / FLOPS, attention / FLOPS, 1024 / LINK
+        self.fitted = [*(round(x * 1e12) for x in seconds), 1000]
+        self.coefficients = self.fitted
+        self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
+        self.expected = ()  # what this iteration is planned by: see `expect`
+        self.splits = []  # (1, rows, rows · tokens, KiB of that, seconds)
+        self.count = 0
+
+    def time(self, rows, pairs, kib):
+        """ps, for integers or arrays of them."""
+        a, b, c, e, _ = self.coefficients
+        return a + b * rows + c * pairs + e * kib
+
+    def split(self, rows, pairs, dop):
+        """Rows, pairs and KiB of an instance, if rows are split evenly over `dop`. A row's fresh KV
+        goes to the instances with later rows: to half of the others, on average."""
+        kib = rows * self.bytes_per_row * (dop - 1) // 2 // 1024
+        return -(-rows // dop), -(-pairs // dop), -(-kib // dop)
+
+    def longest_time(self, rows, pairs, kib):
+        """ps of the slowest instance, if this is an even split's."""
+        return self.time(rows, pairs, kib) * self.coefficients[-1] // 1000
+
+    def expect(self, works: list[tuple]):
+        """An even split of each batch, before an iteration that is to count; else nothing."""
+        self.expected = max(works, key=lambda work: self.time(*work), default=())
+
+    def measured(self, features, seconds):
+        """Takes an iteration with `features` [N, 3], of which the instance that should be the
+        slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
+        below 0; the first 8, which warm up, are left out, and so are stalls."""
+        slowest = features[np.argmax(self.time(*features.T))].tolist()
+        self.count += 1
+        if self.count > 8:
+            self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
+            if self.expected:
+                self.splits = [*self.splits, (1, *self.expected, seconds)][-256:]
+        if self.count % 32 == 0:
+            solution = self._fit()
+            longer = self._measure_split(solution)
+            self.fitted = [*(round(x * 1e12) for x in solution), round(1000 * longer)]
+
+    def _fit(self):
+        """A first fit, of relative errors, hardly heeds a stall: so it tells what is one. It is
+        often too short, as that is where relative errors are smallest, but not by STALL."""
+        work, times = np.split(np.array(self.samples), [4], 1)
+        times = times[:, 0]
+        scale = np.maximum(1, work.max(0))
+        work = work / scale
+        usual, _ = nnls(work / times[:, None], np.ones(len(times)))
+        fair = times <= STALL * (work @ usual)
+        solution, _ = nnls(work[fair], times[fair])
+        return solution / scale
+
+    def _measure_split(self, solution) -> float:
+        """How many times as long iterations took as an even split of their work would have, but for
+        stalls: 1 if nothing is known."""
+        if not self.splits:
+            return 1.0
+        work, times = np.split(np.array(self.splits), [4], 1)
+        times = times[:, 0]
+        even = work @ solution
+        fair = times <= STALL * even
+        return float(times[fair].sum() / even[fair].sum()) if fair.any() else 1.0
 
 
 # ── traces: the requests that come ───────────────────────────────────────────────────────────────

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from balancer import BANDWIDTH, EXCHANGE_SECONDS
 from cluster import LakeError
 from kernels import (
     Column,
@@ -73,10 +74,6 @@ SIBLING = 3
 # Not where, but when: in its slab, with the rows of others that come to read it, too. No plan says
 # so: QueryBuffer makes it of HERE.
 TOGETHER = 4
-
-# Of an A100. The smallest exchange is assumed to take so long, as in bench/simulate.py.
-BANDWIDTH = 2.04e12  # B/s
-EXCHANGE_SECONDS = 10e-6
 
 
 def slab_row(slot, S, C):
@@ -240,9 +237,10 @@ class QueryPlan:
     # [N] tokens of old KV that each instance gives to readers, once a request (§7.2). Pulled ones
     # count where they come from.
     reads: Column
-    # [N] attention done at each, rows × tokens; on old KV a share counts `TokenLake.ridge` rows at
-    # least.
+    # [N] attention done at each, rows × tokens: all rows that read a token of old KV there, but
+    # `TokenLake.ridge` at least, as it is read once for all.
     load: Column
+    tokens_read: Column  # [N] tokens of KV read at each, old, pulled and fresh, in every layer
     sizes: tuple[int, int, int]  # N, S, C
 
     @property

@@ -54,7 +54,9 @@ class Results:
         self.is_rank_0 = cluster.rank == 0
         self.folder = folder if self.is_rank_0 else None
         self.totals = Totals()
-        self.earlier = {}  # EarlierAnswers by request id, of the run that this one goes on with
+        self.earlier = (
+            {}
+        )  # EarlierAnswers by request id, of the run that this one goes on with
         self.error = None  # why nothing is written any more
         self._file = None
 
@@ -68,7 +70,9 @@ class Results:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)
             self._lock()
-            if not resuming:  # since that was asked first, another run may have begun and ended
+            if (
+                not resuming
+            ):  # since that was asked first, another run may have begun and ended
                 require_unused(self.folder)
             if resuming and path.stat().st_size:
                 self._require_same_basis(basis)
@@ -324,6 +328,7 @@ def summarise_pool(server) -> dict:
         decode_puts_local=ratio(counters["decode_puts_local"], counters["decode_puts"]),
         cache_reads=sum(engine.reads, np.zeros(server.cluster.size, np.int64)).tolist(),
         cache_load_cv=variation(engine.reads[:whole] or engine.reads),
+        kv_bytes_read=engine.tokens_read * lake.kv_bytes * lake.llama_config.num_layers,
         idle_fraction=ratio(np.ptp(engine.busy), longest),
     )
 
@@ -366,6 +371,7 @@ REPORT = """\
     hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens
     computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for ({recomputed_tokens:,} again)
   cache load  {shares} of reads per instance; CV within {window} iterations {cache_load_cv:.2f}
+     KV read  {read} MB, what several requests share once an iteration
      TTFT ms  {ttft}
      TPOT ms  {tpot}
        moved  {moved} ({puts_local:.1%} of all new KV stayed)
@@ -399,6 +405,7 @@ def format_report(summary: dict) -> str:
         **values,
         shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
         window=CV_WINDOW,
+        read=f"{values['kv_bytes_read'] / 1e6:,.1f}",
         moved=", ".join(
             f"{MOVED[k]} {values[f'{k}_bytes'] / 1e6:,.1f} MB" for k in MOVED
         ),

@@ -366,8 +366,9 @@ class Engine:
     clock: int = 0  # ns since the start, rank 0's on every rank
     iterations: int = 0
     profile: object = None  # see `profiler`
-    # Cache tokens read, [N], by window of CV_WINDOW iterations.
+    # Cache tokens read, [N], once a request, by window of CV_WINDOW iterations.
     reads: list = field(default_factory=list)
+    tokens_read: int = 0  # of KV, by all instances, shared ones once: see QueryPlan
     # By request id and rank, for `verify`: rows that it has computed, tokens that it has sampled.
     computed: Counter = field(default_factory=Counter)
     sampled: Counter = field(default_factory=Counter)
@@ -462,6 +463,7 @@ class Engine:
         if self.iterations % CV_WINDOW == 0:
             self.reads.append(np.zeros_like(plan.reads))
         self.reads[-1] += plan.reads
+        self.tokens_read += int(plan.tokens_read.sum())
         self.iterations += 1
         instances = plan.run_table.instance.tolist()
         for run, instance in zip(plan.runs, instances):

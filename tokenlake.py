@@ -61,33 +61,32 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment, nnls
+from scipy.optimize import linear_sum_assignment
 
 from balancer import (
+    BANDWIDTH,
+    EXCHANGE_SECONDS,
+    FLOPS,
     FORBIDDEN,
+    LINK,
     Balancer,
     BatchRange,
     PrefixTree,
     Request,
     Run,
+    TimePredictor,
     dynamic_program,
 )
 from cluster import Cluster, LakeError
 from kernels import Column, ranges, select, starts, starts_in_groups
-from pool import BANDWIDTH, EVEN_SLACK, EXCHANGE_SECONDS
-from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING
+from pool import EVEN_SLACK, HERE, LATE, PULL, PUT, REPLICA, SIBLING
 from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
 
-# An A100 in bf16, in FLOP/s and B/s, as BANDWIDTH. TimePredictor replaces it by what is measured,
-# others do not.
-FLOPS = 312e12
-LINK = 300e9
-
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
 RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
-RUN_FIELDS += ["request.done", "request.held_row"]
+RUN_FIELDS += ["request.done", "request.held_row", "request.num_shared"]
 
 UNLIMITED = 1 << 60  # rows
 # Fewer rows take no less time, as the weights have to be read: FLOPS / BANDWIDTH is 153 rows with
@@ -96,8 +95,6 @@ FEW_ROWS = 128
 # A request seems a sixteenth of a chunk shorter for each that came after it. In overload 86 % then
 # keep their SLO; 67 % with a quarter; 89 % with a 64th, but some wait longer (bench/NOTES.md).
 AGEING = 16
-# An iteration that took so many times what is usual was held up by something else.
-STALL = 3
 
 
 # ── tables of an iteration ───────────────────────────────────────────────────────────────────────
@@ -108,18 +105,27 @@ class Shares(NamedTuple):
     part: Column
     first_of_request: Column  # the first run of its request: stands for the request
     first_run: Column  # its own; both in the order by request
+    request: Column  # number of its request
+    first_share: Column  # [requests] the first share of each
     held_row: Column  # of its request, in Balancer.held
+    num_shared: Column  # first segments of its request that others read, too
     rows: Column  # how many
-    weight: Column  # or `ridge`, if they are fewer: attention takes as long
     old_tokens: Column  # of its request in the pool
     is_prompt: Column
     instance: Column | None = None  # that computes it, once it is known
+
+    @property
+    def is_first(self) -> Column:
+        """[G] whether it is the first share of its request."""
+        return self.first_share[self.request] == np.arange(len(self.request))
 
 
 class OldReads(NamedTuple):
     """Old KV, and where the shares read it."""
     tables: list[Column]  # [G] global slots of the segments of the share's request
     unreplicated: Column  # [G, N] tokens of segments with one slot, read at an instance
+    alone: Column  # [requests, N] of these, tokens that no other request reads
+    shared: SegmentReads  # and segments that others read
     replicated: SegmentReads  # [h] segments with several replicas, and the slot to read
     candidates: Column  # [h, N] slots of all of their replicas, −1 where there is none
     tokens: Column  # [G, N] that a share reads at an instance, these included
@@ -129,6 +135,12 @@ class Pulled(NamedTuple):
     """An entry is a share, and an instance whose old KV comes to it. Also an index into [G, N]."""
     share: Column
     holder: Column
+
+
+class Attention(NamedTuple):
+    """What instances do for rows that meet KV there. A token is read once for all of them."""
+    load: Column  # [N] rows × tokens; as `ridge` rows where they are fewer: it takes as long
+    tokens: Column  # [N] that are read
 
 
 class FreshPairs(NamedTuple):
@@ -180,7 +192,7 @@ class TokenLake:
         self.kv_bytes = 2 * Hkv * D * dtype.itemsize
         self.exchange_bytes = round(LINK * EXCHANGE_SECONDS)
         self.weight_bytes = llama_config.num_linear_parameters * dtype.itemsize
-        # From so many rows of one request on, attention to a token takes longer than reading it.
+        # From so many rows on, attention to a token takes longer than reading it, once for all.
         self.ridge = max(1, round(FLOPS / BANDWIDTH * Hkv / H))
         sizes = N, config.slots, config.segment_tokens
         self.balancer = Balancer(*sizes, config.placement, config.replicate_factor)
@@ -200,19 +212,24 @@ class TokenLake:
     def get_cache_load(self, reqs, tree, flops=FLOPS, bandwidth=BANDWIDTH) -> float:
         """The share of the cluster that reading the cache costs for these requests (§6.1), 0 to 1:
         the larger of its memory and compute shares. flops [1/s] and bandwidth [B/s] of an instance.
-        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers."""
+        Unlike the paper: 4·d·prefix·input FLOPs, KV bytes at true width, both over all layers, and
+        a segment that several hit is read once."""
         if not reqs:
             return 0.0
         shape = self.llama_config
+        C = self.config.segment_tokens
         tokens = pairs = rows = 0
+        hit = {}  # segments that any matches, by id
         for request in reqs:
             self.balancer.extend_ids(request)
-            matched = tree.match(request.ids) * self.config.segment_tokens
+            matched = tree.match(request.ids)
+            hit.update(dict.fromkeys(request.ids[:matched]))
             length = len(request.tokens)
-            new = max(1, length - (request.done or matched))
-            tokens += length
+            new = max(1, length - (request.done or matched * C))
+            tokens += length - matched * C
             pairs += (length - new) * new
             rows += new
+        tokens += len(hit) * C
         memory = shape.num_layers * self.kv_bytes * tokens
         compute = shape.num_layers * 4.0 * shape.num_heads * shape.head_dim * pairs
         linear = 2.0 * shape.num_linear_parameters * rows
@@ -243,6 +260,8 @@ class TokenLake:
         # Only now is it known where a share is computed, and so which replica is at hand there.
         shares = shares._replace(instance=instance_of_part[shares.part])
         old_reads = self._take_replicas_at_hand(shares, old_reads)
+        # What is pulled was decided before, too: what is there already does not travel.
+        pulled = select(pulled, pulled.holder != shares.instance[pulled.share])
         share_ships = old_reads.tokens > 0
         share_ships[pulled] = False
         share_ships[np.arange(len(share_ships)), shares.instance] = False
@@ -254,13 +273,19 @@ class TokenLake:
         first_row = starts_in_groups(runs.rows, instance)
         runs = runs._replace(instance=instance, first_row=first_row)
         fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, share_ships, copies)
-        load, reads = self._loads(runs, shares, old_reads.tokens, pulled, fresh)
-        self.balancer.observe(load)
-        run_objects = [given[i] for i in order[by_instance].tolist()]
-        old = self._plan_old(shares, old_reads, pulled)
-        ships = self._all_ships(runs, share_ships, fresh)
-        sizes = self.balancer.sizes
-        query_plan = QueryPlan(run_objects, runs, old, fresh, ships, reads, load, sizes)
+        attention = self._attend(runs, shares, old_reads, pulled, fresh)
+        self.balancer.observe(attention.load)
+        query_plan = QueryPlan(
+            runs=[given[i] for i in order[by_instance].tolist()],
+            run_table=runs,
+            old=self._plan_old(shares, old_reads, pulled),
+            fresh=fresh,
+            ships=self._all_ships(runs, share_ships, fresh),
+            reads=old_reads.tokens[shares.first_share].sum(0),
+            load=attention.load,
+            tokens_read=attention.tokens,
+            sizes=self.balancer.sizes,
+        )
         return query_plan, transfer_plan, groups
 
     # ── its steps: runs, shares and the old KV that they read ──
@@ -280,7 +305,7 @@ class TokenLake:
         columns = np.fromiter(values, np.int64, len(given) * len(RUN_FIELDS))
         columns = columns.reshape(-1, len(RUN_FIELDS)).T
         order = np.lexsort((columns[1], columns[0]))
-        *columns, done, held_row = columns[:, order].copy()
+        *columns, done, held_row, num_shared = columns[:, order].copy()
         part = np.concatenate([order[:0], *parts])[order]
         request_id, _, rows, slot, puts, decode = columns
         first = np.searchsorted(request_id, request_id)  # first run of the same request
@@ -288,13 +313,18 @@ class TokenLake:
         _, first_run, share = np.unique(key, return_index=True, return_inverse=True)
         runs = RunTable(*columns, slot // self.config.slots, share)
         share_rows = np.bincount(share, rows, len(first_run)).astype(np.int64)
+        _, first_share, request = np.unique(
+            first[first_run], return_index=True, return_inverse=True
+        )
         shares = Shares(
             part=part[first_run],
             first_of_request=first[first_run],
             first_run=first_run,
+            request=request,
+            first_share=first_share,
             held_row=held_row[first_run],
+            num_shared=num_shared[first_run],
             rows=share_rows,
-            weight=np.maximum(share_rows, self.ridge),
             # A fully cached prompt (a multiple of C tokens) computes its last row again, for its
             # logits. It puts nothing: its KV is in the pool, though `done` stops before it.
             old_tokens=done[first_run] + (puts[first_run] == 0),
@@ -311,13 +341,21 @@ class TokenLake:
         # The last old segment may not be full. If so, the request's first run writes on in it.
         missing = counts * C - shares.old_tokens
         tokens[np.arange(len(counts)), runs.home[shares.first_of_request]] -= missing
-        deepest = self.balancer.deepest_replicated  # what lies deeper has no replicas
-        reads = SegmentReads.of(tables, np.minimum(counts, deepest))
-        replicated, candidates = self.balancer.replicas_of(reads.slot)
-        reads = select(reads, replicated)
-        np.subtract.at(tokens, (reads.share, reads.slot // S), C)
+        # What lies deeper has no replicas.
+        listed = np.minimum(counts, self.balancer.deepest_replicated)
+        reads = SegmentReads.of(tables, np.maximum(listed, shares.num_shared))
+        found, candidates = self.balancer.replicas_of(reads.slot)
+        replicated = select(reads, found)
+        np.subtract.at(tokens, (replicated.share, replicated.slot // S), C)
+        is_shared = reads.segment < shares.num_shared[reads.share]
+        is_shared[found] = False
+        shared = select(reads, is_shared)
+        alone = tokens[shares.first_share]
+        of_first = select(shared, shares.is_first[shared.share])
+        request = shares.request[of_first.share]
+        np.subtract.at(alone, (request, of_first.slot // S), C)
         # No replica is chosen yet: `tokens` lacks them until `_read_in`.
-        return OldReads(tables, tokens, reads, candidates, tokens)
+        return OldReads(tables, tokens, alone, shared, replicated, candidates, tokens)
 
     def _read_in(self, old, slots):
         """Old KV, with the replicated segments read in these slots: [h]."""
@@ -330,12 +368,37 @@ class TokenLake:
         return old._replace(replicated=replicated, tokens=tokens)
 
     def _choose_replicas(self, shares, old):
-        """A replica of each segment with several, by the load so far and all other reads (§4.4)."""
-        load = self.balancer.load + shares.weight @ old.unreplicated
-        cost = self.config.segment_tokens * shares.weight[old.replicated.share]
-        return self._read_in(
-            old, self.balancer.choose_replicas(old.candidates, cost, load)
-        )
+        """Replicas of segments with several, by the load so far and all other reads (§4.4). Rows
+        that read a segment choose in bundles of `ridge` at least: fewer take as long."""
+        reads = old.replicated
+        if not len(reads.slot):
+            return old
+        no_pulls = Pulled(*np.zeros((2, 0), np.int64))
+        others = self._attend_old(shares, old.alone, old.shared, no_pulls)
+        load = self.balancer.load + others.load
+        rows = shares.rows[reads.share]
+        bundle, first = self._bundle(reads.slot, rows)
+        cost = self.weigh(np.bincount(bundle, rows).astype(np.int64))
+        cost *= self.config.segment_tokens
+        slots = self.balancer.choose_replicas(old.candidates[first], cost, load)
+        return self._read_in(old, slots[bundle])
+
+    def _bundle(self, slot, rows):
+        """Reads of the same segment, by the slot of its first replica, in as many bundles of about
+        equal rows as have `ridge` rows each, one at least: [reads] the bundle of each, and
+        [bundles] a read of each."""
+        order = np.argsort(slot, kind="stable")
+        slot = slot[order]
+        rows = rows[order]
+        first = np.searchsorted(slot, slot)
+        total = np.bincount(first, rows).astype(np.int64)[first]
+        count = np.maximum(1, total // self.ridge)
+        begins = starts_in_groups(rows, slot)
+        number = first * (1 + rows.sum()) + begins * count // total
+        _, first_read, bundle = np.unique(number, return_index=True, return_inverse=True)
+        of_read = np.zeros_like(bundle)
+        of_read[order] = bundle
+        return of_read, order[first_read]
 
     def _ship_or_pull(self, shares, tokens):
         """A decode ships its row. A prompt's share pulls what a holder has for it, if that is fewer
@@ -377,22 +440,25 @@ class TokenLake:
         return best
 
     def _take_replicas_at_hand(self, shares, old):
-        """If the instance that computes a share has a replica, that is read: nothing travels. (When
-        parts are assigned this is not counted on: to do so saved 1 to 7 % of the bytes with the
-        dynamic program and PD, none with the even split, and cost a third of the planning time.)"""
+        """Where the instance that computes shares has a replica, they read that, and nothing
+        travels: if it is read anyway, or by `ridge` rows of theirs, so that no time is spent on it
+        that is not saved elsewhere. (When parts are assigned this is not counted on: to do so saved
+        1 to 7 % of the bytes with the dynamic program and PD, none with the even split, and cost a
+        third of the planning time.)"""
         reads = old.replicated
-        at_hand = old.candidates[
-            np.arange(len(reads.share)), shares.instance[reads.share]
-        ]
-        return self._read_in(old, np.where(at_hand >= 0, at_hand, reads.slot))
+        number = np.arange(len(reads.share))
+        at_hand = old.candidates[number, shares.instance[reads.share]]
+        slots, there = np.unique(at_hand, return_inverse=True)
+        rows = np.bincount(there, shares.rows[reads.share])
+        pays = (rows >= self.ridge) | np.isin(slots, reads.slot)
+        taken = (at_hand >= 0) & pays[there]
+        return self._read_in(old, np.where(taken, at_hand, reads.slot))
 
     def _plan_old(self, shares, old, pulled):
-        """What travels of old KV to the shares that pull it. That was decided before it was known
-        where they are computed: what is there already does not travel."""
+        """What travels of old KV to the shares that pull it."""
         _, S, C = self.balancer.sizes
         pulls = np.zeros(old.tokens.shape, bool)
         pulls[pulled] = True
-        pulls[np.arange(len(pulls)), shares.instance] = False
         num_segments = self.balancer.num_segments(shares.old_tokens)
         counts = np.where(pulls.any(1), num_segments, 0)
         reads = SegmentReads.of(old.tables, counts, old.replicated)
@@ -516,20 +582,54 @@ class TokenLake:
         ships[fresh.reader[away], fresh.instance[away]] = True
         return ships
 
-    def _loads(self, runs, shares, tokens, pulled, fresh):
-        """[N] attention that each instance does, rows × tokens, for the balance (§4.3); and [N]
-        tokens of old KV that each holds for these reads, once a request, as §7.2 counts."""
-        load = shares.weight @ tokens
-        # What is pulled is read where it comes.
-        moved = shares.weight[pulled.share] * tokens[pulled]
-        np.subtract.at(load, pulled.holder, moved)
-        np.add.at(load, shares.instance[pulled.share], moved)
+    def weigh(self, rows):
+        """What rows that meet a token count for in its attention: `ridge` at least, as it is read
+        for one row as for many; nothing where there are none."""
+        return np.where(rows > 0, np.maximum(rows, self.ridge), 0)
+
+    def list_shared(self, requests) -> tuple[Column, SegmentReads]:
+        """[n] how many segments of each running request others read, too, and all of these."""
+        num_shared = np.array([request.num_shared for request in requests], np.int64)
+        tables = [request.table for request in requests]
+        return num_shared, SegmentReads.of(tables, num_shared)
+
+    def _attend(self, runs, shares, old, pulled, fresh):
+        """Attention of the iteration, to old KV and fresh."""
+        N = len(self.instances)
+        listed = SegmentReads(*map(np.concatenate, zip(old.shared, old.replicated)))
+        load, tokens = self._attend_old(shares, old.alone, listed, pulled)
+        # What is pulled is read where it comes, by the share that pulls it alone.
+        came = old.tokens[pulled]
+        target = shares.instance[pulled.share]
+        np.add.at(load, target, self.weigh(shares.rows[pulled.share]) * came)
+        np.add.at(tokens, target, came)
         fresh_pairs = runs.rows[fresh.reader] * runs.rows[fresh.writer]
         np.add.at(load, fresh.instance, fresh_pairs)
-        _, first_share = np.unique(shares.first_of_request, return_index=True)
-        once = np.zeros(len(shares.part), np.int64)
-        once[first_share] = 1
-        return load, once @ tokens
+        writer, instance = np.divmod(np.unique(fresh.writer * N + fresh.instance), N)
+        np.add.at(tokens, instance, runs.rows[writer])
+        return Attention(load, tokens)
+
+    def _attend_old(self, shares, alone, listed, pulled):
+        """Attention to old KV where it lives, but for what is pulled. alone: see OldReads; listed:
+        what several requests read, or shares in different slots."""
+        N, S, C = self.balancer.sizes
+        # [requests, N or 1 if they are the same everywhere] rows that read there.
+        rows = np.bincount(shares.request, shares.rows).astype(np.int64)[:, None]
+        if len(pulled.share):
+            rows = np.repeat(rows, N, 1)
+            pair = shares.request[pulled.share], pulled.holder
+            np.subtract.at(rows, pair, shares.rows[pulled.share])
+            pulls = np.zeros((len(shares.rows), N), bool)
+            pulls[pulled] = True
+            listed = select(listed, ~pulls[listed.share, listed.slot // S])
+        load = (self.weigh(rows) * alone).sum(0)
+        read = ((rows > 0) * alone).sum(0)
+        rows_of_slot = np.bincount(listed.slot, shares.rows[listed.share])
+        slot = np.flatnonzero(rows_of_slot > 0)
+        rows = rows_of_slot[slot].astype(np.int64)
+        np.add.at(load, slot // S, C * self.weigh(rows))
+        np.add.at(read, slot // S, C)
+        return Attention(load, read)
 
     def features(self, query_plan, transfer_plan) -> Column:
         """[N, 3] what each instance does in an iteration: rows it computes, its attention (see
@@ -588,57 +688,6 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────────
 
 
-class TimePredictor:
-    """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB. Integers, so that
-    ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
-    is used once all ranks have it (run_cluster.py)."""
-    def __init__(self, lake):
-        shape = lake.llama_config
-        self.bytes_per_row = shape.num_layers * lake.kv_bytes
-        attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim
-        linear = 2 * shape.num_linear_parameters
-        weights = lake.weight_bytes / BANDWIDTH
-        seconds = weights, linear / FLOPS, attention / FLOPS, 1024 / LINK
-        self.fitted = [round(x * 1e12) for x in seconds]
-        self.coefficients = self.fitted
-        self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
-        self.count = 0
-
-    def time(self, rows, pairs, kib):
-        """ps, for integers or arrays of them."""
-        a, b, c, e = self.coefficients
-        return a + b * rows + c * pairs + e * kib
-
-    def split_time(self, rows, pairs, dop):
-        """ps of rows split evenly over `dop` instances. A row's fresh KV goes to the instances with
-        later rows: to half of the others, on average."""
-        kib = rows * self.bytes_per_row * (dop - 1) // 2 // 1024
-        return self.time(-(-rows // dop), -(-pairs // dop), -(-kib // dop))
-
-    def measured(self, features, seconds):
-        """Takes an iteration with `features` [N, 3], of which the instance that should be the
-        slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
-        below 0; the first 8, which warm up, are left out, and so are stalls."""
-        slowest = features[np.argmax(self.time(*features.T))].tolist()
-        self.count += 1
-        if self.count > 8:
-            self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
-        if self.count % 32 == 0:
-            self.fitted = [round(x * 1e12) for x in self._fit()]
-
-    def _fit(self):
-        """A first fit, of relative errors, hardly heeds a stall: so it tells what is one. It is
-        often too short, as that is where relative errors are smallest, but not by STALL."""
-        work, times = np.split(np.array(self.samples), [4], 1)
-        times = times[:, 0]
-        scale = np.maximum(1, work.max(0))
-        work = work / scale
-        usual, _ = nnls(work / times[:, None], np.ones(len(times)))
-        fair = times <= STALL * (work @ usual)
-        solution, _ = nnls(work[fair], times[fair])
-        return solution / scale
-
-
 class Policy(NamedTuple):
     """How batches are formed: the even split, the dynamic program, or PD with a fixed partition."""
     kind: str  # even, dp or pd
@@ -658,6 +707,7 @@ class Batch(NamedTuple):
     """Requests that run together, in the scheduler's words."""
     items: list[tuple[Request, int]]  # and how many rows of each
     dop: int
+    work: tuple  # of each of its instances, as TimePredictor.split has it
 
 
 class Scheduler:
@@ -696,6 +746,9 @@ class Scheduler:
         slots are pinned, the last admitted requests are preempted."""
         self._admit()
         batches = self._batches_within_slo()
+        # What the SLO is kept by: prompt rows, while decodes wait.
+        kinds = {rows > 1 for batch in batches for _, rows in batch.items}
+        self.predictor.expect([b.work for b in batches] if len(kinds) > 1 else [])
         # One batch over all instances is not left to gen_plans to cut, but cut by `preferred`:
         # the even split.
         even = len(batches) == 1 and batches[0].dop == len(self.lake.instances)
@@ -780,18 +833,33 @@ class Scheduler:
         for_prompts = self.policy.prefills or N - own_for_decodes
         prompts = self._choose_prompt_rows(budget * for_prompts)
         items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-        ridge = self.lake.ridge
-        work = [(rows, max(rows, ridge) * (r.done + rows // 2)) for r, rows in items]
+        work = zip((rows for _, rows in items), self._weigh_attention(items))
         # [items + 1, 2] sums over the first items: rows, and rows × tokens that one sees on
         # average.
         upto = np.cumsum([(0, 0), *work], 0)
         batches = []
         slowest = 0
         for first, end, dop in self._divide(upto, len(decodes)):
-            batches.append(Batch(items[first:end], dop))
             rows, pairs = (upto[end] - upto[first]).tolist()
-            slowest = max(slowest, self.predictor.split_time(rows, pairs, dop))
+            work = self.predictor.split(rows, pairs, dop)
+            batches.append(Batch(items[first:end], dop, work))
+            slowest = max(slowest, self.predictor.longest_time(*work))
         return batches, slowest
+
+    def _weigh_attention(self, items) -> list[int]:
+        """Of each item: rows × tokens that one sees on average. Of a segment that several read,
+        which is read once for all, each bears a part by its rows."""
+        lake = self.lake
+        C = lake.config.segment_tokens
+        rows = np.array([n for _, n in items], np.int64)
+        done = np.array([request.done for request, _ in items], np.int64)
+        num_shared, reads = lake.list_shared([request for request, _ in items])
+        alone = np.maximum(done - C * num_shared, 0) + rows // 2
+        own_rows = rows[reads.share]
+        together = np.bincount(reads.slot, own_rows).astype(np.int64)[reads.slot]
+        borne = C * lake.weigh(together) * own_rows // together
+        borne = np.bincount(reads.share, borne, len(rows)).astype(np.int64)
+        return (lake.weigh(rows) * alone + borne).tolist()
 
     def _divide(self, upto, num_decodes):
         """The policy's batches; decodes come first among the items. upto: see `_form_batches`."""
@@ -824,7 +892,7 @@ class Scheduler:
                 too_wide = rows > dop * self.lake.config.chunk_tokens
                 mixed = np.arange(i) < num_decodes
                 forbidden = too_wide | mixed
-            times = self.predictor.split_time(rows, pairs, dop)
+            times = self.predictor.longest_time(*self.predictor.split(rows, pairs, dop))
             return np.where(forbidden, FORBIDDEN, times)
 
         # If nothing keeps the SLO, it is dropped (§6.2).

@@ -187,7 +187,7 @@ class Disaggregated(Fleet):
     def estimate(self, lake: int, new: int, prefix: int) -> float:
         """Seconds of a prefill of `new` rows behind a prefix, by the time model of that instance's
         scheduler."""
-        per_chunk, per_row, per_pair, _ = self.schedulers[lake].predictor.coefficients
+        per_chunk, per_row, per_pair, *_ = self.schedulers[lake].predictor.coefficients
         chunks = -(-new // self.lakes[lake].config.chunk_tokens)
         context = prefix + new / 2  # of a row, on average
         return (per_chunk * chunks + new * (per_row + per_pair * context)) / 1e12
@@ -331,6 +331,7 @@ class Disaggregated(Fleet):
             request,
             ids=list(request.ids),
             segments=[],
+            num_shared=0,
             num_slots=0,
             done=0,
             order=None,  # that is the other scheduler's

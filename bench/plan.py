@@ -82,10 +82,12 @@ def share_first_segment(balancer, running: list[list[Request]]):
     first, *others = chain(*running)
     slot = int(first.table[0])
     segment = balancer.tree.insert(b"shared", None, slot // balancer.slots, slot)
+    first.num_shared = 1
     for request in others:
         own_slot = int(request.table[0])
         balancer.free[own_slot // balancer.slots].append(own_slot)
         request.table[0] = slot
+        request.num_shared = 1
     for instance in range(balancer.num_instances):
         if instance not in segment.replicas:
             replica = balancer.free[instance].pop()

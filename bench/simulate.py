@@ -11,7 +11,8 @@ ends, a transfer lands. So TokenLake is simulated in lock-step, as it is built, 
     max(2·P·rows / F, weights / B) + 4·L·H·D·rows·tokens / F     F: 0.6 of peak, B: 0.8 of peak
     or what it sends over its link, if that takes longer; + α per exchange and layer
 
-where rows that attend alone wait for memory, and weigh as many rows as that takes; α = 10 µs. A TP
+where a token is read once for all rows that meet there: few rows wait for memory, and weigh as many
+as that takes; α = 10 µs. A TP
 group adds two all-reduces per layer. Planning is not in it: see bench/plan.py. `demo` is what
 run_cluster.py serves without options; any other name that is no load is a trace's file.
 """
@@ -106,14 +107,16 @@ class Roofline:
         self.link = gpu.link * tp
         self.parameters = model.num_linear_parameters
         self.weights = self.parameters * itemsize / self.bandwidth  # seconds to read them
-        # A row that attends alone weighs as many as can attend while its KV is read.
+        # Rows that meet KV weigh as many as can attend while it is read, at least.
         flops_per_byte = self.flops / self.bandwidth
         ridge = flops_per_byte * model.num_kv_heads / model.num_heads * itemsize / 2
         self.ridge = max(1, round(ridge))
         # The two all-reduces of a layer: of a row, and of any number of rows.
         self.reduce_row = 4 * model.hidden_size * itemsize * (tp - 1) / tp / gpu.link
         self.reduce_latency = 2 * ALPHA if tp > 1 else 0.0
-        self.token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
+        self.token_bytes = (
+            2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
+        )
         free_memory = 0.9 * gpu.memory * tp - itemsize * self.parameters
         self.capacity = int(free_memory / self.token_bytes)  # tokens
 
@@ -157,7 +160,8 @@ class Alone:
     """What gen_plans says of a lake of one, where nothing travels, in a fraction of its time."""
     runs: list
     features: np.ndarray  # [1, 3], see TokenLake.features
-    reads: int  # tokens of old KV
+    reads: int  # tokens of old KV, once a request
+    tokens_read: np.ndarray  # [1], see QueryPlan.tokens_read
 
     @property
     def local(self):
@@ -165,23 +169,29 @@ class Alone:
 
     @classmethod
     def of(cls, lake, batch):
-        total_rows = 0
+        C = lake.config.segment_tokens
+        requests = []
+        by_request = []  # rows, tokens of old KV
         load = 0
-        reads = 0
+        tokens = 0  # new KV
         for request, group in groupby(batch, attrgetter("request")):
             runs = list(group)
+            requests.append(request)
             old = request.done + 1 - runs[0].puts
-            rows = 0
+            by_request.append((sum(run.rows for run in runs), old))
             written = 0
             for run in runs:
-                rows += run.rows
                 written += run.rows * run.puts
                 load += run.rows * written  # new KV, up to itself
-            load += max(rows, lake.ridge) * old
-            total_rows += rows
-            reads += old
-        features = np.array([[total_rows, load, 0]])
-        return cls(batch, features, reads)
+            tokens += written
+        rows, old = np.array(by_request, np.int64).T
+        num_shared, shared = lake.list_shared(requests)
+        alone = old - C * num_shared
+        together = np.bincount(shared.slot, rows[shared.share]).astype(np.int64)
+        load += lake.weigh(rows) @ alone + C * lake.weigh(together).sum()
+        tokens += alone.sum() + C * np.count_nonzero(together)
+        features = np.array([[rows.sum(), load, 0]])
+        return cls(batch, features, old.sum(), np.array([tokens]))
 
 
 class Iteration(NamedTuple):
@@ -232,6 +242,7 @@ class Simulation:
         self.prompts = 0  # tokens of all prompts
         # Of iterations: a mean instance's, the slowest one's.
         self.work_seconds = np.zeros(2)
+        self.tokens_read = 0  # of KV, in every layer
         self.window_reads = {}  # by window of the CV: [instances] tokens of cache
         self.plan_records = []
         fleet.bandwidth = roofline.link
@@ -352,6 +363,7 @@ class Simulation:
         if window not in self.window_reads:
             self.window_reads[window] = np.zeros(self.num_instances)
         self.window_reads[window][lake.instances] += plan.reads
+        self.tokens_read += int(plan.tokens_read.sum())
         self.computing[i] = True
         self.call_at(self.now + slowest, self.finish, i)
 
@@ -444,6 +456,7 @@ class Simulation:
             refused=self.refused / len(self.lines),
             hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
             cache_load_cv=variation(self.window_reads.values()),
+            kv_bytes_read=self.tokens_read * self.roofline.token_bytes,
             idle_fraction=self.idle_fraction(),
             **self.planning(),
         )
