@@ -96,6 +96,8 @@ class LakeConfig:
     pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration, at most
     chunk_tokens: int = 64  # mean prompt rows per instance in an iteration, at most
     max_batch: int = 32  # running requests in the whole lake
+    # What rows of several requests read at an instance; if not, each request reads for itself.
+    read_once: bool = True
 
     def staging(self, num_instances) -> int:
         """Slab rows for new KV whose home is elsewhere. That may be all that an instance computes:
@@ -477,7 +479,7 @@ class QueryBuffer:
         is_old = spans.position < plan.old.tokens[spans.share]
         num_rows = np.bincount(plan.run_table.share, plan.run_table.rows, len(plan.old.tokens))
         few = num_rows < rows_of_a_block(pool.num_heads // pool.num_kv_heads)
-        meets = is_old & few[spans.share] & (spans.place == HERE)
+        meets = is_old & few[spans.share] & (spans.place == HERE) & pool.read_once
         both = own & meets & np.isin(spans.first_row, spans.first_row[meets & ~own])
         _, once = np.unique(spans.first_row[both], return_index=True)
         twice_read = spans.length[both][once].sum() * pool.token_bytes
@@ -507,6 +509,7 @@ class QueryBuffer:
             pool.k.dtype,
             pool.device,
             pool.wanted_pieces,
+            pool.read_once,
         )
 
     @staticmethod
@@ -556,6 +559,7 @@ class Pool:
         self.cluster = cluster
         self.device = torch.device(device)
         heads = llama_config.num_kv_heads
+        self.read_once = config.read_once
         self.num_heads = llama_config.num_heads
         self.num_kv_heads = heads
         self.scale = 1.0 / llama_config.head_dim**0.5

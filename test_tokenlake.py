@@ -1227,6 +1227,24 @@ def test_smallest_pool_evicts_and_preempts(tmp_path, ranks, placement):
         assert f"needs {needed} segments, the pool has {slots - 1}" in text
 
 
+def test_each_may_read_for_itself(tmp_path):
+    """`read_once=False`, to compare with: plans weigh a segment once a request, kernels read it so."""
+    loads, reads = {}, {}
+    for read_once in (True, False):
+        lake = TokenLake([0], LlamaConfig(), LakeConfig(4, 100, read_once=read_once))
+        scheduler = Scheduler(lake)
+        for i in range(3):
+            scheduler.add(Request(i, tokens(40, 0) + [i], 50))
+        for _ in range(4):
+            plan, _, _ = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
+            scheduler.update(plan, {run.request.id: 7 for run in plan.runs if run.samples})
+        assert sum(run.decode for run in plan.runs) == 3
+        loads[read_once], reads[read_once] = plan.load.tolist(), plan.tokens_read.tolist()
+    shared = 10 * 4  # tokens that all three read
+    assert reads[False][0] - reads[True][0] == 2 * shared
+    assert loads[False][0] - loads[True][0] == 2 * shared * lake.ridge
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_what_all_read_is_read_once_by_all(tmp_path, ranks):
     """Wherever rows of several requests meet at a segment, own rows and those that come from others:

@@ -323,7 +323,7 @@ class TokenLake:
             request=request,
             first_share=first_share,
             held_row=held_row[first_run],
-            num_shared=num_shared[first_run],
+            num_shared=num_shared[first_run] * self.config.read_once,
             rows=share_rows,
             # A fully cached prompt (a multiple of C tokens) computes its last row again, for its
             # logits. It puts nothing: its KV is in the pool, though `done` stops before it.
@@ -590,6 +590,7 @@ class TokenLake:
     def list_shared(self, requests) -> tuple[Column, SegmentReads]:
         """[n] how many segments of each running request others read, too, and all of these."""
         num_shared = np.array([request.num_shared for request in requests], np.int64)
+        num_shared *= self.config.read_once
         tables = [request.table for request in requests]
         return num_shared, SegmentReads.of(tables, num_shared)
 
@@ -624,9 +625,12 @@ class TokenLake:
             listed = select(listed, ~pulls[listed.share, listed.slot // S])
         load = (self.weigh(rows) * alone).sum(0)
         read = ((rows > 0) * alone).sum(0)
-        rows_of_slot = np.bincount(listed.slot, shares.rows[listed.share])
-        slot = np.flatnonzero(rows_of_slot > 0)
-        rows = rows_of_slot[slot].astype(np.int64)
+        slot = listed.slot
+        rows = shares.rows[listed.share]
+        if self.config.read_once:
+            rows_of_slot = np.bincount(slot, rows)
+            slot = np.flatnonzero(rows_of_slot > 0)
+            rows = rows_of_slot[slot].astype(np.int64)
         np.add.at(load, slot // S, C * self.weigh(rows))
         np.add.at(read, slot // S, C)
         return Attention(load, read)

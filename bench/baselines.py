@@ -359,6 +359,7 @@ VARIANTS = {
     "hash": dict(placement="hash"),
     "unreplicated": dict(replicate_factor=0.0),
     "ship": dict(pull_tokens=0),
+    "read-alone": dict(read_once=False),
 }
 # And lakes:KxM, pd:PxD.
 POLICIES = (*VARIANTS, "tokenlake:auto", "tokenlake:even", "tokenlake:dp", "router")

@@ -48,6 +48,7 @@ README = HERE.parent / "README.md"
 TRACE = "conversation_trace.jsonl"  # as commands call Mooncake's conversation trace
 
 LOOGLE = "compare.py --json --workload loogle --capacity-tokens 400000"
+ABLATIONS = "--policies tokenlake,read-alone,hash,unreplicated,ship,tokenlake:fcfs"
 POLICIES = "--policies tokenlake,router,router:fcfs,pd:1x3,pd:3x1"
 
 
@@ -84,8 +85,9 @@ EXPERIMENTS = {
     "--policies tokenlake,router,pd:2x6,pd:6x2 --seeds 1",
     "elastic": f"{LOOGLE} --num-requests 300 --rate 4 --rates 0.5,1,2,3,4 --seeds 1 "
     "--policies pd:1x3,tokenlake:pd:1x3,pd:3x1,tokenlake:pd:3x1,tokenlake",
-    "ablations": f"{LOOGLE} --num-requests 600 --rate 4 --rates 4 --seeds 1 "
-    "--policies tokenlake,hash,unreplicated,ship,tokenlake:fcfs,tokenlake:dp",
+    "ablations": f"{LOOGLE} --num-requests 600 --rate 4 --rates 4 --seeds 1 {ABLATIONS}",
+    "ablations-hot": "compare.py --json --workload toolagent --capacity-tokens 400000 "
+    f"--num-requests 600 --rate 6 --rates 6 --seeds 1 {ABLATIONS}",
     "lakes-16": large_fleet(16, "tokenlake"),
     "lakes-64": large_fleet(64, "tokenlake"),
     "lakes-256": large_fleet(256, "tokenlake"),
@@ -355,18 +357,21 @@ def elastic_table(record: dict) -> str:
     return markdown(head, rows)
 
 
-def ablations_table(record: dict) -> str:
-    (result,) = record["result"]
+def ablations_table(*records: dict) -> str:
     columns = {
         "tokenlake": "as it is",
+        "read-alone": "each reads for itself",
         "hash": "homes by hash",
         "unreplicated": "no replication",
         "ship": "always shipping",
         "tokenlake:fcfs": "first come, first served",
-        "tokenlake:dp": "DP for the even split",
     }
-    goodputs = [goodput(result["policies"][policy]) for policy in columns]
-    return markdown([*columns.values()], [goodputs])
+    rows = []
+    for record in records:
+        (result,) = record["result"]
+        goodputs = [goodput(result["policies"][policy]) for policy in columns]
+        rows.append([result["config"]["workload"], *goodputs])
+    return markdown(["", *columns.values()], rows)
 
 
 def lakes_table(*records: dict) -> str:
@@ -413,7 +418,7 @@ TABLES = {
     ),
     "conversation": Table(conversation_table, ["conversation"]),
     "elastic": Table(elastic_table, ["elastic"]),
-    "ablations": Table(ablations_table, ["ablations"]),
+    "ablations": Table(ablations_table, ["ablations", "ablations-hot"]),
     "lakes": Table(
         lakes_table, [name for name in EXPERIMENTS if name.startswith("lakes-")]
     ),
