@@ -48,9 +48,10 @@ except ImportError:  # no wheel for this platform: PyTorch serves
 TILE = 64  # KV rows of a tile, at most
 MIN_PIECE_TILES = 4  # of a block that is cut: fewer do not pay for another piece
 # A program has a lane for each (row, head of a KV head). A dot takes 16 at least; 128 take up to
-# 202 of 255 registers.
+# 202 of 255 registers. On a CPU twice as many are a fifth faster, and more are not.
 MIN_LANES = 16
 MAX_LANES = 128
+CPU_LANES = 256
 # KV rows that PyTorch gathers at a time, so that they are still in the cache when they are used.
 MAX_BATCH_KEYS = 1024
 MIN_VIEW_KEYS = 256  # of a piece that PyTorch reads where it lies, and so by itself
@@ -347,7 +348,7 @@ class Work:
     groups or a block was cut; then `parts` says how they are merged. rows: QueryRows, spans:
     KVSpans, in the orders that these say (they are not checked). num_heads, num_kv_heads and dtype:
     of q and the slabs. wanted_pieces: about how many, if long blocks can be cut. share=False: each
-    reader reads for itself."""
+    reader reads for itself. max_lanes: of a program."""
     def __init__(
         self,
         rows,
@@ -358,11 +359,12 @@ class Work:
         device="cpu",
         wanted_pieces=1,
         share=True,
+        max_lanes=MAX_LANES,
     ):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.heads_per_kv = num_heads // num_kv_heads
-        max_rows = rows_of_a_block(self.heads_per_kv)
+        max_rows = rows_of_a_block(self.heads_per_kv, max_lanes)
         # A partial row has H·D values in float32 at least, which are written and read again; a
         # token 2·Hkv·D in `dtype`.
         wide = torch.promote_types(dtype, torch.float32)
@@ -464,9 +466,9 @@ class Work:
         return (rows[:, None] * num_heads + head).reshape(self.num_kv_heads * b, -1)
 
 
-def rows_of_a_block(heads_per_kv) -> int:
-    """At most; one row has all its lanes, even if these are more than MAX_LANES."""
-    return max(1, MAX_LANES // heads_per_kv)
+def rows_of_a_block(heads_per_kv, max_lanes) -> int:
+    """At most; one row has all its lanes, even if these are more."""
+    return max(1, max_lanes // heads_per_kv)
 
 
 def next_power_of_2(n) -> int:

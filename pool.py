@@ -44,6 +44,8 @@ import torch.distributed as dist
 from balancer import BANDWIDTH, EXCHANGE_SECONDS
 from cluster import LakeError
 from kernels import (
+    CPU_LANES,
+    MAX_LANES,
     Column,
     KVSpans,
     QueryRows,
@@ -478,7 +480,8 @@ class QueryBuffer:
         fill a block: other is not read together.)"""
         is_old = spans.position < plan.old.tokens[spans.share]
         num_rows = np.bincount(plan.run_table.share, plan.run_table.rows, len(plan.old.tokens))
-        few = num_rows < rows_of_a_block(pool.num_heads // pool.num_kv_heads)
+        heads_per_kv = pool.num_heads // pool.num_kv_heads
+        few = num_rows < rows_of_a_block(heads_per_kv, pool.max_lanes)
         meets = is_old & few[spans.share] & (spans.place == HERE) & pool.read_once
         both = own & meets & np.isin(spans.first_row, spans.first_row[meets & ~own])
         _, once = np.unique(spans.first_row[both], return_index=True)
@@ -510,6 +513,7 @@ class QueryBuffer:
             pool.device,
             pool.wanted_pieces,
             pool.read_once,
+            pool.max_lanes,
         )
 
     @staticmethod
@@ -576,7 +580,9 @@ class Pool:
         # Even one decode is to fill a GPU with four programs per multiprocessor. A piece of `Work`
         # is a program for each KV head.
         busy = 1
+        self.max_lanes = CPU_LANES
         if on_gpu:
+            self.max_lanes = MAX_LANES
             busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count
         self.wanted_pieces = -(-busy // heads)
         self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
