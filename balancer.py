@@ -16,8 +16,8 @@ next:
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
-is read, by so many rows that it takes no longer to read it for them than to attend (tokenlake.py). `python balancer.py --trace FILE` shows what each
-is worth.
+is read, by enough rows together (a bundle, see tokenlake.py). `python balancer.py --trace FILE`
+shows what each is worth.
 
 Every rank runs this and has to decide the same, so nobody asks anybody. There are no sets and no
 `hash()`, whose order differs between processes; random draws come from one seeded generator; and
@@ -289,7 +289,7 @@ class Balancer:
         self.duplicates = 0
         self.copies = 0
         self.replicas_max = 1
-        # [N] work done, recent iterations more.
+        # [N] attention done (QueryPlan.load; in a replay, tokens read), recent iterations more.
         self.load = np.zeros(N, np.int64)
         self.copying = {}  # slot → segment that this iteration copies there
         # [running requests, N] segments with tokens written, by Request.held_row.
@@ -594,9 +594,10 @@ class Balancer:
         return replicated, self._replica_slots[self._replica_row[slots[replicated]]]
 
     def choose_replicas(self, candidates, cost, load: np.ndarray):
-        """Power of two choices: for each of h reads of a segment, whose replicas are in the slots
-        `candidates` [h, N], the less loaded of two random ones → [h] global slot. Adds the costs
-        [h] to load [N]: for speed, N reads choose by the same load, then it is updated."""
+        """Power of two choices: for each of h reads (or bundles of reads) of a segment, whose
+        replicas are in the slots `candidates` [h, N], the less loaded of two random ones → [h]
+        global slot. Adds the costs [h] to load [N]: for speed, N reads choose by the same load,
+        then it is updated."""
         N = len(load)
         number = (candidates >= 0).cumsum(1, np.int32)  # of replicas up to an instance
         count = number[:, -1]
@@ -677,7 +678,10 @@ def dynamic_program(time, R, N, slo: int | None = None) -> list[BatchRange] | No
     return batches
 
 
-# An A100 in bf16, in FLOP/s and B/s. TimePredictor replaces it by what is measured, others do not.
+# ── how long an iteration takes (§6.2) ───────────────────────────────────────────────────────────
+
+# An A100 in bf16, in FLOP/s and B/s: what plans assume of the hardware. TimePredictor begins with
+# it, and goes on to what it measures.
 FLOPS = 312e12
 BANDWIDTH = 2.04e12
 LINK = 300e9
@@ -692,9 +696,9 @@ class TimePredictor:
     is used once all ranks have it (run_cluster.py).
 
     An iteration is planned by an even split of its work. It takes longer: its slowest instance
-    has more, and the fit has errors of its own. So the fifth number is what iterations took of
-    that, in thousandths; of those with prompt rows for which decodes wait, and of all together, as
-    the time between tokens that is to be kept is a mean, too."""
+    has more, and the fit has errors of its own. So times are multiplied by a fifth number, in
+    thousandths: what iterations with prompt rows, while decodes wait, took in all, over what an
+    even split would have. (In all, as the time between tokens that is to be kept is a mean.)"""
     def __init__(self, lake):
         shape = lake.llama_config
         self.bytes_per_row = shape.num_layers * lake.kv_bytes
@@ -706,7 +710,8 @@ class TimePredictor:
         self.coefficients = self.fitted
         self.samples = []  # (1, rows, rows · tokens, KiB, seconds)
         self.expected = ()  # what this iteration is planned by: see `expect`
-        self.splits = []  # (1, rows, rows · tokens, KiB of that, seconds)
+        # (1, rows, rows · tokens, KiB) of that and of the slowest instance, and seconds.
+        self.splits = []
         self.count = 0
 
     def time(self, rows, pairs, kib):
@@ -725,7 +730,7 @@ class TimePredictor:
         return self.time(rows, pairs, kib) * self.coefficients[-1] // 1000
 
     def expect(self, works: list[tuple]):
-        """An even split of each batch, before an iteration that is to count; else nothing."""
+        """Notes the work of each batch, split evenly, if the iteration counts; else nothing."""
         self.expected = max(works, key=lambda work: self.time(*work), default=())
 
     def measured(self, features, seconds):
@@ -737,7 +742,8 @@ class TimePredictor:
         if self.count > 8:
             self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
             if self.expected:
-                self.splits = [*self.splits, (1, *self.expected, seconds)][-256:]
+                split = 1, *self.expected, 1, *slowest, seconds
+                self.splits = [*self.splits, split][-256:]
         if self.count % 32 == 0:
             solution = self._fit()
             longer = self._measure_split(solution)
@@ -760,10 +766,10 @@ class TimePredictor:
         stalls: 1 if nothing is known."""
         if not self.splits:
             return 1.0
-        work, times = np.split(np.array(self.splits), [4], 1)
+        even, slowest, times = np.split(np.array(self.splits), [4, 8], 1)
         times = times[:, 0]
-        even = work @ solution
-        fair = times <= STALL * even
+        fair = times <= STALL * (slowest @ solution)
+        even = even @ solution
         return float(times[fair].sum() / even[fair].sum()) if fair.any() else 1.0
 
 

@@ -14,9 +14,9 @@ joins parts. Both subtract a maximum before exp (the textbook form overflows). A
 part is written, too: as o = 0 and lse = −inf, never as NaN.
 
 What is to be done is said by two tables: query rows by *reader* (rows that read the same spans),
-and spans of KV by reader. Many readers may read the same spans, mostly a prefix that they share. It
-is read once for all of them, as a *group*: so a row's attention is that of its own reader merged
-with those of its groups.
+and spans of KV by reader. Many readers may read the same spans, mostly a prefix that they share.
+Where it pays, it is read once for all of them, as a *group*: so a row's attention is that of its
+own reader merged with those of its groups.
 
     QueryRows ─┐ ┌─▶ members: rows by group ──▶ blocks: as many rows as a program takes ─┐
                ├─┤                                                                       ├─▶ pieces
@@ -343,8 +343,8 @@ class Batch(NamedTuple):
 class Work:
     """What `partial_attention` is to do: made on the host in each iteration, used by every layer.
 
-    A row sees the keys of its reader's spans at positions up to its own, and has one result; without
-    keys it is empty. Pieces write *partial rows*: one for each row, or more where a row reads in
+    A row sees the keys of its reader's spans at positions up to its own, and has one result;
+    without keys it is empty. Pieces write *partial rows*: one for each row, or more where a row reads in
     groups or a block was cut; then `parts` says how they are merged. rows: QueryRows, spans:
     KVSpans, in the orders that these say (they are not checked). num_heads, num_kv_heads and dtype:
     of q and the slabs. wanted_pieces: about how many, if long blocks can be cut. share=False: each

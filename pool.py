@@ -15,9 +15,9 @@ hide behind attention:
        layer, also for this one)
     3  my rows × KV that lies here already (HERE)
     4  what has come by now: my rows × what was moved (LATE, SIBLING) and pulled (PULLED)
-    5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved: so this comes last.
-       Old KV that my rows read, too, is read here, once for all (TOGETHER), if that takes longer
-       than the queries' way
+    5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved, so this is last.
+       Old KV that my rows read, too, is read here, once for all (TOGETHER), if to read it a second
+       time would take longer than the smallest exchange
     6  merge: a row's partial results from here and from all holders
 
 Why do ranks step together? An exchange is a collective: it ends when all have called it. So all
@@ -475,9 +475,9 @@ class QueryBuffer:
 
     @staticmethod
     def _find_together(plan, spans, own, pool):
-        """Spans with their places. What own and other rows both read waits for these, if reading it
-        twice takes longer than the exchange that brings them. (It is old KV, of shares that do not
-        fill a block: other is not read together.)"""
+        """Spans with their places. What own and other rows both read waits for these, all of it, if
+        to read it a second time would take longer than the smallest exchange. (It is old KV, of
+        shares that do not fill a block: other KV is not read together.)"""
         is_old = spans.position < plan.old.tokens[spans.share]
         num_rows = np.bincount(plan.run_table.share, plan.run_table.rows, len(plan.old.tokens))
         heads_per_kv = pool.num_heads // pool.num_kv_heads
@@ -501,7 +501,7 @@ class QueryBuffer:
         # Runs of a share stand side by side.
         begins_share = runs.share[1:] != runs.share[:-1]
         reader = np.cumsum(np.append(0, begins_share))[: len(runs.share)]
-        # A share that has no run here has no reader either: its number is beyond all.
+        # Only shares with spans here are looked up, and they have runs here: others are no reader.
         reader_of_share = np.full(spans.share.max(initial=0) + 1, len(runs.share))
         reader_of_share[runs.share] = reader
         return Work(

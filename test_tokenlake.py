@@ -261,6 +261,10 @@ def oracle(lines, model=None, sampler=Sampler()):
     return answers
 
 
+def form_batches(scheduler, budget):
+    return scheduler._form_batches(budget, scheduler.lake.list_shared(scheduler.running))
+
+
 def tokens(count, seed):
     return np.random.default_rng(seed).integers(512, size=count).tolist()
 
@@ -2123,7 +2127,7 @@ def met_at(lake, plan, index):
     for run in plan.runs:
         id = run.request.id
         old_tokens[id] = max(old_tokens[id], run.request.done + (not run.puts))
-    for number, place, first, length, position in golden_plans.rows_of(plan.spans_read_at(index)):
+    for number, place, first, length, position in golden_plans.reads_of_runs(plan, index):
         run = plan.runs[number]
         buffer = pool.HERE if place == pool.LATE else place  # both are the slab
         for i in range(length):
@@ -2554,13 +2558,13 @@ def test_the_shortest_prompt_goes_first_but_none_starves():
         rows[run.request.id] += run.rows
     assert rows == {100: 14, 101: 30, 102: 20}
     scheduler._arrived += 400  # requests, long gone; each counts 1/16 of a chunk of 16
-    order = [r.id for r, _ in scheduler._form_batches(1)[0][0][0]]
+    order = [r.id for r, _ in form_batches(scheduler, 1)[0][0][0]]
     assert order == [102]  # four rows to the one with the fewest left, all are as old
     by_id = {request.id: request for request in scheduler.running}
     by_id[102].order = scheduler._arrived
-    assert [r.id for r, _ in scheduler._form_batches(1)[0][0][0]] == [101]
+    assert [r.id for r, _ in form_batches(scheduler, 1)[0][0][0]] == [101]
     by_id[101].order = scheduler._arrived
-    assert [r.id for r, _ in scheduler._form_batches(1)[0][0][0]] == [100]  # 386 rows of long ago
+    assert [r.id for r, _ in form_batches(scheduler, 1)[0][0][0]] == [100]  # 386 rows of long ago
 
 
 def test_the_queue_is_served_by_urgency():
@@ -2617,13 +2621,13 @@ def test_a_satisfiable_slo_is_kept():
         for slo, decodes, rows in ((6, 4, None), (0.5, 4, "all"), (6, 0, "all")):
             batches, dops, scheduler = batches_of(policy, [60], decodes, slo, 4, per_row)
             prompt = sum(run.rows for batch in batches for run in batch if not run.decode)
-            slowest = scheduler._form_batches(16)[1]
+            slowest = form_batches(scheduler, 16)[1]
             if rows == "all":
                 assert prompt == min(60, {"even": 64, "dp": 64 - 16 * bool(decodes),
                                           "pd:2x2": 32}[policy])
                 continue
             assert 0 < prompt < 48 and slowest > 6e9
-            budgets = [n for n in range(17) if scheduler._form_batches(n)[1] <= 6e9]
+            budgets = [n for n in range(17) if form_batches(scheduler, n)[1] <= 6e9]
             shares = {"even": 4, "dp": 3, "pd:2x2": 2}[policy]
             assert prompt == max(budgets) * shares
 
@@ -2634,7 +2638,7 @@ def test_prompts_do_not_starve_under_an_slo():
     for policy, shares in (("even", 4), ("dp", 3), ("pd:2x2", 2)):
         per_row = [0, 10**9, 0, 10**6, 1000]
         scheduler = batches_of(policy, [60], 4, None, 4, per_row)[2]
-        alone, beside = scheduler._form_batches(0)[1], scheduler._form_batches(1)[1]
+        alone, beside = form_batches(scheduler, 0)[1], form_batches(scheduler, 1)[1]
         slo = (alone + beside) / 2e9 if alone < beside else None
         batches, _, scheduler = batches_of(policy, [60], 4, slo, 4, per_row)
         assert slo is None or shares == sum(

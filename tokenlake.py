@@ -33,7 +33,10 @@ Hkv KV heads · D head dim. A table of a plan has an entry for each
     part        a batch of DoP k is cut into k; an instance computes one at most, of all batches
     share       all rows that a part has of one request: they read the same old KV, [G]
     instance    [N]
+    request     all its shares, of all parts
     replicated  read of a segment that has several replicas: [h]
+    bundle      such reads of one segment that are given to one replica together, of about `ridge`
+                rows: a replica that fewer read takes as long
 
 Shares stand by part and request. Runs stand by request and position until it is known where they
 are computed, from then on by instance, request and position.
@@ -273,7 +276,7 @@ class TokenLake:
         first_row = starts_in_groups(runs.rows, instance)
         runs = runs._replace(instance=instance, first_row=first_row)
         fresh, transfer_plan = self._plan_fresh(runs, shares, pairs, share_ships, copies)
-        attention = self._attend(runs, shares, old_reads, pulled, fresh)
+        attention = self._count_attention(runs, shares, old_reads, pulled, fresh)
         self.balancer.observe(attention.load)
         query_plan = QueryPlan(
             runs=[given[i] for i in order[by_instance].tolist()],
@@ -369,15 +372,17 @@ class TokenLake:
 
     def _choose_replicas(self, shares, old):
         """Replicas of segments with several, by the load so far and all other reads (§4.4). Rows
-        that read a segment choose in bundles of `ridge` at least: fewer take as long."""
+        that read a segment choose in bundles of about `ridge`: fewer take as long."""
         reads = old.replicated
         if not len(reads.slot):
             return old
         no_pulls = Pulled(*np.zeros((2, 0), np.int64))
-        others = self._attend_old(shares, old.alone, old.shared, no_pulls)
+        others = self._count_old(shares, old.alone, old.shared, no_pulls)
         load = self.balancer.load + others.load
         rows = shares.rows[reads.share]
-        bundle, first = self._bundle(reads.slot, rows)
+        bundle = first = np.arange(len(rows))
+        if self.config.read_once:
+            bundle, first = self._bundle(reads.slot, rows)
         cost = self.weigh(np.bincount(bundle, rows).astype(np.int64))
         cost *= self.config.segment_tokens
         slots = self.balancer.choose_replicas(old.candidates[first], cost, load)
@@ -441,8 +446,8 @@ class TokenLake:
 
     def _take_replicas_at_hand(self, shares, old):
         """Where the instance that computes shares has a replica, they read that, and nothing
-        travels: if it is read anyway, or by `ridge` rows of theirs, so that no time is spent on it
-        that is not saved elsewhere. (When parts are assigned this is not counted on: to do so saved
+        travels: if it is read anyway, or by `ridge` rows of theirs, so that no segment is read once
+        more for a few rows. (When parts are assigned this is not counted on: to do so saved
         1 to 7 % of the bytes with the dynamic program and PD, none with the even split, and cost a
         third of the planning time.)"""
         reads = old.replicated
@@ -450,7 +455,8 @@ class TokenLake:
         at_hand = old.candidates[number, shares.instance[reads.share]]
         slots, there = np.unique(at_hand, return_inverse=True)
         rows = np.bincount(there, shares.rows[reads.share])
-        pays = (rows >= self.ridge) | np.isin(slots, reads.slot)
+        enough = self.ridge if self.config.read_once else 1
+        pays = (rows >= enough) | np.isin(slots, reads.slot)
         taken = (at_hand >= 0) & pays[there]
         return self._read_in(old, np.where(taken, at_hand, reads.slot))
 
@@ -583,22 +589,23 @@ class TokenLake:
         return ships
 
     def weigh(self, rows):
-        """What rows that meet a token count for in its attention: `ridge` at least, as it is read
-        for one row as for many; nothing where there are none."""
+        """Rows that meet a token, as many as they weigh: `ridge` at least, as it is read for one
+        row as for many; none where there are none."""
         return np.where(rows > 0, np.maximum(rows, self.ridge), 0)
 
     def list_shared(self, requests) -> tuple[Column, SegmentReads]:
-        """[n] how many segments of each running request others read, too, and all of these."""
+        """[n] how many segments of each running request others read, too, and all of these, with
+        its index in place of a share."""
         num_shared = np.array([request.num_shared for request in requests], np.int64)
         num_shared *= self.config.read_once
         tables = [request.table for request in requests]
         return num_shared, SegmentReads.of(tables, num_shared)
 
-    def _attend(self, runs, shares, old, pulled, fresh):
+    def _count_attention(self, runs, shares, old, pulled, fresh):
         """Attention of the iteration, to old KV and fresh."""
         N = len(self.instances)
         listed = SegmentReads(*map(np.concatenate, zip(old.shared, old.replicated)))
-        load, tokens = self._attend_old(shares, old.alone, listed, pulled)
+        load, tokens = self._count_old(shares, old.alone, listed, pulled)
         # What is pulled is read where it comes, by the share that pulls it alone.
         came = old.tokens[pulled]
         target = shares.instance[pulled.share]
@@ -610,7 +617,7 @@ class TokenLake:
         np.add.at(tokens, instance, runs.rows[writer])
         return Attention(load, tokens)
 
-    def _attend_old(self, shares, alone, listed, pulled):
+    def _count_old(self, shares, alone, listed, pulled):
         """Attention to old KV where it lives, but for what is pulled. alone: see OldReads; listed:
         what several requests read, or shares in different slots."""
         N, S, C = self.balancer.sizes
@@ -750,8 +757,8 @@ class Scheduler:
         slots are pinned, the last admitted requests are preempted."""
         self._admit()
         batches = self._batches_within_slo()
-        # What the SLO is kept by: prompt rows, while decodes wait.
-        kinds = {rows > 1 for batch in batches for _, rows in batch.items}
+        # Predictions are corrected by iterations that the SLO limits: prompts, while decodes wait.
+        kinds = {request.remaining == 1 for batch in batches for request, _ in batch.items}
         self.predictor.expect([b.work for b in batches] if len(kinds) > 1 else [])
         # One batch over all instances is not left to gen_plans to cut, but cut by `preferred`:
         # the even split.
@@ -813,22 +820,24 @@ class Scheduler:
         the SLO while decodes wait; with one at least, or prompts would starve. If not even decodes
         alone keep it, the SLO is dropped for this iteration."""
         chunk = self.lake.config.chunk_tokens
-        batches, time = self._form_batches(chunk)
+        shared = self.lake.list_shared(self.running)
+        batches, time = self._form_batches(chunk, shared)
         decodes_wait = any(request.remaining == 1 for request in self.running)
         if not (self.slo and time > self.slo and decodes_wait):
             return batches
         sizes = [chunk * i // 16 for i in range(17)]
 
         def misses(rows):
-            return self._form_batches(rows)[1] > self.slo
+            return self._form_batches(rows, shared)[1] > self.slo
 
         kept = bisect_left(sizes, True, key=misses)
         if not kept:
             return batches
-        return self._form_batches(max(1, sizes[kept - 1]))[0]
+        return self._form_batches(max(1, sizes[kept - 1]), shared)[0]
 
-    def _form_batches(self, budget):
-        """Batches with `budget` prompt rows per instance that has any, and the slowest one's ps."""
+    def _form_batches(self, budget, shared):
+        """Batches with `budget` prompt rows per instance that has any, and the slowest one's ps.
+        shared: TokenLake.list_shared of the running requests."""
         N = len(self.lake.instances)
         # What needs one row runs as a decode does, also a prompt of which one is left. (In a plan
         # that is none: see Request.decoding.)
@@ -837,10 +846,10 @@ class Scheduler:
         for_prompts = self.policy.prefills or N - own_for_decodes
         prompts = self._choose_prompt_rows(budget * for_prompts)
         items = decodes + sorted(prompts, key=lambda item: len(item[0].tokens))
-        work = zip((rows for _, rows in items), self._weigh_attention(items))
+        pairs = self._weigh_attention(items, *shared)
         # [items + 1, 2] sums over the first items: rows, and rows × tokens that one sees on
         # average.
-        upto = np.cumsum([(0, 0), *work], 0)
+        upto = np.cumsum([(0, 0), *zip((rows for _, rows in items), pairs)], 0)
         batches = []
         slowest = 0
         for first, end, dop in self._divide(upto, len(decodes)):
@@ -850,20 +859,23 @@ class Scheduler:
             slowest = max(slowest, self.predictor.longest_time(*work))
         return batches, slowest
 
-    def _weigh_attention(self, items) -> list[int]:
-        """Of each item: rows × tokens that one sees on average. Of a segment that several read,
-        which is read once for all, each bears a part by its rows."""
+    def _weigh_attention(self, items, num_shared, reads) -> list[int]:
+        """Of each item: rows × tokens that one sees on average. The cost of a segment that several
+        read, once for all, is divided among them by their rows. num_shared [running requests],
+        reads: see TokenLake.list_shared."""
         lake = self.lake
         C = lake.config.segment_tokens
-        rows = np.array([n for _, n in items], np.int64)
-        done = np.array([request.done for request, _ in items], np.int64)
-        num_shared, reads = lake.list_shared([request for request, _ in items])
+        number_of = {request.id: number for number, request in enumerate(self.running)}
+        number = np.array([number_of[request.id] for request, _ in items], np.int64)
+        rows = np.zeros(len(self.running), np.int64)
+        rows[number] = [n for _, n in items]
+        done = np.array([request.done for request in self.running], np.int64)
         alone = np.maximum(done - C * num_shared, 0) + rows // 2
         own_rows = rows[reads.share]
         together = np.bincount(reads.slot, own_rows).astype(np.int64)[reads.slot]
-        borne = C * lake.weigh(together) * own_rows // together
+        borne = C * lake.weigh(together) * own_rows // np.maximum(together, 1)
         borne = np.bincount(reads.share, borne, len(rows)).astype(np.int64)
-        return (lake.weigh(rows) * alone + borne).tolist()
+        return (lake.weigh(rows) * alone + borne)[number].tolist()
 
     def _divide(self, upto, num_decodes):
         """The policy's batches; decodes come first among the items. upto: see `_form_batches`."""

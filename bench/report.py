@@ -13,8 +13,8 @@ The second reads these files and writes each table of the README between its two
 
     <!-- table: NAME --> … <!-- /table -->
 
-and, where Matplotlib is, the figures. So no table says what was not measured, or what another
-version of the code has measured: a test compares them.
+and, where Matplotlib is, the figures. So no table says what was not measured: a test compares
+them. Which records another version of the code has measured is said, too.
 """
 
 import hashlib
