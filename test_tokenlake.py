@@ -525,7 +525,7 @@ def test_any_readers_of_any_spans(backend, monkeypatch):
     monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
     rng = np.random.default_rng(5)
     shared = 0
-    for _ in range(20 if backend == "torch" else 3):
+    for _ in range(20 if backend == "torch" else 2):
         rows, spans, num_rows, slab_rows = random_readers(rng)
         torch.manual_seed(int(rng.integers(1000)))
         q, k, v = (torch.randn(n, h, 16) for n, h in ((num_rows, 4), (slab_rows, 2), (slab_rows, 2)))
@@ -1137,7 +1137,7 @@ def test_profile_names_what_the_pool_does(tmp_path, after, expected):
                     if event.get("cat") == "python_function")
     iterations = min(8, served.summary["iterations"] - int(*after or "0"))
     layers = LlamaConfig().num_layers * iterations
-    assert count["merge"] == layers and 4 * layers <= count["partial_attention"] <= 5 * layers
+    assert count["merge"] == layers and layers < count["partial_attention"] <= 5 * layers
     assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
     assert count["gen_plans"] == iterations == expected and not count["score_gap"]
     assert "aten::index_select" in {event["name"] for event in events}
@@ -3872,8 +3872,8 @@ def watch_times(rank, seen):
 
 
 def test_times_and_their_summary(tmp_path):
-    """TTFT from arrival, TPOT over the tokens after the first, percentiles over requests; a first
-    arrival after the start does not count as duration."""
+    """TTFT from arrival, TPOT over the tokens after the first, percentiles over requests; time begins
+    with the first line."""
     lines = [dict(timestamp=200 + 20 * i, input_ids=tokens(9 + i, i), output_length=1 + i % 4)
              for i in range(12)]
     trace, output = write_trace(tmp_path, lines), tmp_path / "out"
@@ -3885,7 +3885,7 @@ def test_times_and_their_summary(tmp_path):
     s = run.summary
     first = min(r["arrival_s"] for r in job.values())
     last = max(r["finished_s"] for r in job.values())
-    assert first == 0.2 and s["duration"] == pytest.approx(last - first)
+    assert first == 0 and s["duration"] == pytest.approx(last - first)
     assert s["output_throughput"] == pytest.approx(30 / s["duration"])
     assert s["total_token_throughput"] == pytest.approx(
         (30 + sum(9 + i for i in range(12))) / s["duration"])
