@@ -456,8 +456,8 @@ SHARED_SPANS = [*((run, 64 * (4 - i), 64, 64 * i) for run in range(7) for i in r
 def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatch):
     """Each token of it is in one tile, of a group of all who read it; results are as if each read for
     itself, and as in float64."""
-    if backend == "triton" and dtype == "float64":
-        pytest.skip("the Triton kernels do not take float64")
+    if backend == "triton" and (dtype == "float64" or (dtype, programs) == ("float16", 1)):
+        pytest.skip("the Triton kernels do not take float64; one 16-bit type is enough")
     monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
     torch.manual_seed(0)
     dtype, device = getattr(torch, dtype), DEVICE[backend]
@@ -675,6 +675,7 @@ def test_results_may_travel_in_the_models_type(dtype, limit):
 
 COMPILE = """
 import itertools, re, subprocess, tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
@@ -697,7 +698,8 @@ def compile(arch, kernel, signature, constants, **options):
 shapes = [("bf16", 128, 32, 8, n) for n in (16, 32, 64, 128)]  # Llama-3.1-8B
 shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32, 32, 16),
            ("bf16", 128, 32, 32, 128), ("bf16", 128, 64, 8, 16), ("bf16", 64, 32, 8, 128)]
-for arch, (dtype, D, H, Hkv, lanes) in itertools.product((80, 90), shapes):
+def check(case):
+    arch, (dtype, D, H, Hkv, lanes) = case
     config = kernels.attention_config(lanes, H, Hkv, D, 2)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
     names = {n: "*" + dtype for n in "QKV"} | dict(
@@ -713,7 +715,10 @@ for arch, (dtype, D, H, Hkv, lanes) in itertools.product((80, 90), shapes):
     waits = [int(n) for n in re.findall(r"async_wait .*num = (\\d+)", built.asm["ttgir"])]
     assert waits and waits[0] > 0, (said, waits)
     assert ("wgmma" in built.asm["ptx"]) == (arch == 90 and lanes >= 64), said
-    print(*said)
+    return said
+with ProcessPoolExecutor(2) as executor:
+    for said in executor.map(check, itertools.product((80, 90), shapes)):
+        print(*said)
 for arch in (80, 90):
     names = dict(O="*fp32", LSE="*fp32", Parts="*i64", Out="*fp32", OutLSE="*fp32",
                  max_parts="i32")
@@ -4060,7 +4065,7 @@ BY_ALL = ["generate()", "generate(), batches of 2", "generate(), batches of 3",
 @pytest.mark.parametrize("sharing, more, labels", [
     ("on", ["--uneven"], ["prefix once", "prefix once, batches of 2", "prefix once, batches of 3",
                           "tokenlake, 1 rank", "tokenlake, 2 ranks"]),
-    ("off", ["--ranks", "2"], ["tokenlake, 2 ranks"])])
+    pytest.param("off", ["--ranks", "2"], ["tokenlake, 2 ranks"], marks=pytest.mark.slow)])
 def test_peers_give_the_same_tokens(tmp_path, monkeypatch, capsys, sharing, more, labels):
     """Transformers in every way and batch, padded or not, and one and two ranks of ours."""
     pytest.importorskip("transformers")
@@ -4659,7 +4664,7 @@ def test_tables_of_small_measurements(tmp_path, monkeypatch, capsys):
 
     found = record("compare.py --json --workload sharegpt --capacity-tokens 200000 --num-requests 4 "
                    "--rate 4096 --rates 1,2,4 --seeds 1 --capacities 1500000 "
-                   "--policies tokenlake,hash,unreplicated,ship,tokenlake:fcfs,tokenlake:dp")
+                   "--policies tokenlake,read-alone,hash,unreplicated,ship,tokenlake:fcfs")
     policies = found["result"][0]["policies"]
     rates = {policy: report.goodput(entry) for policy, entry in policies.items()}
     assert set(rates.values()) == {"no limit"}  # four requests may come at once
@@ -4672,8 +4677,8 @@ def test_tables_of_small_measurements(tmp_path, monkeypatch, capsys):
     head, _, *body = rows(report.loogle_table(found))
     assert [row[:2] for row in body] == [list(pair) for pair in rates.items()]
     at_4 = policies["hash"]["curve"][2]
-    assert body[1][3] == report.short(at_4["normalised_ttft"]) and at_4["rate"] == 4
-    assert body[1][6] == f"{100 * at_4['hit_rate']:.0f} %" and len(head) == len(body[1]) == 7
+    assert body[2][3] == report.short(at_4["normalised_ttft"]) and at_4["rate"] == 4
+    assert body[2][6] == f"{100 * at_4['hit_rate']:.0f} %" and len(head) == len(body[2]) == 7
     assert rows(report.loads_table(found))[2] == [
         "sharegpt, 200k (4, one seed)", rates["tokenlake"], *"––––"]
     sizes = rows(report.conversation_table(found))
@@ -4681,7 +4686,7 @@ def test_tables_of_small_measurements(tmp_path, monkeypatch, capsys):
     assert [row[0] for row in sizes[2:]] == ["200k", "1.5M"] and sizes[2][1:] == [*rates.values()]
     assert rows(report.elastic_table(found))[2][2] == report.short(
         policies["tokenlake"]["curve"][1]["normalised_ttft"])
-    assert rows(report.ablations_table(found))[2] == [*rates.values()]
+    assert rows(report.ablations_table(found))[2] == ["sharegpt", *rates.values()]
     fleets = [record("simulate.py --workload sharegpt --num-requests 9 --rate 7 --instances 4 "
                      f"--policy {policy}") for policy in ("lakes:2x2", "router")]
     pooled, routed = rows(report.lakes_table(*fleets))[2:]

@@ -599,4 +599,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    # As run_cluster.py: threads of process groups that are torn down may abort the process.
+    os._exit(status)
