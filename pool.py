@@ -478,6 +478,8 @@ class QueryBuffer:
         """Spans with their places. What own and other rows both read waits for these, all of it, if
         to read it a second time would take longer than the smallest exchange. (It is old KV, of
         shares that do not fill a block: other KV is not read together.)"""
+        if own.all():
+            return spans
         is_old = spans.position < plan.old.tokens[spans.share]
         num_rows = np.bincount(plan.run_table.share, plan.run_table.rows, len(plan.old.tokens))
         heads_per_kv = pool.num_heads // pool.num_kv_heads
