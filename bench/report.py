@@ -50,6 +50,7 @@ TRACE = "conversation_trace.jsonl"  # as commands call Mooncake's conversation t
 LOOGLE = "compare.py --json --workload loogle --capacity-tokens 400000"
 ABLATIONS = "--policies tokenlake,read-alone,hash,unreplicated,ship,tokenlake:fcfs"
 POLICIES = "--policies tokenlake,router,router:fcfs,pd:1x3,pd:3x1"
+FIGURES_FILE = "figures.json"  # of a program that does not print its figures
 
 
 def large_fleet(instances: int, policy: str) -> str:
@@ -71,6 +72,9 @@ EXPERIMENTS = {
     "--policies tokenlake,router,router:fcfs,pd:3x1,pd:1x3 --seeds 3",
     "loogle-200k": "compare.py --json --workload loogle --capacity-tokens 200000 "
     f"--num-requests 500 --rate 4 --rates 4 {POLICIES} --seeds 2",
+    "hits": "compare.py --json --workload loogle --capacity-tokens 800000 "
+    "--capacities 200000,400000 --num-requests 500 --rate 1 --rates 1 --seeds 1 "
+    "--policies tokenlake,router,pd:1x3,pd:3x1",
     "scbench": "compare.py --json --workload scbench --capacity-tokens 1120000 "
     f"--num-requests 600 --rate 0.5 --rates 0.5 {POLICIES} --seeds 1",
     "toolagent": "compare.py --json --workload toolagent --capacity-tokens 400000 "
@@ -95,6 +99,7 @@ EXPERIMENTS = {
     "lakes-256-router": large_fleet(256, "router"),
     "lakes-1024-32x32": large_fleet(1024, "lakes:32x32"),
     "real": "compare.py --real --json --policies tokenlake,lakes:2x2,router,pd:1x3,pd:3x1",
+    "peers": f"peers.py --json {FIGURES_FILE}",
 }
 RANKS = {"real": 4}  # of the experiments that take several
 
@@ -128,6 +133,8 @@ def measure(name: str, trace: str | None) -> dict:
             capture_output=True,
             text=True,
         )
+        file = Path(folder, FIGURES_FILE)
+        figures = file.read_text() if file.exists() else done.stdout
     if done.returncode:
         last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
         raise RuntimeError(f"{name}: exit status {done.returncode}: {last}")
@@ -138,12 +145,12 @@ def measure(name: str, trace: str | None) -> dict:
         machine=machine(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         seconds=round(time.perf_counter() - started),
-        result=parse(done.stdout),
+        result=parse(figures),
     )
 
 
 def parse(text: str) -> list:
-    """The JSON values that a program has printed, one after another."""
+    """The JSON values that a program has given, one after another."""
     decoder = json.JSONDecoder()
     values = []
     text = text.strip()
@@ -337,14 +344,19 @@ def loads_table(*records: dict) -> str:
     return markdown(["", *names], rows)
 
 
-def conversation_table(record: dict) -> str:
+def capacities_table(record: dict, cell: Callable = goodput) -> str:
+    """A cell of a policy's entry for each capacity."""
     (result,) = record["result"]
     policies = result["policies"]
     rows = []
     for entries in zip(*(entry["capacities"] for entry in policies.values())):
         capacity = tokens(entries[0]["capacity_tokens"])
-        rows.append([capacity, *map(goodput, entries)])
+        rows.append([capacity, *map(cell, entries)])
     return markdown(["cache, tokens", *policies], rows)
+
+
+def hits_table(record: dict) -> str:
+    return capacities_table(record, lambda entry: percent(entry["hit_rate"]))
 
 
 def elastic_table(record: dict) -> str:
@@ -403,6 +415,23 @@ def real_table(record: dict) -> str:
     return "\n".join(["```", compare.REAL_HEADER, *rows, "```"])
 
 
+def peers_table(record: dict) -> str:
+    """Medians of all rounds; of loads that have other variants, too."""
+    (result,) = record["result"]
+    cells = {}
+    for number, load in enumerate(result["loads"]):
+        for row in load["rows"]:
+            mine = cells.setdefault(row["label"], ["–"] * 3 * len(result["loads"]))
+            columns = "seconds to_one_by_one to_best_peer".split()
+            medians = [f"{np.median(row[column]):.2f}" for column in columns]
+            mine[3 * number : 3 * number + 3] = medians
+    rows = [[label, *row] for label, row in cells.items()]
+    head = [""]
+    for load in result["loads"]:
+        head += [f"{load['load']}: seconds", "× one by one", "× best of theirs"]
+    return markdown(head, rows)
+
+
 class Table(NamedTuple):
     render: Callable  # of the records, to Markdown
     experiments: list[str]
@@ -416,13 +445,15 @@ TABLES = {
     "loads": Table(
         loads_table, ["loogle-200k", "scbench", "toolagent", "mixed", "sharegpt"]
     ),
-    "conversation": Table(conversation_table, ["conversation"]),
+    "hits": Table(hits_table, ["hits"]),
+    "conversation": Table(capacities_table, ["conversation"]),
     "elastic": Table(elastic_table, ["elastic"]),
     "ablations": Table(ablations_table, ["ablations", "ablations-hot"]),
     "lakes": Table(
         lakes_table, [name for name in EXPERIMENTS if name.startswith("lakes-")]
     ),
     "real": Table(real_table, ["real"]),
+    "peers": Table(peers_table, ["peers"]),
 }
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 
@@ -494,7 +525,7 @@ def check_measured(names: list[str], trace: str | None):
     """Raises ValueError for a name that is none, or a trace that is not there."""
     for name in names:
         if name not in EXPERIMENTS:
-            known = ", ".join(EXPERIMENTS)
+            known = " ".join(EXPERIMENTS)
             raise ValueError(f"--measure {cut(name, 20)}: there are {known}")
     traced = [name for name in names if TRACE in EXPERIMENTS[name]]
     if traced and not trace:
