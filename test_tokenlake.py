@@ -4588,6 +4588,17 @@ def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsy
     assert main(arguments) == 0 and done
 
 
+def test_records_are_of_what_a_program_needs():
+    """Of what it imports, and what that does, and what it starts; not of others."""
+    needed = {name: {file.name for file in report.files_needed(report.HERE / f"{name}.py")}
+              for name in ("plan", "compare", "peers", "simulate")}
+    assert {"plan.py", "tokenlake.py", "pool.py", "kernels.py", "balancer.py"} <= needed["plan"]
+    assert not needed["plan"] & {"run_cluster.py", "compare.py", "report.py", "test_tokenlake.py"}
+    assert {"simulate.py", "baselines.py", "workloads.py"} <= needed["compare"]
+    assert {"transformers_peer.py", "run_cluster.py", "results.py"} <= needed["peers"]
+    assert "model.py" in needed["simulate"]
+
+
 def test_measuring_and_reporting(tmp_path, monkeypatch, capsys):
     """A record is written once, and again if its command or the code is another; the README's table
     is made of it, and only what stands between its marks."""
@@ -4627,7 +4638,7 @@ def test_measuring_and_reporting(tmp_path, monkeypatch, capsys):
     report.main(["--measure", "planning", "--again"])
     assert report.read_records()["planning"]["result"] != records["planning"]["result"]
     records = report.read_records()
-    monkeypatch.setattr(report, "digest_of_code", lambda: "another")
+    monkeypatch.setattr(report, "digest_of_code", lambda name: "another")
     report.main([])
     assert "earlier state of the code: planning, planning-unshared\n" in capsys.readouterr().out
     monkeypatch.setitem(report.EXPERIMENTS, "planning", "plan.py --instances 0")

@@ -147,7 +147,7 @@ def parse_options(arguments: list[str]):
         action="store_true",
         help="one segment on every request, and replicas of it everywhere",
     )
-    add("--json", action="store_true", help="print one JSON object")
+    add("--json", action="store_true", help="print a JSON object for each size")
     add("--table", action="store_true", help="how it grows, up to 512 instances")
     options = parser.parse_args(arguments)
     try:
@@ -164,6 +164,7 @@ def main(arguments: list[str]) -> int:
     if options.table:
         sizes = TABLE
         shared = True
+    if options.table and not options.json:
         print(
             f"{'instances':>9} {'requests':>9} {'segments':>9} {'references':>10} "
             f"{'median ms':>10} {'p99 ms':>8} {'+ digest':>8}"

@@ -17,6 +17,7 @@ and, where Matplotlib is, the figures. So no table says what was not measured: a
 them. Which records another version of the code has measured is said, too.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -141,7 +142,7 @@ def measure(name: str, trace: str | None) -> dict:
     return dict(
         command=command_of(name),
         commit=commit(),
-        code=digest_of_code(),
+        code=digest_of_code(name),
         machine=machine(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         seconds=round(time.perf_counter() - started),
@@ -171,13 +172,34 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def digest_of_code() -> str:
-    """Of the programs that are measured: a commit of results, or of text, changes none of them."""
+def digest_of_code(name: str) -> str:
+    """Of the program that an experiment runs, and all files of ours that it needs: a commit of
+    results, of text or of another program changes none of them."""
+    program, *_ = EXPERIMENTS[name].split()
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*HERE.parent.glob("*.py"), *HERE.glob("*.py")]):
-        if not file.name.startswith("test_") and file != Path(__file__).resolve():
-            digest.update(file.read_bytes())
+    for file in sorted(files_needed(HERE / program)):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def files_needed(program: Path) -> set[Path]:
+    """The program, and what it imports or starts of ours, and that in turn."""
+    needed = set()
+    new = {program}
+    while new:
+        file = new.pop()
+        needed.add(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [f"{alias.name}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.py"]
+            elif isinstance(node, ast.Constant):
+                names = re.findall(r"^\w+\.py$", str(node.value))
+            files = {folder / name for folder in (HERE, HERE.parent) for name in names}
+            new |= {file for file in files if file.is_file()} - needed
+    return needed
 
 
 def machine() -> dict:
@@ -192,7 +214,7 @@ def machine() -> dict:
 
 def is_current(name: str, record: dict) -> bool:
     """Whether an experiment's record is of its command, and of this code."""
-    return record["command"] == command_of(name) and record["code"] == digest_of_code()
+    return record["command"] == command_of(name) and record["code"] == digest_of_code(name)
 
 
 def measure_all(names: list[str], trace: str | None, again: bool):
