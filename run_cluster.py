@@ -56,20 +56,13 @@ from model import (
     require,
     shown,
 )
+from oracle import WIDER, verify
 from pool import LakeConfig, plan_digest
 from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
 
-# A served token passes --verify if its score is this close to the best: by so much rounding may
-# change a score of the built-in model.
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-3,
-    torch.float16: 0.05,
-    torch.bfloat16: 0.4,
-}
-DTYPES = [dtype_name(dtype) for dtype in TOLERANCE]
+DTYPES = [dtype_name(dtype) for dtype in WIDER]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -343,15 +336,25 @@ class EndOfIteration(NamedTuple):
     nonfinite_layer: int  # the first in which its new KV is not finite, −1 if there is none
     nonfinite_request: int
     fitted: list[int]  # TimePredictor.fitted
-    tokens: list[int]  # of each request that samples: 0 where another rank computes it
+    # Of each request that samples; 0 where another rank computes it.
+    tokens: list[int]
+    logprobs: list[float]
 
     @classmethod
     def gather(cls, cluster, mine, now) -> tuple:
         """What rank 0's clock says when it has all, and every rank's, by rank."""
-        *nonfinite, fitted, tokens = mine
-        clock, rows = cluster.gather_and_time([*nonfinite, *fitted, *tokens], now)
-        end = 2 + len(fitted)
-        return clock, [cls(*row[:2], row[2:end], row[end:]) for row in rows]
+        *nonfinite, fitted, tokens, logprobs = mine
+        bits = np.array(logprobs, np.float32).view(np.int32).tolist()
+        values = [*nonfinite, *fitted, *tokens, *bits]
+        clock, rows = cluster.gather_and_time(values, now)
+        ends = 2 + np.cumsum([len(fitted), len(tokens)])
+
+        def read(row):
+            nonfinite, fitted, tokens, bits = np.split(np.array(row), [2, *ends])
+            logprobs = bits.astype(np.int32).view(np.float32)
+            return cls(*map(int, nonfinite), *(x.tolist() for x in (fitted, tokens, logprobs)))
+
+        return clock, list(map(read, rows))
 
 
 @dataclass
@@ -391,15 +394,15 @@ class Engine:
         self.cluster.doing = f"iteration {self.iterations + 1}"
         batches, groups, plan, transfer_plan = self._plan()
         self.cluster.announce(plan_digest(self.iterations, plan, transfer_plan))
-        tokens = {}
+        samples = {}
         nonfinite = None
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            tokens, nonfinite = self._compute(batches, groups, plan, transfer_plan)
+            samples, nonfinite = self._compute(batches, groups, plan, transfer_plan)
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
         before = self.clock
-        sampled = self._exchange_tokens(plan, tokens, nonfinite)
+        sampled = self._exchange_tokens(plan, samples, nonfinite)
         if plan.runs:
             self._count(plan)
             self._measure(plan, transfer_plan, self.clock - before)
@@ -419,8 +422,8 @@ class Engine:
         return batches, groups, plan, transfer_plan
 
     def _compute(self, batches, groups, plan, transfer_plan):
-        """This rank's rows through the model → the tokens that they give, by request id, and, if
-        new KV is not finite, its layer and request."""
+        """This rank's rows through the model → the tokens that they give, with log-probabilities, by
+        request id, and, if new KV is not finite, its layer and request."""
         lake = self.lake
         # An instance computes rows of one batch at most.
         mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
@@ -450,13 +453,13 @@ class Engine:
         logits = self.model.forward(ids, positions, attend, last_rows)
         requests = [plan.runs[i].request for i in sampling]
         keys = [(request.id, len(request.tokens)) for request in requests]
-        tokens = self.sampler.sample(logits, keys)
+        samples = zip(*self.sampler.sample(logits, keys))
         nonfinite = lake.pool.first_nonfinite(kv_buf)
         if nonfinite:
             layer, row = nonfinite
             run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
             nonfinite = layer, int(table.request_id[run])
-        return {request.id: token for request, token in zip(requests, tokens)}, nonfinite
+        return {r.id: sample for r, sample in zip(requests, samples)}, nonfinite
 
     def _count(self, plan):
         """Adds the iteration to what reports and `verify` need."""
@@ -482,15 +485,19 @@ class Engine:
         if self.cluster.rank == 0:
             predictor.measured(features, ns / 1e9)
 
-    def _exchange_tokens(self, plan, tokens, nonfinite):
-        """The tokens of all requests that sample, from the ranks that computed them. They are known
-        when rank 0 has them all: its clock says when, for all. Raises LakeError if any new KV, or
-        the logits of a token, are not finite: so such a segment is never published."""
+    def _exchange_tokens(self, plan, samples, nonfinite):
+        """The tokens of all requests that sample, from the ranks that computed them; requests keep
+        the log-probabilities. They are known when rank 0 has them all: its clock says when, for all.
+        Raises LakeError if any new KV, or the logits of a token, are not finite: so such a segment
+        is never published."""
         predictor = self.scheduler.predictor
         sampling = select(plan.run_table, plan.samples)
         ids = sampling.request_id.tolist()
-        mine = [tokens.get(id, 0) for id in ids]
-        end = EndOfIteration(*(nonfinite or (-1, -1)), predictor.fitted, mine)
+        mine = [samples.get(id, (0, 0.0)) for id in ids]
+        tokens = [token for token, _ in mine]
+        logprobs = [logprob for _, logprob in mine]
+        nonfinite = nonfinite or (-1, -1)
+        end = EndOfIteration(*nonfinite, predictor.fitted, tokens, logprobs)
         self.clock, ends = EndOfIteration.gather(self.cluster, end, self.now)
         predictor.coefficients = ends[0].fitted
         # The lowest layer: in later ones the rows that have read it are not finite, either.
@@ -504,46 +511,10 @@ class Engine:
         for id, token in zip(ids, sampled):
             if token == NOT_FINITE:
                 raise self.cluster.problem(f"request {id}: its logits are not finite")
+        requests = [plan.runs[i].request for i in np.flatnonzero(plan.samples)]
+        for i, (request, rank) in enumerate(zip(requests, ranks)):
+            request.logprobs.append(ends[rank].logprobs[i])
         return dict(zip(ids, sampled))
-
-    def verify(self, requests: list[Request], on_progress) -> dict[int, float]:
-        """The gap in logits of each request (Llama.score_gap), each recomputed by one rank; after a
-        signal, of those done by then."""
-        self.cluster.doing = "verifying"
-        gaps = {}
-        dealt = deal(requests, self.computed, self.sampled, self.cluster.size)
-        for turn in range(max(map(len, dealt))):
-            for request in dealt[self.cluster.rank][turn : turn + 1]:
-                gaps[request.id] = self.model.score_gap(
-                    self.sampler, request.tokens, request.num_prompt, request.id
-                )
-            on_progress(sum(len(share) > turn for share in dealt))
-            stop = self.cluster.stop_asked_at is not None
-            if any(asked for (asked,) in self.cluster.gather_integers([stop])):
-                break
-        parts = self.cluster.gather_objects(gaps)
-        return {id: gap for part in parts for id, gap in part.items()}
-
-
-def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[Request]]:
-    """Who recomputes what: lists of requests, by rank. No rank is to check its own work: if it is
-    wrong in itself, it makes the same mistake again. So a request goes to a rank that has sampled
-    no more than an even share of its answer; if possible, to one that has computed no more than an
-    even share of its rows, too; and of these to the one with the least to do."""
-    dealt = [[] for _ in range(num_ranks)]
-    tokens = [0] * num_ranks
-
-    def even_share_at_most(done, request, ranks):
-        own = [done[request.id, rank] for rank in range(num_ranks)]
-        return [rank for rank in ranks if own[rank] * num_ranks <= sum(own)]
-
-    for request in requests:
-        others = even_share_at_most(sampled, request, range(num_ranks))
-        others = even_share_at_most(computed, request, others) or others
-        rank = min(others, key=lambda rank: tokens[rank])
-        tokens[rank] += len(request.tokens)
-        dealt[rank].append(request)
-    return dealt
 
 
 def profiler(file: Path, after, results):
@@ -644,7 +615,9 @@ class Server:
     def _recall(self, line, answer):
         """What an earlier run has finished: the next turn and `verify` want its tokens."""
         if self.options.verify or line.index in self.next_turn:
-            self._make_request(line).tokens += answer.output_ids
+            request = self._make_request(line)
+            request.tokens += answer.output_ids
+            request.logprobs += answer.output_logprobs
         elif line.previous:
             self._forget(line.previous)
         self._end_turn(line, answer.ended_ns)
@@ -669,6 +642,7 @@ class Server:
             input_length=request.num_prompt,
             cached_tokens=self.scheduler.cached_tokens.pop(request.id),
             output_ids=request.tokens[request.num_prompt :],
+            output_logprobs=request.logprobs,
             ttft_ms=first,
             tpot_ms=round(sum(intervals) / len(intervals), 3) if intervals else None,
             itl_ms=intervals,
@@ -873,15 +847,12 @@ def verify_all(server, bar, outcome):
     requests = [line.request for line in server.lines]
     bar.set_description("verifying")
     bar.reset(len(requests))
-    gaps = outcome.gaps = server.engine.verify(requests, bar.update)
-    limit = TOLERANCE[server.model.dtype]
-    # NaN is wrong, too.
-    outcome.wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]
-    if outcome.wrong:
-        first = outcome.wrong[0]
+    verdict = outcome.verdict = verify(server.engine, requests, bar.update)
+    if verdict.wrong:
+        first = verdict.wrong[0]
         outcome.error = f"request {first} differs from recomputation without a cache"
-    elif len(gaps) < len(requests):
-        verified = f"{len(gaps)} of {len(requests)} are verified"
+    elif len(verdict.recomputed) < len(requests):
+        verified = f"{len(verdict.recomputed)} of {len(requests)} are verified"
         outcome.error = f"stopped by a signal; {verified}"
         outcome.status = "stopped"
 
