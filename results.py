@@ -372,13 +372,13 @@ def summarise(server, outcome) -> dict:
 
 def summarise_verdict(verdict) -> dict:
     """What verification found; null where it was not asked for, or is not finite."""
-    names = "verified", "max_logit_gap", "max_logprob_error", "logprob_rounding"
+    names = "verified max_logit_gap max_logprob_error logprob_rounding differing_requests".split()
     if verdict is None:
         return dict.fromkeys(names)
     found = verdict.gap, verdict.error, verdict.rounding
     found = [x if math.isfinite(x) else None for x in found]
     verified = len(verdict.recomputed) - len(verdict.wrong)
-    return dict(zip(names, [verified, *found]))
+    return dict(zip(names, [verified, *found, verdict.wrong]))
 
 
 REPORT = """\

@@ -37,12 +37,14 @@ if not GPU:
 
 import balancer
 import kernels
+import model as model_module
 import pool
 import run_cluster
 import tokenlake
 from balancer import Balancer, PrefixTree, Request
 from kernels import KVSpans, QueryRows, Work, merge, partial_attention, ranges, to_device
 from cluster import Cluster
+import oracle as oracle_module
 from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
 from pool import LakeConfig
 from tokenlake import Scheduler, TokenLake
@@ -162,14 +164,15 @@ def write_trace(folder, lines) -> Path:
 
 
 def serve(folder, trace, *arguments, ranks=1, prelude=None, status=0, dtype="float64"):
-    """Runs the program on `trace` (a path, or lines to write) and reads what it wrote."""
+    """Runs the program on `trace` (a path, or lines to write) and reads what it wrote. status: how
+    it is to end; None: as it likes."""
     if trace is not None and not isinstance(trace, Path):
         trace = write_trace(folder, trace)
     output = folder / f"out{len(list(folder.iterdir()))}"
     job = Job([*(("--trace", trace) if trace else ()), "--output", output, "--speed", "inf",
                "--dtype", dtype, *arguments], ranks, prelude)
     results = job.finish()
-    assert [s for s, *_ in results] == [status] * ranks, results
+    assert status is None or [s for s, *_ in results] == [status] * ranks, results
     return Served(output, results)
 
 
@@ -245,7 +248,7 @@ def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler()
     tokens = list(prompt)
     for _ in range(num_tokens):
         logits = model.forward_alone(tokens, rows=[-1])
-        tokens += sampler.sample(logits, [(request, len(tokens))])
+        tokens += sampler.sample(logits, [(request, len(tokens))])[0]
     return tokens[len(prompt):]
 
 
@@ -969,11 +972,59 @@ def test_temperature_samples_the_softmax():
     """Gumbel noise picks a token as often as its probability; the draw depends on its key only."""
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]], dtype=torch.float64)
     sampler = Sampler(0.7, seed=4)
-    drawn = Counter(sampler.sample(logits.expand(4000, 4), [(1, p) for p in range(4000)]))
+    keys = [(1, p) for p in range(20_000)]
+    drawn, logprobs = sampler.sample(logits.expand(20_000, 4), keys)
     expected = (logits[0] / 0.7).softmax(-1)
-    assert all(abs(drawn[t] / 4000 - expected[t]) < 0.03 for t in range(4))
-    assert sampler.sample(logits, [(1, 17)]) == [sampler.sample(
-        logits.expand(4000, 4), [(1, p) for p in range(4000)])[17]]
+    assert all(abs(drawn.count(t) / 20_000 - expected[t]) < 0.012 for t in range(4))
+    assert logprobs == [float(logits.log_softmax(-1)[0, t]) for t in drawn]
+    for position in (0, 17, 19_999):
+        assert sampler.sample(logits, [(1, position)])[0] == [drawn[position]]
+    others = [Sampler(0.7, seed).sample(logits.expand(100, 4), [(id, p) for p in range(100)])[0]
+              for seed, id in ((4, 2), (5, 1), (2**63 - 1, 1))]
+    assert len({*map(tuple, others), tuple(drawn[:100])}) == 4
+
+
+def test_random_numbers_are_those_of_splitmix64():
+    """Beside the published algorithm in Python's integers; by counter, in any part."""
+    def published(state, number):
+        state = (state + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        return state ^ state >> 31
+    assert published(1234567, 0) == 6457827717110365317  # of the reference implementation
+    keys = [0, 3, 1234567, -(2**63), 2**63 - 1, -1]
+    drawn = model_module.draw(torch.tensor(keys), 50)
+    assert drawn.tolist() == [[published(key % 2**64, i) >> 12 for i in range(50)] for key in keys]
+    part = model_module.draw(torch.tensor(keys), 7, first=20)
+    assert torch.equal(part, drawn[:, 20:27])
+    names = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1), (2**63 - 1, 5)])
+    streams = model_module.streams(names)
+    assert len(set(streams.tolist())) == 5
+    assert torch.equal(model_module.streams(names[3:4]), streams[3:4])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_random_weights_are_the_same_everywhere(device, monkeypatch):
+    """Uniform, of the deviation that is asked for; drawn in parts or at once, on any device; another
+    type rounds the same numbers."""
+    config = LlamaConfig()
+    weights = random_weights(config, 7, torch.float32, device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for name, weight in random_weights(config, 7, dtype, "cpu").items():
+            assert torch.equal(weight, weights[name].cpu().to(dtype)), name
+    monkeypatch.setattr(model_module, "DRAWN_AT_ONCE", 1000)
+    again = random_weights(config, 7, torch.float32, "cpu")
+    assert all(torch.equal(weights[name].cpu(), again[name]) for name in weights)
+    other = random_weights(config, 8, torch.float32, "cpu")
+    down = weights["model.layers.1.mlp.down_proj.weight"].cpu()
+    assert abs(down.std() / (0.5 / 16) - 1) < 0.02 and abs(down.mean()) < 0.001
+    assert down.abs().max() <= 3**0.5 * 0.5 / 16 and (down == down.round(decimals=3)).sum() < 50
+    for name, weight in weights.items():
+        if weight.dim() > 1:
+            assert abs(np.corrcoef(weight.cpu().flatten(), other[name].flatten())[0, 1]) < 0.03
+    firsts = {float(weight.flatten()[0] / weight.std()) for weight in other.values() if (
+        weight.dim() > 1)}
+    assert len(firsts) == 3 * 7 + 2  # each tensor has a stream of its own
 
 
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────
@@ -1144,7 +1195,7 @@ def test_profile_names_what_the_pool_does(tmp_path, after, expected):
     layers = LlamaConfig().num_layers * iterations
     assert count["merge"] == layers and layers < count["partial_attention"] <= 5 * layers
     assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
-    assert count["gen_plans"] == iterations == expected and not count["score_gap"]
+    assert count["gen_plans"] == iterations == expected and not count["recompute"]
     assert "aten::index_select" in {event["name"] for event in events}
     assert served.summary["verified"] == 1
 
@@ -1375,45 +1426,139 @@ def test_any_salt(tmp_path):
 @pytest.mark.parametrize("temperature", [0, 0.1, 1e-300])
 def test_other_types_verify(tmp_path, dtype, temperature):
     run = serve(tmp_path, CHAT, "--verify", "--temperature", temperature, ranks=2, dtype=dtype)
-    assert run.summary["verified"] == len(CHAT)
-    assert 0 <= run.summary["max_logit_gap"] <= run_cluster.TOLERANCE[getattr(torch, dtype)]
+    found = run.summary
+    assert found["verified"] == len(CHAT) and found["max_logit_gap"] >= 0
+    usual = dict(float32=1e-6, bfloat16=1e-2, float16=1e-3)[dtype]
+    assert usual / 10 < found["logprob_rounding"] < 10 * usual
+    assert usual / 10 < found["max_logprob_error"] < 10 * usual
+    said = "equal recomputation" if found["max_logit_gap"] == 0 else "are as near recomputation"
+    assert said in run.text
+    assert f"differ by {found['max_logprob_error']:.2g} at most, by rounding " in run.text
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_records_have_log_probabilities(tmp_path, temperature):
+    """They are the model's own, before temperature and noise."""
+    run = serve(tmp_path, CHAT, "--temperature", temperature, ranks=2)
+    model = small_model()
+    histories = {}
+    for id, line in enumerate(CHAT):
+        before = histories.get(line["session_id"], [])
+        whole = before + line["input_ids"] + run.tokens[id]
+        histories[line["session_id"]] = whole
+        expected = model.forward_alone(whole[:-1]).log_softmax(-1)
+        first = len(whole) - len(run.tokens[id])
+        expected = [float(expected[p - 1, whole[p]]) for p in range(first, len(whole))]
+        found = run.records[id]["output_logprobs"]
+        assert found == pytest.approx(expected, rel=1e-6) and len(found) == len(run.tokens[id])
 
 
 def test_the_largest_gap_is_reported(tmp_path):
     """In 16 bits some tokens differ from the oracle's by rounding; the summary says by how much."""
     lines = [dict(input_ids=tokens(30 + i, i), output_length=40) for i in range(8)]
-    run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, ranks=2, dtype="bfloat16")
-    model = Llama(LlamaConfig(), random_weights(LlamaConfig(), 0, torch.bfloat16, "cpu"))
+    run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, "--seed", 1, dtype="bfloat16")
+    model = Llama(LlamaConfig(), random_weights(LlamaConfig(), 1, torch.bfloat16, "cpu"))
     gaps = []
     for id, line in enumerate(lines):
         whole = line["input_ids"] + run.tokens[id]
         logits = model.forward_alone(whole[:-1]).float()
         gaps += [float(logits[p - 1].max() - logits[p - 1, whole[p]])
                  for p in range(len(line["input_ids"]), len(whole))]
-    assert run.summary["max_logit_gap"] == pytest.approx(max(gaps), abs=0.05) and max(gaps) > 0.05
+    assert run.summary["max_logit_gap"] == max(gaps) > 0
 
 
-def test_what_counts_as_rounding(tmp_path):
-    """A gap just above the limit is an error, one below is not; a NaN is an error."""
-    limits = run_cluster.TOLERANCE
-    assert limits[torch.float64] <= 1e-9 and limits[torch.float32] <= 1e-3
-    for prelude, status in (("gap_below", 0), ("gap_above", 1), ("gap_nan", 1)):
-        run = serve(tmp_path, CHAT[:2], "--verify", prelude=prelude, status=status)
-        assert run.summary["verified"] == 2 - 2 * status
-        assert ("differs from recomputation" in run.text) == bool(status)
-        assert "equal recomputation" not in run.text
+@pytest.mark.parametrize("dtype, gap", [(torch.float64, 1e-9), (torch.float32, 1e-3),
+                                        (torch.bfloat16, math.inf)])
+def test_what_counts_as_rounding(dtype, gap):
+    """A gap just above the limit is wrong in float32 and float64, one below is not; a NaN is."""
+    def wrong(**changed):
+        answers = {i: oracle_module.Recomputed(9, 0.0, 9.0, 9.0) for i in range(3)}
+        answers[1] = answers[1]._replace(**changed)
+        return oracle_module.judge(answers, dtype).wrong
+    assert wrong() == wrong(gap=0.99 * gap) == [] and wrong(gap=math.nan) == [1]
+    assert wrong(gap=1.01 * gap) == [1] * (gap < math.inf)
+    assert wrong(error=9 * 1.99**2) == [] and wrong(error=9 * 2.01**2) == [1]
+    assert wrong(error=math.nan) == [1] and wrong(rounding=math.nan) == [0, 1, 2]
+    # With a token alone chance does more; what is exact by chance is judged by the others.
+    assert wrong(tokens=1, error=3.9**2, rounding=1.0) == []
+    assert wrong(tokens=1, error=4.1**2, rounding=1.0) == [1]
+    assert wrong(error=9.0, rounding=0.0) == []
+    # One that rounds more than the others may differ by more.
+    assert wrong(error=9 * 19.0**2, rounding=9 * 100.0) == []
 
 
-def gap_below(rank, seen, gap=0.99e-9):
-    Llama.score_gap = lambda *_: gap
+def test_weights_have_no_second_copy():
+    """In the wider type each is made when it is used."""
+    config = LlamaConfig(tie_word_embeddings=True)
+    model = Llama(config, random_weights(config, 0, torch.bfloat16, "cpu"))
+    widened = Llama(config, oracle_module.Widened(model.weights, torch.float32))
+    copy = Llama(config, {name: weight.float() for name, weight in model.weights.items()})
+    ids = tokens(20, 3)
+    assert torch.equal(widened.forward_alone(ids), copy.forward_alone(ids))
+    assert not any(torch.is_tensor(value) and value.dim() > 1 for value in vars(widened).values())
 
 
-def gap_above(rank, seen):
-    gap_below(rank, seen, 1.01e-9)
+DEEP = [dict(input_ids=tokens(32, i if i % 4 == 3 else 99) + tokens(12 + i % 5, 200 + i),
+             output_length=16) for i in range(12)]
+SHARING = [i for i in range(12) if i % 4 != 3]  # the others have prefixes of their own
 
 
-def gap_nan(rank, seen):
-    gap_below(rank, seen, math.nan)
+def deep_model(folder, layers) -> list:
+    """Options for a model of so many layers."""
+    config = dict(model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=256,
+                  num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+                  head_dim=16, max_position_embeddings=512)
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    return ["--model", folder / "model", "--random-weights", "--temperature", 1, "--verify"]
+
+
+def lose_a_segment(where):
+    """A prelude: the KV of one layer of one segment is lost once the first request has ended."""
+    def prelude(rank, seen):
+        def observe(server, finished):
+            first = next((record["request_id"] for record in finished), None)
+            if seen or first not in SHARING:
+                return
+            seen["first"] = first
+            lake = server.lake
+            layer = int(where * (lake.llama_config.num_layers - 1) + 0.5)
+            shared = lake.balancer.tree.segments[server.lines[first].request.ids[0]]
+            _, S, C = lake.balancer.sizes
+            slot = shared.replicas.get(rank)
+            if slot is not None:
+                row = slot % S * C
+                lake.pool.v[layer, row : row + C] = 0
+        return observe
+    return prelude
+
+
+lose_in_the_first, lose_in_the_middle, lose_in_the_last = map(lose_a_segment, (0, 0.5, 1))
+
+
+@pytest.mark.parametrize("layers, dtype, ranks", [
+    pytest.param(layers, dtype, ranks, marks=[] if (dtype, ranks) == ("bfloat16", 2) and (
+        layers in (3, 16)) else pytest.mark.slow)
+    for layers in (3, 8, 16, 32) for dtype in ("bfloat16", "float16", "float32")
+    for ranks in (1, 2)])
+def test_verify_tells_a_lost_segment_from_rounding(tmp_path, layers, dtype, ranks):
+    """Where nothing is lost all requests pass; where a segment of one layer is, those that have
+    read it do not. (Of those that lose it in the last layer, in 16 bits, not all: what a layer
+    adds is a part of one in the number of layers, rounding is not.)"""
+    options = [*deep_model(tmp_path, layers), "--segment-tokens", 16]
+    run = serve(tmp_path, DEEP, *options, ranks=ranks, dtype=dtype)
+    assert run.summary["verified"] == len(DEEP)
+    for place in ("first", "middle", "last"):
+        run = serve(tmp_path, DEEP, *options, "--max-batch", 1, ranks=ranks, dtype=dtype,
+                    prelude=f"lose_in_the_{place}", status=None)
+        first = run.seen[0]["first"]
+        readers = [id for id in SHARING if id != first]
+        noticed = run.summary["differing_requests"]
+        assert len(noticed) == len(DEEP) - run.summary["verified"] and set(noticed) <= {*readers}
+        print(f"{layers} layers, {dtype}, {ranks} ranks, lost in the {place}: "
+              f"{len(noticed)} of {len(readers)} are noticed")
+        if place != "last" or dtype == "float32":
+            assert noticed == readers
 
 
 def corrupt(rank, seen):
@@ -3011,7 +3156,7 @@ def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude):
 
 def die_in_verify(rank, seen):
     if rank == 1:
-        Llama.score_gap = lambda *_: os._exit(9)
+        oracle_module.recompute = lambda *_: os._exit(9)
 
 
 def test_a_rank_lost_while_verifying_is_said(tmp_path):
@@ -3022,13 +3167,13 @@ def test_a_rank_lost_while_verifying_is_said(tmp_path):
 
 
 def stop_in_verify(rank, seen):
-    original = Llama.score_gap
+    original = oracle_module.recompute
 
-    def score_gap(*arguments):
+    def recompute(*arguments):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
-    Llama.score_gap = score_gap
+    oracle_module.recompute = recompute
 
 
 def test_a_signal_stops_verification(tmp_path):
@@ -3165,7 +3310,7 @@ def test_verification_is_dealt_to_others(num_ranks):
             counts = np.zeros(num_ranks, int) if alone else rng.integers(9, size=num_ranks)
             counts[rng.integers(num_ranks)] += 1
             done.update({(request.id, rank): int(n) for rank, n in enumerate(counts)})
-    dealt = run_cluster.deal(requests, computed, sampled, num_ranks)
+    dealt = oracle_module.deal(requests, computed, sampled, num_ranks)
     assert sorted(r.id for share in dealt for r in share) == list(range(60))
     for rank, share in enumerate(dealt):
         for request in share:
@@ -3184,7 +3329,7 @@ def test_who_prefills_checks_who_decodes():
     """As with pd:1x1: rank 1 has few rows of the request, but all of its answer."""
     request = Request(0, [1] * 208, 223)
     computed, sampled = Counter({(0, 0): 208, (0, 1): 15}), Counter({(0, 0): 1, (0, 1): 15})
-    assert run_cluster.deal([request], computed, sampled, 2) == [[request], []]
+    assert oracle_module.deal([request], computed, sampled, 2) == [[request], []]
 
 
 def test_checksums_notice_any_change():
