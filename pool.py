@@ -14,11 +14,12 @@ hide behind attention:
     2  move: new KV and copies leave; so does old KV that is pulled for the next layer (in the first
        layer, also for this one)
     3  my rows × KV that lies here already (HERE)
-    4  what has come by now: my rows × what was moved (LATE, SIBLING) and pulled (PULLED)
-    5  others' rows × my KV  ──▶  (O, LSE) go back. They may read what was moved, so this is last.
-       Old KV that my rows read, too, is read here, once for all (TOGETHER), if to read it a second
-       time would take longer than the smallest exchange
-    6  merge: a row's partial results from here and from all holders
+    4  others' rows × KV that lies here already. Old KV that my rows read, too, is read here, once
+       for all (TOGETHER), if to read it a second time would take longer than the smallest exchange
+    5  what was moved lands; others' rows × that (LATE), merged with 4  ──▶  (O, LSE) leave. Where
+       none of them reads what was moved, they leave first
+    6  my rows × what was moved (LATE, SIBLING) and pulled (PULLED), while results are on their way
+    7  merge: a row's partial results from here and from all holders
 
 Why do ranks step together? An exchange is a collective: it ends when all have called it. So all
 come to the same exchanges in the same order, layer by layer, and one without rows takes part, as
@@ -33,7 +34,7 @@ C tokens per segment · B runs · G shares (the runs of one request at one insta
 import hashlib
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from typing import Callable, NamedTuple
 
@@ -450,24 +451,36 @@ class QueryBuffer:
         # instance, and a sender's are sent in their order: so those that arrive are in order.
         arrived = select(runs, plan.ships[:, index] & ~is_own)
         arrived = arrived._replace(first_row=starts(arrived.rows))
-        self.num_arrived = int(arrived.rows.sum())
+        num_arrived = int(arrived.rows.sum())
         together = select(spans, spans.place == TOGETHER)
         waiting = self._runs_reading(own_runs, together)
         sources.append(self._rows(waiting))
         self.own_rows_wait = len(waiting.rows) > 0
         # In this one work, own rows of q are behind those that arrived.
-        waiting = waiting._replace(first_row=waiting.first_row + self.num_arrived)
-        present = RunTable(*map(np.concatenate, zip(arrived, waiting)))
+        waiting = waiting._replace(first_row=waiting.first_row + num_arrived)
         self.active = bool(plan.ships.any())
-        if self.active:
-            there = select(spans, ~own | (spans.place == TOGETHER))
-            self.last_work = self._work(present, there, pool)
+        # By place, HERE and LATE, where rows that arrived read something; own ones wait for HERE.
+        self.arrived_works = {}
+        arrived_sources = []
+        for place in HERE, LATE:
+            there = select(spans, ~own & (spans.place == place))
+            readers = self._runs_reading(arrived, there)
+            arrived_sources.append(self._rows(readers))
+            if place == HERE:
+                there = ReadSpans(*map(np.concatenate, zip(there, together)))
+                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
+            if len(readers.rows):
+                self.arrived_works[place] = self._work(readers, there, pool)
+        self.num_early = len(arrived_sources[0])  # results of rows that arrived, HERE
+        arrived_parts = self._merge_table(arrived_sources, num_arrived)
         leave = []  # own rows, by holder
         for holder in range(N):
             leave.append(self._rows(select(runs, is_own & plan.ships[:, holder])))
         self.num_rows = int(own_runs.rows.sum())
-        parts = self._merge_table(sources + leave)
-        self.parts, self.leave = to_device((parts, np.concatenate(leave)), pool.device)
+        parts = self._merge_table(sources + leave, self.num_rows)
+        self.parts, self.arrived_parts, self.leave = to_device(
+            (parts, arrived_parts, np.concatenate(leave)), pool.device
+        )
         between = plan.rows_shipped()
         self.sends = between[index].tolist()
         self.receives = between[:, index].tolist()
@@ -523,10 +536,12 @@ class QueryBuffer:
         """The rows of runs, among those of the instance that computes them."""
         return ranges(runs.first_row, runs.rows)
 
-    def _merge_table(self, sources):
-        """[T, sources that give any] number of the result, −1 where a source has none for a row."""
+    @staticmethod
+    def _merge_table(sources, num_rows):
+        """[rows, sources that give any] number of the result, −1 where a source has none for a
+        row."""
         sources = [rows for rows in sources if len(rows)]
-        parts = np.full((self.num_rows, len(sources)), -1, np.int64)
+        parts = np.full((num_rows, len(sources)), -1, np.int64)
         before = 0
         for source, rows in enumerate(sources):
             parts[rows, source] = before + np.arange(len(rows))
@@ -596,7 +611,10 @@ class Pool:
         if self.via_host:  # gloo moves host memory
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             rows = host.copy_(rows)
-        received = rows.new_empty(sum(receives), *rows.shape[1:])
+        shape = sum(receives), *rows.shape[1:]
+        received = torch.empty(
+            shape, dtype=rows.dtype, device=rows.device, pin_memory=self.via_host
+        )
         cluster = self.cluster
         work = cluster.guard(
             dist.all_to_all_single,
@@ -665,40 +683,55 @@ class Pool:
         """Attention of this rank's rows over the whole pool → [T, H, D]."""
         layer = buffer.layer
         slab = self.k[layer], self.v[layer]
+        q = buffer.q
+        works = buffer.works
         wait_for_queries = self._ship(buffer)
         # Old KV is complete in every layer, so a pull begins one layer ahead (the first one has no
         # layer before it). Fresh KV of a layer is computed in that layer, so it can leave only now.
         wait_for_pulled = self.in_flight.pull if layer else self.move(0, buffer.pulls)
-        wait_for_moved = self.move(layer, self.in_flight.staged)
+        land = cache(self.move(layer, self.in_flight.staged))  # called twice, it lands once
         if layer + 1 < len(self.k):
             self.in_flight.pull = self.move(layer + 1, buffer.pulls)
 
-        partials = []
-
-        def attend(place, kv):
-            if place in buffer.works:
-                work = buffer.works[place]
-                partials.append(partial_attention(buffer.q, *kv, work, self.scale))
-
-        attend(HERE, slab)
-        moved = wait_for_moved()
-        pulled = wait_for_pulled()
-        attend(LATE, slab)
-        attend(PULLED, pulled)
-        attend(SIBLING, moved)
+        partials = self._attend(q, slab, works.get(HERE))
+        waited = wait_for_results = None
         if buffer.active:
-            q = wait_for_queries()
-            if buffer.own_rows_wait:
-                q = torch.cat((q, buffer.q))
-            results = partial_attention(q, *slab, buffer.last_work, self.scale)
-            others, own = zip(*(x.tensor_split((buffer.num_arrived,)) for x in results))
-            partials += [own, self._return(buffer, *others)]
+            waited, answer = self._attend_for_others(buffer, slab, wait_for_queries(), land)
+            wait_for_results = self._return(buffer, *answer)
+        moved = land()
+        pulled = wait_for_pulled()
+        partials += self._attend(q, slab, works.get(LATE))
+        partials += self._attend(q, pulled, works.get(PULLED))
+        partials += self._attend(q, moved, works.get(SIBLING))
+        if buffer.active:
+            partials += [waited, wait_for_results()]
         if not partials:
-            return buffer.q  # no rows: each reads itself at least
-        o, lse = (torch.cat(parts) for parts in zip(*partials))
-        if buffer.parts.shape[1] > 1:  # with one source, results are in order of the rows
-            o, _ = merge(o, lse, buffer.parts)
-        return o.to(buffer.q.dtype)
+            return q  # no rows: each reads itself at least
+        return self._merge(partials, buffer.parts)[0].to(q.dtype)
+
+    def _attend(self, q, kv, work) -> list:
+        """Partial results of a Work, if there is one."""
+        return [partial_attention(q, *kv, work, self.scale)] if work else []
+
+    def _merge(self, partials, parts):
+        """Results of several sources → those of the rows. Those of one are in their order."""
+        o, lse = (torch.cat(values) for values in zip(*partials))
+        return merge(o, lse, parts) if parts.shape[1] > 1 else (o, lse)
+
+    def _attend_for_others(self, buffer, slab, q, land):
+        """Rows q [n, H, D] have arrived. → Partial results of own rows that have waited
+        for them, and those rows' results. What was moved lands only if they read it."""
+        works = buffer.arrived_works
+        both = torch.cat((q, buffer.q)) if buffer.own_rows_wait else q
+        wide = torch.promote_types(q.dtype, torch.float32)
+        nothing = q[:0].to(wide), q[:0, :, 0].to(wide)
+        (early,) = self._attend(both, slab, works.get(HERE)) or [nothing]
+        others, waited = zip(*(x.tensor_split((buffer.num_early,)) for x in early))
+        late = nothing
+        if LATE in works:
+            land()
+            (late,) = self._attend(q, slab, works[LATE])
+        return waited, self._merge([others, late], buffer.arrived_parts)
 
     def _ship(self, buffer):
         """Rows of Q leave for the holders. Returns a function that waits for those that arrive,
@@ -709,14 +742,19 @@ class Pool:
         self.bytes["query"] += rows.nbytes
         return self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
 
-    def _return(self, buffer, o, lse):
-        """Results of arrived rows go back; → those of this rank's rows, from all holders. O travels
-        in the model's type, as the sum that it becomes part of is rounded to that, too; an error of
-        LSE would count for all of a part, so it stays wide, as a value or two of that type."""
+    def _return(self, buffer, o, lse) -> Callable:
+        """Results of arrived rows go back. Returns a function that waits for those of this rank's
+        rows, from all holders. O travels in the model's type, as the sum that it becomes part of is
+        rounded to that, too; an error of LSE would count for all of a part, so it stays wide, as a
+        value or two of that type."""
         narrow = self.k.dtype
         lse_values = lse[..., None].view(narrow)
         results = torch.cat((o.to(narrow), lse_values), -1)  # one buffer: [n, H, D + 1 or 2]
         self.bytes["query"] += results.nbytes
         wait = self._exchange(results, buffer.receives, buffer.sends, self.query_group)
-        o_came, lse_came = wait().split((o.shape[-1], lse_values.shape[-1]), -1)
-        return o_came.to(o.dtype), lse_came.contiguous().view(lse.dtype)[..., 0]
+
+        def read():
+            o_came, lse_came = wait().split((o.shape[-1], lse_values.shape[-1]), -1)
+            return o_came.to(o.dtype), lse_came.contiguous().view(lse.dtype)[..., 0]
+
+        return read

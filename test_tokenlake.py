@@ -1453,6 +1453,54 @@ def test_records_have_log_probabilities(tmp_path, temperature):
         assert found == pytest.approx(expected, rel=1e-6) and len(found) == len(run.tokens[id])
 
 
+def slow_moves(rank, seen):
+    """What moves comes late, and later at each rank; and in which order a layer lands it and sends
+    results back."""
+    seen.update(events=[], groups=[])
+    move, back, query = pool.Pool.move, pool.Pool._return, pool.Pool.query
+    all_to_all = dist.all_to_all_single
+
+    def slow(self, layer, moves):
+        land = move(self, layer, moves)
+
+        def later():
+            time.sleep(0.001 * (1 + rank) * moves.active)
+            if moves is self.in_flight.staged:
+                seen["events"].append("land")
+            return land()
+        return later
+
+    def noted(self, *arguments):
+        seen["events"].append("return")
+        return back(self, *arguments)
+
+    def begun(self, buffer):
+        seen["events"].append("late" if pool.LATE in buffer.arrived_works else "early")
+        return query(self, buffer)
+
+    def exchanged(*arguments, group, **options):
+        seen["groups"].append(group.group_name)
+        return all_to_all(*arguments, group=group, **options)
+    pool.Pool.move, pool.Pool._return, pool.Pool.query = slow, noted, begun
+    dist.all_to_all_single = exchanged
+
+
+def test_results_leave_before_moves_land(tmp_path):
+    """Where no row that has arrived reads what was moved; else they wait for it. Ranks come to the
+    exchanges of both groups in one order, and delays change no token."""
+    run = serve(tmp_path, CHAT, "--segment-tokens", 8, "--placement", "hash", ranks=3,
+                prelude="slow_moves")
+    assert run.tokens == chat_answers()
+    orders = Counter()
+    for seen in run.seen:
+        layers = " ".join(seen["events"]).replace(" early", "|early").replace(" late", "|late")
+        orders.update(layers.split("|"))
+    assert orders.keys() <= {"early return land", "late land return", "early land"}
+    assert orders["early return land"] > 100 and orders["late land return"] > 100
+    first = run.seen[0]["groups"]
+    assert len(set(first)) == 2 and all(seen["groups"] == first for seen in run.seen)
+
+
 def test_the_largest_gap_is_reported(tmp_path):
     """In 16 bits some tokens differ from the oracle's by rounding; the summary says by how much."""
     lines = [dict(input_ids=tokens(30 + i, i), output_length=40) for i in range(8)]
