@@ -532,14 +532,12 @@ class Sampler:
         noise = -torch.log(-torch.log(uniform))
         return logits + self.temperature * noise.to(logits)
 
-    def sample(self, logits, keys) -> tuple[list[int], list[float]]:
+    def sample(self, logits, keys):
         """The token of each row of logits, NOT_FINITE where the best score is not finite, and its
-        log-probability: the model's own, before temperature and noise."""
+        log-probability: the model's own, before temperature and noise. [n], [n]; a caller that asks
+        for their values waits for the device."""
         best, token = self.scores(logits, keys).max(-1)
-        tokens = torch.where(best.isfinite(), token, NOT_FINITE)
-        both = torch.stack((tokens.double(), logprobs(logits, token).double()))
-        tokens, logprob = both.tolist()  # at once: a GPU is waited for
-        return list(map(int, tokens)), logprob
+        return torch.where(best.isfinite(), token, NOT_FINITE), logprobs(logits, token)
 
 
 def logprobs(logits, tokens):

@@ -32,7 +32,6 @@ C tokens per segment · B runs · G shares (the runs of one request at one insta
 """
 
 import hashlib
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -664,14 +663,19 @@ class Pool:
         self.v[buffer.layer, buffer.slab_rows] = buffer.v[buffer.rows]
         self.in_flight.staged = buffer.moves
 
+    def sum_of_new(self, buffer):
+        """[1] of all new KV of this instance, in float64. If it is finite, so is each value; if not,
+        it may only have overflowed."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        wide = torch.promote_types(self.k.dtype, torch.float32)
+        for x in self.k, self.v:
+            total += x.index_select(1, buffer.slab_rows).sum(dtype=wide)
+        return total
+
     def first_nonfinite(self, buffer) -> tuple[int, int] | None:
         """The first layer in which new KV of this instance is not finite, and the lowest such row
-        among those that the instance computes. If the sum of all is finite, so is each. If not, it
-        may only have overflowed: then each value is looked at."""
-        wide = torch.promote_types(self.k.dtype, torch.float32)
+        among those that the instance computes. It looks at each value."""
         new = [x.index_select(1, buffer.slab_rows) for x in (self.k, self.v)]
-        if math.isfinite(sum(x.sum(dtype=wide) for x in new)):
-            return None
         finite = (new[0].isfinite() & new[1].isfinite()).flatten(2).all(2)  # [L, n]
         layers = (~finite).any(1).nonzero()
         if not len(layers):

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import heapq
 import json
+import math
 import os
 import re
 import signal
@@ -452,14 +453,24 @@ class Engine:
         )
         logits = self.model.forward(ids, positions, attend, last_rows)
         requests = [plan.runs[i].request for i in sampling]
-        keys = [(request.id, len(request.tokens)) for request in requests]
-        samples = zip(*self.sampler.sample(logits, keys))
-        nonfinite = lake.pool.first_nonfinite(kv_buf)
+        samples, nonfinite = self._sample(logits, requests, kv_buf)
         if nonfinite:
             layer, row = nonfinite
             run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
             nonfinite = layer, int(table.request_id[run])
         return {r.id: sample for r, sample in zip(requests, samples)}, nonfinite
+
+    def _sample(self, logits, requests, kv_buf):
+        """→ Token and log-probability of each request; layer and row of new KV that is not finite,
+        if any is. The device is waited for here, once."""
+        keys = [(request.id, len(request.tokens)) for request in requests]
+        tokens, logprobs = self.sampler.sample(logits, keys)
+        pool = self.lake.pool
+        values = tokens.double(), logprobs.double(), pool.sum_of_new(kv_buf)
+        *drawn, kv_sum = torch.cat(values).tolist()
+        tokens, logprobs = np.split(np.array(drawn), 2)
+        nonfinite = None if math.isfinite(kv_sum) else pool.first_nonfinite(kv_buf)
+        return zip(tokens.astype(int).tolist(), logprobs.tolist()), nonfinite
 
     def _count(self, plan):
         """Adds the iteration to what reports and `verify` need."""

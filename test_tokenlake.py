@@ -248,7 +248,7 @@ def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler()
     tokens = list(prompt)
     for _ in range(num_tokens):
         logits = model.forward_alone(tokens, rows=[-1])
-        tokens += sampler.sample(logits, [(request, len(tokens))])[0]
+        tokens += sampler.sample(logits, [(request, len(tokens))])[0].tolist()
     return tokens[len(prompt):]
 
 
@@ -973,15 +973,15 @@ def test_temperature_samples_the_softmax():
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]], dtype=torch.float64)
     sampler = Sampler(0.7, seed=4)
     keys = [(1, p) for p in range(20_000)]
-    drawn, logprobs = sampler.sample(logits.expand(20_000, 4), keys)
+    drawn, logprobs = map(torch.Tensor.tolist, sampler.sample(logits.expand(20_000, 4), keys))
     expected = (logits[0] / 0.7).softmax(-1)
     assert all(abs(drawn.count(t) / 20_000 - expected[t]) < 0.012 for t in range(4))
     assert logprobs == [float(logits.log_softmax(-1)[0, t]) for t in drawn]
     for position in (0, 17, 19_999):
-        assert sampler.sample(logits, [(1, position)])[0] == [drawn[position]]
+        assert sampler.sample(logits, [(1, position)])[0].tolist() == [drawn[position]]
     others = [Sampler(0.7, seed).sample(logits.expand(100, 4), [(id, p) for p in range(100)])[0]
               for seed, id in ((4, 2), (5, 1), (2**63 - 1, 1))]
-    assert len({*map(tuple, others), tuple(drawn[:100])}) == 4
+    assert len({tuple(drawn[:100]), *(tuple(other.tolist()) for other in others)}) == 4
 
 
 def test_random_numbers_are_those_of_splitmix64():
@@ -1453,6 +1453,66 @@ def test_records_have_log_probabilities(tmp_path, temperature):
         assert found == pytest.approx(expected, rel=1e-6) and len(found) == len(run.tokens[id])
 
 
+WAITS = {
+    "item": lambda x: x.sum().item(), "tolist": lambda x: x[:1].tolist(),
+    "nonzero": lambda x: x.nonzero(), "a boolean mask": lambda x: x[x > 0],
+    "a copy to the host": lambda x: x.to("cpu")}
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="it is the kernels' launches that are walked")
+@pytest.mark.parametrize("wait", [None, *WAITS])
+def test_no_layer_waits_for_the_device(monkeypatch, wait):
+    """The forward of every instance on tensors without data, where what asks for data raises.
+    Exchanges and kernels do nothing; `wait`: put into a layer, it is noticed."""
+    class Kernel:
+        def __getitem__(self, grid):
+            assert all(type(n) is int and n > 0 for n in grid)
+            return lambda *arguments, **config: launched.append(grid)
+
+    def exchange(self, rows, sends, receives, group):
+        assert len(rows) == sum(sends)
+        return lambda: rows.new_empty(sum(receives), *rows.shape[1:])
+    launched = []
+    monkeypatch.setattr(kernels, "_partial_attention_kernel", Kernel())
+    monkeypatch.setattr(kernels, "_merge_kernel", Kernel())
+    monkeypatch.setattr(kernels, "suits_triton", lambda x: True)
+    monkeypatch.setattr(pool.Pool, "_exchange", exchange)
+    config, N = LlamaConfig(), 3
+    lake_config = LakeConfig(segment_tokens=8, slots=64, chunk_tokens=24)
+    weights = {name: torch.empty(shape, device="meta")
+               for name, shape in model_module.tensor_shapes(config).items()}
+    model = Llama(config, weights)
+    pools = [pool.Pool(None, [None, None], config, lake_config, N, torch.float32, "meta")
+             for _ in range(N)]
+    lake = TokenLake([*range(N)], config, lake_config)
+    scheduler = Scheduler(lake)
+    for id in range(5):
+        scheduler.add(Request(id, tokens(40, 0) + tokens(9 + 20 * id, id), 55 + 20 * id))
+    while scheduler.waiting or scheduler.running:
+        batches, dops = scheduler.schedule()
+        plan, transfers, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+        for index, its_pool in enumerate(pools):
+            q_buf = pool.QueryBuffer(plan, index, its_pool)
+            kv_buf = pool.KVBuffer(transfers, index, its_pool.num_rows, "meta")
+
+            def attend(layer, q, k, v):
+                kv_buf.write(layer, k, v)
+                its_pool.put(kv_buf)
+                q_buf.write(layer, q)
+                if wait:
+                    WAITS[wait](q)
+                return its_pool.query(q_buf)
+            ids = torch.empty(q_buf.num_rows, dtype=torch.int64, device="meta")
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta") if wait else (
+                    contextlib.nullcontext()):
+                logits = model.forward(ids, ids, attend, ids[:1])
+                assert logits.shape == (min(1, q_buf.num_rows), config.vocab_size)
+            if wait and q_buf.num_rows:
+                return
+        scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
+    assert len(launched) > 100
+
+
 def slow_moves(rank, seen):
     """What moves comes late, and later at each rank; and in which order a layer lands it and sends
     results back."""
@@ -1488,15 +1548,16 @@ def slow_moves(rank, seen):
 def test_results_leave_before_moves_land(tmp_path):
     """Where no row that has arrived reads what was moved; else they wait for it. Ranks come to the
     exchanges of both groups in one order, and delays change no token."""
-    run = serve(tmp_path, CHAT, "--segment-tokens", 8, "--placement", "hash", ranks=3,
+    lines = [dict(input_ids=tokens(30 + 37 * i, i), output_length=4) for i in range(9)]
+    run = serve(tmp_path, lines, "--segment-tokens", 8, "--scheduler", "dp", ranks=3,
                 prelude="slow_moves")
-    assert run.tokens == chat_answers()
+    assert run.tokens == oracle(lines)
     orders = Counter()
     for seen in run.seen:
         layers = " ".join(seen["events"]).replace(" early", "|early").replace(" late", "|late")
         orders.update(layers.split("|"))
     assert orders.keys() <= {"early return land", "late land return", "early land"}
-    assert orders["early return land"] > 100 and orders["late land return"] > 100
+    assert orders["early return land"] > 50 and orders["late land return"] >= 6, orders
     first = run.seen[0]["groups"]
     assert len(set(first)) == 2 and all(seen["groups"] == first for seen in run.seen)
 
