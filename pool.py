@@ -105,10 +105,33 @@ class LakeConfig:
         """Slab rows for new KV whose home is elsewhere. That may be all that an instance computes:
         its chunk, all decodes, and the excess over an even share that Scheduler._most_rows allows.
         """
-        if num_instances == 1:
-            return 0
+        return 0 if num_instances == 1 else self.most_rows()
+
+    def most_rows(self) -> int:
+        """Rows that an instance computes in an iteration, at most."""
         rows = self.chunk_tokens + self.max_batch
         return rows + max(rows // EVEN_SLACK + 1, self.segment_tokens)
+
+
+def iteration_bytes(llama, config: LakeConfig, num_instances, dtype) -> int:
+    """What an iteration takes of an instance's memory beside weights and slab, about, and at most:
+    activations of a layer, partial results, what comes and goes, and logits. llama: its config."""
+    size = dtype.itemsize
+    wide = max(4, size)
+    own = config.most_rows()
+    # Rows of the whole lake may come here.
+    others = num_instances * config.chunk_tokens + config.max_batch
+    others *= num_instances > 1
+    queries = llama.num_heads * llama.head_dim
+    keys = llama.num_kv_heads * llama.head_dim
+    layer = 3 * llama.hidden_size + 3 * llama.intermediate_size + 2 * (queries + 2 * keys)
+    # A row's partial results of two groups or sources, and merged; its query, and both ways back.
+    attention = (own + others) * queries * (3 * wide + 3 * size)
+    # Sent and received, those of this layer and of the next.
+    moved = config.staging(num_instances) + 2 * config.pull_tokens * (num_instances > 1)
+    # As they are, in float32, as log-probabilities, and noise, which is made of 64-bit numbers.
+    logits = config.max_batch * llama.vocab_size * (size + 3 * wide + 5 * 8)
+    return own * layer * size + attention + 2 * moved * 2 * keys * size + logits
 
 
 # ── the plan of an iteration ─────────────────────────────────────────────────────────────────────

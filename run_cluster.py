@@ -58,12 +58,14 @@ from model import (
     shown,
 )
 from oracle import WIDER, verify
-from pool import LakeConfig, plan_digest
+from pool import LakeConfig, iteration_bytes, plan_digest
 from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
 
 DTYPES = [dtype_name(dtype) for dtype in WIDER]
+# Bytes of a GPU for the contexts of CUDA, cuBLAS and NCCL, for each rank.
+GPU_RESERVE = 1 << 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -126,12 +128,12 @@ OPTIONS = [
     ("--temperature", UP_TO_A_MILLION, "T", "0 (the default) is greedy", 0.0),
     ("--stop-at-eos", FLAG, None, "the model's end token ends a request early", False),
     ("--segment-tokens", COUNT, "C", "default: 16; --model on a GPU: 512", None),
-    ("--slots", COUNT, "S", "segments per instance; default: half the memory (CPU: 32k)", None),
+    ("--slots", COUNT, "S", "segments per instance; default: what fits (CPU: 32k tokens)", None),
     ("--placement", one_of("stripe", "hash"), CHOICES, "homes of segments", "stripe"),
     ("--replicate-factor", UP_TO_A_MILLION, "c", "of c·N·ln N hot segments (3; 0: none)", 3.0),
     ("--pull-tokens", NATURAL, "T", "of old KV that an instance pulls an iteration (16384)", 16384),
     ("--chunk-tokens", COUNT, "T", "prompt rows per instance and iteration (4 segments)", None),
-    ("--max-batch", COUNT, "R", "running requests in the whole lake (default 32)", 32),
+    ("--max-batch", COUNT, "R", "running requests in the whole lake (32; GPUs: 64 each)", None),
     ("--scheduler", POLICY, "NAME", "auto (even split), even, dp (§6.2) or pd:PxD", "auto"),
     ("--tbt-slo-ms", POSITIVE, "MS", "time between tokens to keep, by fewer prompt rows", None),
     ("--speed", POSITIVE, "X", "arrivals and think times X times faster; inf: all at once", 1.0),
@@ -287,16 +289,17 @@ def size_lake(options, config, dtype, device, cluster, memory):
         replicate_factor=options.replicate_factor,
         pull_tokens=options.pull_tokens,
         chunk_tokens=options.chunk_tokens or 4 * C,
-        max_batch=options.max_batch,
+        max_batch=options.max_batch or (64 * cluster.size if on_gpu else 32),
     )
-    head_bytes = config.head_dim * dtype.itemsize
-    row_bytes = 2 * config.num_layers * config.num_kv_heads * head_bytes
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
     staging_bytes = lake_config.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
-    half = memory // sharing // 2
-    room = memory // sharing - config.num_parameters * dtype.itemsize
-    # By default half is left for weights and activations, and a CPU holds 32k tokens at most.
-    slots = max(1, (min(half, room) - staging_bytes) // (C * row_bytes))
+    needed = config.num_parameters * dtype.itemsize
+    needed += iteration_bytes(config, lake_config, cluster.size, dtype)
+    needed += GPU_RESERVE * on_gpu
+    room = max(0, memory // sharing - needed)
+    # By default a tenth is left for what is not foreseen, and a CPU holds 32k tokens at most.
+    slots = max(1, (9 * room // 10 - staging_bytes) // (C * row_bytes))
     if not on_gpu:
         slots = min(slots, -(-32_768 // C))
     slots = options.slots or slots
@@ -305,7 +308,7 @@ def size_lake(options, config, dtype, device, cluster, memory):
         slab_bytes <= room,
         f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
         f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, "
-        f"{sharing * room:,} are there beside the weights",
+        f"{sharing * room:,} are there beside the weights and what an iteration takes",
     )
     return replace(lake_config, slots=slots)
 
