@@ -25,7 +25,7 @@ Why do ranks step together? An exchange is a collective: it ends when all have c
 come to the same exchanges in the same order, layer by layer, and one without rows takes part, as
 others read its KV. What carries nothing for any rank is skipped by all: each knows the whole plan.
 Moves have a process group of their own, and begin after the layer's queries, so that none delays a
-query. Left out: RDMA; a lost rank ends the run.
+query. (NCCL wants the operations of two communicators in one order on all ranks, too: so it is.) Left out: RDMA; a lost rank ends the run.
 
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · S slots per instance ·
 C tokens per segment · B runs · G shares (the runs of one request at one instance).
@@ -100,6 +100,8 @@ class LakeConfig:
     max_batch: int = 32  # running requests in the whole lake
     # What rows of several requests read at an instance; if not, each request reads for itself.
     read_once: bool = True
+    # Queries and moves share a communicator, and so wait for each other.
+    one_communicator: bool = False
 
     def staging(self, num_instances) -> int:
         """Slab rows for new KV whose home is elsewhere. That may be all that an instance computes:

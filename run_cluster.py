@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
-from kernels import ranges, select, starts, to_device
+from kernels import ranges, select, starts, to_device, warm_up
 from model import (
     NOT_FINITE,
     Llama,
@@ -136,6 +136,7 @@ OPTIONS = [
     ("--max-batch", COUNT, "R", "running requests in the whole lake (32; GPUs: 64 each)", None),
     ("--scheduler", POLICY, "NAME", "auto (even split), even, dp (§6.2) or pd:PxD", "auto"),
     ("--tbt-slo-ms", POSITIVE, "MS", "time between tokens to keep, by fewer prompt rows", None),
+    ("--one-communicator", FLAG, None, "queries and moves share it (if two do not get on)", False),
     ("--speed", POSITIVE, "X", "arrivals and think times X times faster; inf: all at once", 1.0),
     ("--timeout", SECONDS, "SECONDS", "after which a silent rank counts as lost (300)", 300.0),
     ("--output", PATH, "DIR", "write requests.jsonl and summary.json", None),
@@ -290,6 +291,7 @@ def size_lake(options, config, dtype, device, cluster, memory):
         pull_tokens=options.pull_tokens,
         chunk_tokens=options.chunk_tokens or 4 * C,
         max_batch=options.max_batch or (64 * cluster.size if on_gpu else 32),
+        one_communicator=options.one_communicator,
     )
     row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
     staging_bytes = lake_config.staging(cluster.size) * row_bytes
@@ -383,9 +385,23 @@ class Engine:
     def __post_init__(self):
         # Sums over iterations of the predicted time: the mean over instances, and the longest.
         self.busy = np.zeros(2)
+        if self.lake.pool and self.model.device.type == "cuda":
+            self._warm_up()
         # A barrier: the clock starts when every rank is here.
         self.cluster.gather_objects(None)
         self.started = time.monotonic_ns() - self.clock
+
+    def _warm_up(self):
+        """Before the clock starts: or the first requests would wait, for seconds, until kernels are
+        compiled and libraries have made their plans."""
+        config = self.lake.llama_config
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        warm_up(*heads, self.model.dtype, self.model.device)
+        for rows in 1, self.lake.config.most_rows():
+            ids = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
+            sampled = ids[: self.lake.config.max_batch]
+            logits = self.model.forward(ids, ids, lambda layer, q, k, v: q, sampled)
+            self.sampler.sample(logits, [(0, 0)] * len(sampled))
 
     def now(self) -> int:
         """ns since the start, by this rank's clock."""

@@ -341,7 +341,8 @@ SPANS = [(0, 0, 70, 0), (0, 100, 31, 70), (1, 200, 16, 0), (1, 232, 16, 16), (1,
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("H, Hkv, D, dtype, limit", [
     (8, 4, 16, "float32", 2e-6), (6, 2, 24, "float32", 2e-6), (8, 1, 64, "float16", 2e-3),
-    (4, 4, 32, "bfloat16", 2e-2), (8, 2, 16, "float64", 1e-14)])
+    (4, 4, 32, "bfloat16", 2e-2), (8, 2, 16, "float64", 1e-14), (7, 1, 80, "float32", 2e-6),
+    (8, 2, 96, "bfloat16", 2e-2), (16, 1, 128, "float16", 2e-3), (2, 2, 256, "float32", 2e-6)])
 @pytest.mark.parametrize("peak, programs", [(1.0, 1), (12.0, 1), (12.0, 8), (12.0, 1000)])
 def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, monkeypatch):
     """Against float64: peaky logits, poisoned rows outside the spans, rows without keys; also with
@@ -635,6 +636,13 @@ def test_exchanges_over_nccl():
         dist.destroy_process_group()
 
 
+def test_grids_that_no_gpu_takes_are_refused():
+    kernels.check_grid(2**31 - 1, 2**16 - 1)
+    for grid in ((2**31,), (1, 2**16)):
+        with pytest.raises(ValueError, match="programs, a GPU takes"):
+            kernels.check_grid(*grid)
+
+
 def test_error_does_not_grow_with_the_number_of_parts():
     """One pass in float32 over 64 parts is as exact as over 2; pairwise in 16 bits is not."""
     torch.manual_seed(0)
@@ -700,6 +708,11 @@ def compile(arch, kernel, signature, constants, **options):
     assert built.metadata.shared <= {80: 166912, 90: 232448}[arch], built.metadata.shared
     registers, stack = (int(re.search(name + r":(\\d+)", text)[1]) for name in ("REG", "STACK"))
     return built, registers, stack
+def widths(built):
+    found = re.findall(r"tt.addptr [^\\n]*!tt.ptr<(?:bf16|f16|f32)>>, tensor<[^>]*xi(\\d+)",
+                       built.asm["ttir"])
+    assert len(found) >= 4
+    return {*found}
 shapes = [("bf16", 128, 32, 8, n) for n in (16, 32, 64, 128)]  # Llama-3.1-8B
 shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32, 32, 16),
            ("bf16", 128, 32, 32, 128), ("bf16", 128, 64, 8, 16), ("bf16", 64, 32, 8, 128)]
@@ -717,6 +730,8 @@ def check(case):
     # does not wait for the tile that it has just asked for.
     assert re.search(r"cp\\.async\\.cg.*, 0x10|cp\\.async\\.cg\\.shared", built.asm["ptx"]), said
     assert re.search(rf"memdesc<[2-9]x64x{D}x", built.asm["ttgir"]), said
+    # Offsets into rows of q, of slabs and of results are 64 bits wide. (Tables are short.)
+    assert widths(built) == {"64"}, said
     waits = [int(n) for n in re.findall(r"async_wait .*num = (\\d+)", built.asm["ttgir"])]
     assert waits and waits[0] > 0, (said, waits)
     assert ("wgmma" in built.asm["ptx"]) == (arch == 90 and lanes >= 64), said
@@ -727,9 +742,9 @@ with ProcessPoolExecutor(2) as executor:
 for arch in (80, 90):
     names = dict(O="*fp32", LSE="*fp32", Parts="*i64", Out="*fp32", OutLSE="*fp32",
                  max_parts="i32")
-    _, registers, stack = compile(arch, kernels._merge_kernel, names,
-                                  dict(H=32, D=128, HPAD=32, DPAD=128))
-    assert stack == 0
+    built, registers, stack = compile(arch, kernels._merge_kernel, names,
+                                      dict(H=32, D=128, HPAD=32, DPAD=128))
+    assert stack == 0 and widths(built) == {"64"}
     names = {n: "*fp32" for n in ("Q", "K", "V", "O", "LSE")} | dict(
         Members="*i64", Pieces="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
     config = kernels.attention_config(32, 32, 8, 128, 4)
@@ -1513,18 +1528,30 @@ WAITS = {
 @pytest.mark.parametrize("wait", [None, *WAITS])
 def test_no_layer_waits_for_the_device(monkeypatch, wait):
     """The forward of every instance on tensors without data, where what asks for data raises.
-    Exchanges and kernels do nothing; `wait`: put into a layer, it is noticed."""
+    Exchanges and kernels do nothing; `wait`: put into a layer, it is noticed. Nor is a kernel
+    compiled."""
     class Kernel:
+        def __init__(self, integers):
+            self.integers = integers  # are they specialised?
+
         def __getitem__(self, grid):
             assert all(type(n) is int and n > 0 for n in grid)
-            return lambda *arguments, **config: launched.append(grid)
+            return self.launch
+
+        def launch(self, *arguments, **config):
+            """Notes what Triton compiles a variant for."""
+            def kind(x):
+                if torch.is_tensor(x):
+                    return x.dtype, x.storage_offset() * x.itemsize % 16
+                return (x == 1, x % 16 == 0) if type(x) is int and self.integers else type(x)
+            launched.append((self.integers, *map(kind, arguments), *config.values()))
 
     def exchange(self, rows, sends, receives, group):
         assert len(rows) == sum(sends)
         return lambda: rows.new_empty(sum(receives), *rows.shape[1:])
     launched = []
-    monkeypatch.setattr(kernels, "_partial_attention_kernel", Kernel())
-    monkeypatch.setattr(kernels, "_merge_kernel", Kernel())
+    monkeypatch.setattr(kernels, "_partial_attention_kernel", Kernel(True))
+    monkeypatch.setattr(kernels, "_merge_kernel", Kernel(False))
     monkeypatch.setattr(kernels, "suits_triton", lambda x: True)
     monkeypatch.setattr(pool.Pool, "_exchange", exchange)
     config, N = LlamaConfig(), 3
@@ -1534,6 +1561,8 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
     model = Llama(config, weights)
     pools = [pool.Pool(None, [None, None], config, lake_config, N, torch.float32, "meta")
              for _ in range(N)]
+    for each in pools:
+        each.max_lanes = kernels.MAX_LANES
     lake = TokenLake([*range(N)], config, lake_config)
     scheduler = Scheduler(lake)
     for id in range(5):
@@ -1560,13 +1589,18 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
             if wait and q_buf.num_rows:
                 return
         scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
-    assert len(launched) > 100
+    # What is launched while serving was compiled before: few variants.
+    while_serving = {*launched}
+    assert len(launched) > 100 and len(while_serving) >= 3
+    launched.clear()
+    kernels.warm_up(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32, "meta")
+    assert while_serving <= {*launched} and len({*launched}) == 5
 
 
 def slow_moves(rank, seen):
     """What moves comes late, and later at each rank; and in which order a layer lands it and sends
     results back."""
-    seen.update(events=[], groups=[])
+    seen.update(events=[], groups=[], splits=[])
     move, back, query = pool.Pool.move, pool.Pool._return, pool.Pool.query
     all_to_all = dist.all_to_all_single
 
@@ -1588,18 +1622,21 @@ def slow_moves(rank, seen):
         seen["events"].append("late" if pool.LATE in buffer.arrived_works else "early")
         return query(self, buffer)
 
-    def exchanged(*arguments, group, **options):
+    def exchanged(received, sent, receives, sends, group, **options):
+        """Of group, place and what is exchanged all ranks have to say the same, or the mirror."""
         seen["groups"].append(group.group_name)
-        return all_to_all(*arguments, group=group, **options)
+        seen["splits"].append((sends, receives, tuple(sent.shape[1:])))
+        return all_to_all(received, sent, receives, sends, group=group, **options)
     pool.Pool.move, pool.Pool._return, pool.Pool.query = slow, noted, begun
     dist.all_to_all_single = exchanged
 
 
-def test_results_leave_before_moves_land(tmp_path):
+@pytest.mark.parametrize("arguments", [[], ["--one-communicator"]], ids=["two", "one"])
+def test_results_leave_before_moves_land(tmp_path, arguments):
     """Where no row that has arrived reads what was moved; else they wait for it. Ranks come to the
     exchanges of both groups in one order, and delays change no token."""
     lines = [dict(input_ids=tokens(30 + 37 * i, i), output_length=4) for i in range(9)]
-    run = serve(tmp_path, lines, "--segment-tokens", 8, "--scheduler", "dp", ranks=3,
+    run = serve(tmp_path, lines, "--segment-tokens", 8, "--scheduler", "dp", *arguments, ranks=3,
                 prelude="slow_moves")
     assert run.tokens == oracle(lines)
     orders = Counter()
@@ -1609,7 +1646,11 @@ def test_results_leave_before_moves_land(tmp_path):
     assert orders.keys() <= {"early return land", "late land return", "early land"}
     assert orders["early return land"] > 50 and orders["late land return"] >= 6, orders
     first = run.seen[0]["groups"]
-    assert len(set(first)) == 2 and all(seen["groups"] == first for seen in run.seen)
+    assert len(set(first)) == 2 - len(arguments)
+    assert all(seen["groups"] == first for seen in run.seen)
+    for exchange in zip(*(seen["splits"] for seen in run.seen)):  # on each rank
+        sends, receives, shapes = zip(*exchange)
+        assert [*map(list, zip(*receives))] == [*sends] and len(set(shapes)) == 1
 
 
 def test_the_largest_gap_is_reported(tmp_path):
