@@ -4296,6 +4296,7 @@ sys.path.insert(0, str(HERE / "bench"))
 import baselines  # noqa: E402
 import compare  # noqa: E402
 import golden_plans  # noqa: E402
+import gpu as gpu_module  # noqa: E402
 import kernel_speed  # noqa: E402
 import peers  # noqa: E402
 import plan  # noqa: E402
@@ -4398,6 +4399,72 @@ def test_any_option_of_benchmarks_is_refused_shortly(program, names, capsys):
                 program.main([f"--{name}={value}"])
             text = capsys.readouterr().err
             assert text.count("\n") == 1 and len(text) < 300, text
+
+
+def test_a_peer_that_fails_is_a_line(monkeypatch):
+    """Of the benchmark of kernels: what it says, and the run goes on."""
+    def broken():
+        raise ImportError("another build\nof it is expected")
+    monkeypatch.setattr(kernel_speed, "median_ms", lambda run: run())
+    assert kernel_speed.times_ours(lambda: 6.0, 2.0) == 3.0
+    said = kernel_speed.times_ours(broken, 2.0)
+    assert said.startswith("failed: ImportError") and "\n" not in said
+    assert f"x_flash {said}" in kernel_speed.format_result(dict(kind="decode", x_flash=said))
+
+
+def test_the_proof_on_a_gpu_is_rehearsed(tmp_path):
+    """The same path with tiny shapes: every step says what it has found, or what it lacks; the file
+    is whole after each."""
+    file = tmp_path / "gpu.json"
+    steps = "facts demo bf16-8b engine sanitizer".split()
+    done = subprocess.run([sys.executable, HERE / "bench" / "gpu.py", *steps, "--output", file],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: step["found"] for name, step in json.loads(file.read_text())["steps"].items()}
+    assert list(found) == steps and len(done.stdout.splitlines()) == len(steps)
+    assert found["demo"]["verified"] == found["bf16-8b"]["verified"] == 6
+    assert found["bf16-8b"]["max_logprob_error"] < 3 * found["bf16-8b"]["logprob_rounding"]
+    scenes = found["engine"]["scenes"]
+    assert [scene["scene"] for scene in scenes] == ["1 x 40", "3 x 24"]
+    assert all(scene["iteration_ms"] > scene["host_ms"]["forward"] > 0 for scene in scenes)
+    assert "finite: True empty: True" in found["sanitizer"]["said"]
+
+
+def test_the_proof_on_several_cards_is_rehearsed(tmp_path):
+    """Exchanges, iterations that are verified, bandwidth, and a rank that dies."""
+    file = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         HERE / "bench" / "gpu.py", "--output", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: step["found"] for name, step in json.loads(file.read_text())["steps"].items()}
+    assert found["exchanges"] == dict(rounds=10, backend="gloo")
+    assert found["iterations"]["verified"] > 5 and found["large"]["iteration_ms"] > 0
+    assert "rank 1 does not answer" in found["lost rank"]["said"]
+    assert not any("failed" in step for step in found.values())
+
+
+def test_a_step_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    """And what it lacks, and that it took too long; the others run, and the status is 1."""
+    def fails():
+        raise RuntimeError("two\nlines")
+
+    def lacks():
+        raise gpu_module.Skipped("a tool is not installed")
+    monkeypatch.setattr(gpu_module, "STEPS", {
+        "facts": gpu_module.Step(9, fails), "demo": gpu_module.Step(9, lacks)})
+    for name, found in (("facts", dict(failed="two\\nlines")),
+                        ("demo", dict(skipped="a tool is not installed"))):
+        gpu_module.run_here(name, tmp_path / name)
+        assert json.loads((tmp_path / name).read_text()) == found
+    assert gpu_module.run_step("facts", 0.01) == dict(failed="it took more than 0 s")
+    monkeypatch.setattr(gpu_module, "run_step", lambda name, seconds: json.loads(
+        (tmp_path / name).read_text()))
+    assert gpu_module.main(["--output", str(tmp_path / "gpu.json")]) == 1
+    assert capsys.readouterr().out.count("\n") == 2
+    with pytest.raises(SystemExit, match="2"):
+        gpu_module.main(["fact"])
+    assert "fact: there are facts, demo" in capsys.readouterr().err
 
 
 SMALL_PEERS = """--layers 2 --hidden-size 48 --intermediate-size 64 --heads 4 --kv-heads 2
