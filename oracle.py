@@ -104,8 +104,8 @@ def recompute(model: Llama, sampler, request: Request) -> Recomputed:
 def limit(tokens: int) -> float:
     """How many times as large as rounding the error of so many tokens may be, both in root mean
     square. Errors are spread like a normal variable: one token of a thousand has more than three
-    times the usual one, and the mean of n squares varies by 1/√n. The factor is chosen over
-    20,000 right answers of 1 to 16 tokens (bench/NOTES.md)."""
+    times the usual one, and the mean of n squares varies by 1/√n. The factor is chosen over 1,224
+    right answers, whole and in parts (bench/NOTES.md)."""
     return max(2.0, 1 + 3 / math.sqrt(tokens))
 
 
