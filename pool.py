@@ -444,6 +444,76 @@ class KVBuffer:
         self.v = v
 
 
+def runs_reading(runs, spans):
+    """The runs of those shares that have spans."""
+    return select(runs, np.isin(runs.share, spans.share))
+
+
+def rows_of(runs):
+    """The rows of runs, among those of the instance that computes them."""
+    return ranges(runs.first_row, runs.rows)
+
+
+def merge_table(sources, num_rows):
+    """[rows, sources that give any] number of the result, −1 where a source has none for a row.
+    sources: for each, the row that each of its results belongs to."""
+    sources = [rows for rows in sources if len(rows)]
+    parts = np.full((num_rows, len(sources)), -1, np.int64)
+    before = 0
+    for source, rows in enumerate(sources):
+        parts[rows, source] = before + np.arange(len(rows))
+        before += len(rows)
+    return parts
+
+
+def work_of(runs, spans, pool) -> Work:
+    """The Work of these runs, whose shares are the readers of the spans."""
+    # Runs of a share stand side by side.
+    begins_share = runs.share[1:] != runs.share[:-1]
+    reader = np.cumsum(np.append(0, begins_share))[: len(runs.share)]
+    # Only shares with spans here are looked up, and they have runs here: others are no reader.
+    reader_of_share = np.full(spans.share.max(initial=0) + 1, len(runs.share))
+    reader_of_share[runs.share] = reader
+    return Work(
+        QueryRows.of_runs(reader, runs.first_row, runs.rows, runs.position),
+        KVSpans(reader_of_share[spans.share], *spans[2:]),
+        pool.num_heads,
+        pool.num_kv_heads,
+        pool.k.dtype,
+        pool.device,
+        pool.wanted_pieces,
+        pool.read_once,
+        pool.max_lanes,
+    )
+
+
+class Arrivals:
+    """Rows of others that come to read here, and own ones that wait to read with them: the
+    attention that is to be done for them, early or once moves have landed.
+
+    arrived, waiting: their runs; spans: what those read that arrive; together: what those wait
+    for."""
+    def __init__(self, arrived, waiting, spans, together, pool):
+        arrived = arrived._replace(first_row=starts(arrived.rows))
+        num_rows = int(arrived.rows.sum())
+        self.own_wait = len(waiting.rows) > 0
+        # In the early work, own rows of q are behind those that arrived.
+        waiting = waiting._replace(first_row=waiting.first_row + num_rows)
+        self.works = {}  # by place, HERE and LATE
+        sources = []
+        for place in HERE, LATE:
+            there = select(spans, spans.place == place)
+            readers = runs_reading(arrived, there)
+            sources.append(rows_of(readers))
+            if place == HERE:
+                there = ReadSpans(*map(np.concatenate, zip(there, together)))
+                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
+            if len(readers.rows):
+                self.works[place] = work_of(readers, there, pool)
+        self.num_early = len(sources[0])  # results of rows that arrived, in the early work
+        self.table = merge_table(sources, num_rows)
+
+
 class QueryBuffer:
     """Where the engine leaves Q of this instance's rows; which of them leave, and the attention
     that is to be done here, for own rows and for those that arrive.
@@ -464,46 +534,28 @@ class QueryBuffer:
         own = plan.instance_of_share[spans.share] == index
         spans = self._find_together(plan, spans, own, pool)
         self.works = {}  # by place, where own rows read something
-        sources = []  # for each: which own row each of its results belongs to
+        sources = []
         for place in HERE, LATE, PULLED, SIBLING:
             there = select(spans, own & (spans.place == place))
-            readers = self._runs_reading(own_runs, there)
-            sources.append(self._rows(readers))
+            readers = runs_reading(own_runs, there)
+            sources.append(rows_of(readers))
             if len(readers.rows):
-                self.works[place] = self._work(readers, there, pool)
+                self.works[place] = work_of(readers, there, pool)
         # ships[run, here] holds exactly if the run sees a span here, in the slab. Runs are by
         # instance, and a sender's are sent in their order: so those that arrive are in order.
         arrived = select(runs, plan.ships[:, index] & ~is_own)
-        arrived = arrived._replace(first_row=starts(arrived.rows))
-        num_arrived = int(arrived.rows.sum())
         together = select(spans, spans.place == TOGETHER)
-        waiting = self._runs_reading(own_runs, together)
-        sources.append(self._rows(waiting))
-        self.own_rows_wait = len(waiting.rows) > 0
-        # In this one work, own rows of q are behind those that arrived.
-        waiting = waiting._replace(first_row=waiting.first_row + num_arrived)
+        waiting = runs_reading(own_runs, together)
+        sources.append(rows_of(waiting))
         self.active = bool(plan.ships.any())
-        # By place, HERE and LATE, where rows that arrived read something; own ones wait for HERE.
-        self.arrived_works = {}
-        arrived_sources = []
-        for place in HERE, LATE:
-            there = select(spans, ~own & (spans.place == place))
-            readers = self._runs_reading(arrived, there)
-            arrived_sources.append(self._rows(readers))
-            if place == HERE:
-                there = ReadSpans(*map(np.concatenate, zip(there, together)))
-                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
-            if len(readers.rows):
-                self.arrived_works[place] = self._work(readers, there, pool)
-        self.num_early = len(arrived_sources[0])  # results of rows that arrived, HERE
-        arrived_parts = self._merge_table(arrived_sources, num_arrived)
+        self.arrivals = Arrivals(arrived, waiting, select(spans, ~own), together, pool)
         leave = []  # own rows, by holder
         for holder in range(N):
-            leave.append(self._rows(select(runs, is_own & plan.ships[:, holder])))
+            leave.append(rows_of(select(runs, is_own & plan.ships[:, holder])))
         self.num_rows = int(own_runs.rows.sum())
-        parts = self._merge_table(sources + leave, self.num_rows)
+        parts = merge_table(sources + leave, self.num_rows)
         self.parts, self.arrived_parts, self.leave = to_device(
-            (parts, arrived_parts, np.concatenate(leave)), pool.device
+            (parts, self.arrivals.table, np.concatenate(leave)), pool.device
         )
         between = plan.rows_shipped()
         self.sends = between[index].tolist()
@@ -528,49 +580,6 @@ class QueryBuffer:
         if twice_read <= BANDWIDTH * EXCHANGE_SECONDS:
             return spans
         return spans._replace(place=np.where(both, TOGETHER, spans.place))
-
-    @staticmethod
-    def _runs_reading(runs, spans):
-        """The runs of those shares that have spans."""
-        return select(runs, np.isin(runs.share, spans.share))
-
-    @staticmethod
-    def _work(runs, spans, pool):
-        """The Work of these runs, whose shares are the readers of the spans."""
-        # Runs of a share stand side by side.
-        begins_share = runs.share[1:] != runs.share[:-1]
-        reader = np.cumsum(np.append(0, begins_share))[: len(runs.share)]
-        # Only shares with spans here are looked up, and they have runs here: others are no reader.
-        reader_of_share = np.full(spans.share.max(initial=0) + 1, len(runs.share))
-        reader_of_share[runs.share] = reader
-        return Work(
-            QueryRows.of_runs(reader, runs.first_row, runs.rows, runs.position),
-            KVSpans(reader_of_share[spans.share], *spans[2:]),
-            pool.num_heads,
-            pool.num_kv_heads,
-            pool.k.dtype,
-            pool.device,
-            pool.wanted_pieces,
-            pool.read_once,
-            pool.max_lanes,
-        )
-
-    @staticmethod
-    def _rows(runs):
-        """The rows of runs, among those of the instance that computes them."""
-        return ranges(runs.first_row, runs.rows)
-
-    @staticmethod
-    def _merge_table(sources, num_rows):
-        """[rows, sources that give any] number of the result, −1 where a source has none for a
-        row."""
-        sources = [rows for rows in sources if len(rows)]
-        parts = np.full((num_rows, len(sources)), -1, np.int64)
-        before = 0
-        for source, rows in enumerate(sources):
-            parts[rows, source] = before + np.arange(len(rows))
-            before += len(rows)
-        return parts
 
     def write(self, layer, q):
         """q [T, H, D] of the rows that this instance computes."""
@@ -748,14 +757,15 @@ class Pool:
         return merge(o, lse, parts) if parts.shape[1] > 1 else (o, lse)
 
     def _attend_for_others(self, buffer, slab, q, land):
-        """Rows q [n, H, D] have arrived. → Partial results of own rows that have waited
-        for them, and those rows' results. What was moved lands only if they read it."""
-        works = buffer.arrived_works
-        both = torch.cat((q, buffer.q)) if buffer.own_rows_wait else q
+        """Rows q [n, H, D] have arrived. → Partial results of own rows that have waited for them,
+        and those rows' results. What was moved lands only if they read it."""
+        arrivals = buffer.arrivals
+        works = arrivals.works
+        both = torch.cat((q, buffer.q)) if arrivals.own_wait else q
         wide = torch.promote_types(q.dtype, torch.float32)
         nothing = q[:0].to(wide), q[:0, :, 0].to(wide)
         (early,) = self._attend(both, slab, works.get(HERE)) or [nothing]
-        others, waited = zip(*(x.tensor_split((buffer.num_early,)) for x in early))
+        others, waited = zip(*(x.tensor_split((arrivals.num_early,)) for x in early))
         late = nothing
         if LATE in works:
             land()

@@ -1619,7 +1619,7 @@ def slow_moves(rank, seen):
         return back(self, *arguments)
 
     def begun(self, buffer):
-        seen["events"].append("late" if pool.LATE in buffer.arrived_works else "early")
+        seen["events"].append("late" if pool.LATE in buffer.arrivals.works else "early")
         return query(self, buffer)
 
     def exchanged(received, sent, receives, sends, group, **options):
