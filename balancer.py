@@ -210,6 +210,7 @@ class Request:
     max_tokens: int  # generation stops at this many, prompt included
     salt: str = ""  # requests with different salts share nothing
     num_prompt: int = field(init=False)
+    logprobs: list[float] = field(default_factory=list)  # of the tokens behind the prompt
     done: int = 0  # tokens whose KV is in the pool
     # The most `done` has been: after a preemption, rows below it are computed again.
     peak: int = 0

@@ -36,6 +36,9 @@ LOOK_SECONDS = 0.5
 STOP_SECONDS = 10.0
 # So long after the last answer, whoever has not answered counts as lost.
 ANSWER_SECONDS = 2.0
+# Thread blocks of a communicator's kernel, at most. All kernels of NCCL that run at once have to fit
+# into a GPU, or each may wait for another: a GPU has 108 multiprocessors or more, and a block takes one.
+MAX_CTAS = 16
 # Stands for a plan's digest when there is nothing more to plan.
 THE_END = hashlib.blake2b(b"the end", digest_size=16).digest()
 
@@ -75,6 +78,13 @@ def in_time(seconds, function):
     thread.start()
     thread.join(seconds)
     return results[0] if results else None
+
+
+def nccl_options():
+    """Of one communicator among several whose operations overlap: it leaves room on the device."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = MAX_CTAS
+    return options
 
 
 class Lookout(Thread):
@@ -301,11 +311,17 @@ class Cluster:
 
     def new_groups(self, instances: list[int], device, count) -> list:
         """Process groups over a lake's ranks, made by all: NCCL if each has a GPU of its own, else
-        gloo."""
+        gloo. NCCL's are ready at once: else the first exchange would wait for that."""
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1
         backend = "nccl" if all(self.gather_objects(alone)) else "gloo"
         make = dist.new_group, instances, self.timeout, backend
-        return [self._patiently(*make) for _ in range(count)]
+        groups = []
+        for _ in range(count):
+            options = {}
+            if backend == "nccl":
+                options = dict(pg_options=nccl_options(), device_id=device)
+            groups.append(self._patiently(*make, **options))
+        return groups
 
     # ── when a rank is lost ──
 

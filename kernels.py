@@ -475,6 +475,12 @@ def next_power_of_2(n) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def check_grid(x, y=1):
+    """Raises ValueError for more programs than CUDA launches at once."""
+    if x >= 2**31 or y >= 2**16:
+        raise ValueError(f"{x:,} × {y:,} programs, a GPU takes 2**31 - 1 × 65,535")
+
+
 # ── partial attention ────────────────────────────────────────────────────────────────────────────
 
 
@@ -508,6 +514,7 @@ def _attend_with_triton(q, k, v, work, scale):
     for lanes, pieces in work.launches:
         if not len(pieces):
             continue
+        check_grid(len(pieces), Hkv)
         config = attention_config(lanes, H, Hkv, D, k.element_size())
         _partial_attention_kernel[len(pieces), Hkv](
             q.contiguous(),
@@ -587,6 +594,7 @@ def _merge_with_triton(o, lse, parts):
     out = o.new_empty(rows, H, D)
     out_lse = lse.new_empty(rows, H)
     if rows:
+        check_grid(rows)
         _merge_kernel[rows,](
             o.contiguous(),
             lse.contiguous(),
@@ -616,6 +624,27 @@ def _merge_with_torch(o, lse, parts):
     part_o = o[index].masked_fill((part_lse == -math.inf)[..., None], 0)
     out = (weight[..., None] * part_o).sum(1) / total.clamp(min=1)[..., None]
     return out, top[:, 0] + total.log()
+
+
+def warm_up(num_heads, num_kv_heads, head_dim, dtype, device):
+    """Compiles all that can be launched for such heads: else a request waits for it, for seconds.
+    Attention has a variant for each number of lanes, merge has one."""
+    rows = 1
+    q = torch.zeros(MAX_LANES, num_heads, head_dim, dtype=dtype, device=device)
+    kv = torch.zeros(MIN_LANES, num_kv_heads, head_dim, dtype=dtype, device=device)
+    while rows <= rows_of_a_block(num_heads // num_kv_heads, MAX_LANES):
+        number = np.arange(rows)
+        work = Work(
+            QueryRows(0 * number, number, number),
+            KVSpans(*np.array([[0], [0], [1], [0]])),
+            num_heads,
+            num_kv_heads,
+            dtype,
+            device,
+        )
+        o, lse = partial_attention(q, kv, kv, work, 1.0)
+        rows *= 2
+    merge(o, lse, torch.zeros(1, 2, dtype=torch.int64, device=device))
 
 
 # ── the kernels ──────────────────────────────────────────────────────────────────────────────────
@@ -727,10 +756,10 @@ if triton is not None:
         o = acc / divisor[:, None]
         lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
         out = (tl.load(piece + PIECE_PARTIAL) + row) * H + query_head
-        tl.store(O + out[:, None] * D + d, o, mask=q_mask)
+        tl.store(O + (out[:, None] * D + d), o, mask=q_mask)
         tl.store(LSE + out, lse, mask=is_row)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["max_parts"])
     def _merge_kernel(
         O,
         LSE,
@@ -755,12 +784,12 @@ if triton is not None:
         for i in range(max_parts):
             part = tl.load(Parts + row * max_parts + i).to(tl.int64)
             lse = tl.load(
-                LSE + tl.maximum(part, 0) * H + h, mask=is_head, other=-float("inf")
+                LSE + (tl.maximum(part, 0) * H + h), mask=is_head, other=-float("inf")
             )
             lse = tl.where(part >= 0, lse, -float("inf"))
             full = lse > -float("inf")  # o of an empty part may be anything
             o = tl.load(
-                O + (part * H + h)[:, None] * D + d[None, :],
+                O + ((part * H + h)[:, None] * D + d[None, :]),
                 mask=mask & full[:, None],
                 other=0.0,
             ).to(tl.float32)
@@ -774,8 +803,8 @@ if triton is not None:
         divisor = tl.where(total == 0.0, 1.0, total)
         out = acc / divisor[:, None]
         lse = top + tl.log(divisor)
-        tl.store(Out + (row * H + h)[:, None] * D + d[None, :], out, mask=mask)
-        tl.store(OutLSE + row * H + h, lse, mask=is_head)
+        tl.store(Out + ((row * H + h)[:, None] * D + d[None, :]), out, mask=mask)
+        tl.store(OutLSE + (row * H + h), lse, mask=is_head)
 
 
 def attention_config(lanes, heads, kv_heads, head_dim, itemsize) -> dict:

@@ -25,7 +25,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -53,6 +52,7 @@ INDEX = "model.safetensors.index.json"
 # their order counts.
 CHUNK_WORDS = 1 << 18
 MIXER = 0x9E3779B97F4A7C1
+DRAWN_AT_ONCE = 1 << 24  # random numbers of a weight
 NOT_FINITE = -1  # in place of a token, where logits are not finite
 # Sizes of a config.json are below 2**48, so that products of a few stay exact and printable, and
 # other numbers fit into float32.
@@ -276,20 +276,76 @@ def tensor_shapes(config) -> dict[str, tuple]:
     return shapes
 
 
+# ── random numbers ───────────────────────────────────────────────────────────────────────────────
+#
+# SplitMix64 (Steele, Lea, Flood 2014), by counter: number i of a stream is a hash of i and the
+# stream's key. So numbers are drawn where they are wanted, in any order, the same on every device.
+
+GENERATOR = "SplitMix64"
+GAMMA = 0x9E3779B97F4A7C15
+MIXERS = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)
+
+
+def signed(bits: int) -> int:
+    """64 bits as PyTorch's int64 has them."""
+    return (bits + 2**63) % 2**64 - 2**63
+
+
+def mix(bits):
+    """[n] int64, to be overwritten → [n] int64: every bit of the one turns half of the other's."""
+    for shift, factor in MIXERS:
+        bits ^= (bits >> shift) & (1 << (64 - shift)) - 1  # a shift of signed numbers copies the sign
+        bits *= signed(factor)
+    return bits
+
+
+def streams(names):
+    """Keys of streams for `draw`: [n, parts of a name] int64 → [n]."""
+    key = torch.zeros_like(names[:, 0])
+    for part in names.unbind(1):
+        key = mix(key + part + signed(GAMMA))
+    return key
+
+
+def draw(keys, count, first=0):
+    """Numbers `first` and on of n streams: [n] → [n, count], integers of 52 bits."""
+    number = torch.arange(first, first + count, device=keys.device)
+    bits = mix(keys[:, None] + (number + 1) * signed(GAMMA))
+    return (bits >> 12) & (1 << 52) - 1
+
+
 def random_weights(config, seed, dtype, device) -> dict:
-    """Seeded weights, the same numbers for every dtype and device. Queries and keys get thrice the
-    usual scale: attention is then peaky, so that a lost or doubled segment shows in the output."""
-    rng = torch.Generator().manual_seed(seed)
+    """Seeded weights, uniform, and the same for every device; other types round them.
+
+    They are made so that what a row reads shows in its logits, and rounding does not grow into more
+    than that, at any depth. Large embeddings keep the rows of a deep model apart, where attention
+    would make them alike; large outputs of attention, next to small ones of the FFN, make a lost
+    segment count; attention that is a little peaky weighs segments unlike. (Much peakier, it is
+    chaotic: a model of 16 layers turns one rounding into another answer.)"""
+    scales = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 4.0, "down_proj": 0.5}
     weights = {}
-    for name, shape in tensor_shapes(config).items():
+    for number, (name, shape) in enumerate(tensor_shapes(config).items()):
         if len(shape) == 1:
-            weight = torch.ones(shape)
-        else:
-            peaky = "q_proj" in name or "k_proj" in name
-            scale = (3.0 if peaky else 1.0) / math.sqrt(shape[-1])
-            weight = torch.randn(shape, generator=rng) * scale
-        weights[name] = weight.to(device, dtype)
+            weights[name] = torch.ones(shape, device=device, dtype=dtype)
+            continue
+        deviation = scales.get(name.split(".")[-2], 1.0) / math.sqrt(shape[-1])
+        if "embed_tokens" in name and not config.tie_word_embeddings:
+            deviation = 3.0
+        key = streams(torch.tensor([[seed, number]], device=device))
+        weights[name] = draw_weight(key, shape, deviation, dtype)
     return weights
+
+
+def draw_weight(key, shape, deviation, dtype):
+    """A tensor of numbers between ±√3 deviations: exact in float32 but for one product."""
+    weight = torch.empty(shape, dtype=dtype, device=key.device)
+    first = 0
+    for part in weight.view(-1).split(DRAWN_AT_ONCE):
+        bits = draw(key, len(part), first)[0] >> 29
+        centred = bits.float() * 2.0**-22 - (1 - 2.0**-23)  # between ±1
+        part.copy_(centred * (math.sqrt(3) * deviation))
+        first += len(part)
+    return weight
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -403,12 +459,11 @@ def rope(x, cos, sin):
 
 
 class Llama:
-    """A Llama over a dictionary of weights, by their Hugging Face names."""
+    """A Llama over a mapping of weights, by their Hugging Face names."""
     def __init__(self, config, weights):
         self.config = config
         self.weights = weights
         embedding = weights["model.embed_tokens.weight"]
-        self.head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         self.dtype = embedding.dtype
         self.device = embedding.device
         self.frequency = rope_frequency(config).to(self.device)
@@ -435,7 +490,10 @@ class Llama:
             x = x + self._linear(gate * up, name + "mlp.down_proj")
         if wanted is not None:
             x = x[wanted]
-        return F.linear(self._norm(x, "model.norm"), self.head)
+        tied = self.config.tie_word_embeddings
+        return self._linear(
+            self._norm(x, "model.norm"), "model.embed_tokens" if tied else "lm_head"
+        )
 
     def _linear(self, x, name):
         return F.linear(x, self.weights[name + ".weight"])
@@ -454,18 +512,6 @@ class Llama:
         positions = torch.arange(len(tokens), device=self.device)
         return self.forward(ids, positions, causal_attend, rows)
 
-    def score_gap(self, sampler, tokens: list[int], num_prompt, request_id) -> float:
-        """The oracle in one forward: how far, at worst, the score of a served token is below the
-        best one, when the model sees `tokens` (prompt and answer) alone, without a cache. 0: every
-        token has the best score; but for ties it is the one that recomputation gives. The higher
-        the temperature, the less this notices."""
-        answer = range(num_prompt, len(tokens))  # positions
-        logits = self.forward_alone(tokens[:-1], rows=[p - 1 for p in answer])
-        scores = sampler.scores(logits, [(request_id, p) for p in answer])
-        served = torch.tensor(tokens[num_prompt:], device=scores.device)
-        gaps = scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]
-        return float(gaps.max())
-
 
 @dataclass(frozen=True)
 class Sampler:
@@ -480,13 +526,21 @@ class Sampler:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.temperature or not keys:
             return logits
-        noise = []
-        for key in keys:
-            rng = np.random.default_rng((self.seed, *key))
-            noise.append(rng.gumbel(size=logits.shape[-1]))
-        return logits + self.temperature * torch.from_numpy(np.stack(noise)).to(logits)
+        names = torch.tensor([(self.seed, *key) for key in keys], device=logits.device)
+        drawn = draw(streams(names), logits.shape[-1])
+        uniform = (drawn.double() + 0.5) * 2.0**-52  # between 0 and 1, both left out
+        noise = -torch.log(-torch.log(uniform))
+        return logits + self.temperature * noise.to(logits)
 
-    def sample(self, logits, keys) -> list[int]:
-        """The token of each row of logits; NOT_FINITE where the best score is not finite."""
+    def sample(self, logits, keys):
+        """The token of each row of logits, NOT_FINITE where the best score is not finite, and its
+        log-probability: the model's own, before temperature and noise. [n], [n]; a caller that asks
+        for their values waits for the device."""
         best, token = self.scores(logits, keys).max(-1)
-        return torch.where(best.isfinite(), token, NOT_FINITE).tolist()
+        return torch.where(best.isfinite(), token, NOT_FINITE), logprobs(logits, token)
+
+
+def logprobs(logits, tokens):
+    """The log-probability of a token for each row: [n, V], [n] → [n], in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(-1).gather(1, tokens[:, None])[:, 0]

@@ -18,7 +18,7 @@ import math
 import os
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from balancer import variation
-from model import dtype_name, read_json, require, shown
+from model import GENERATOR, dtype_name, read_json, require, shown
+from oracle import Verdict
 
 CV_WINDOW = 32  # iterations
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
@@ -42,6 +43,7 @@ class EarlierAnswer(NamedTuple):
     """What the rest of a run needs of a request that an earlier run has finished."""
     ended_ns: int  # when its last token was known, by the clock
     output_ids: list[int]
+    output_logprobs: list[float]
 
 
 class Results:
@@ -122,13 +124,15 @@ class Results:
             record = json.loads(record_text)
             line = lines[range(len(lines)).index(record["request_id"])]
             tokens = record["output_ids"]
+            logprobs = record["output_logprobs"]
             ended_ns = round(record["finished_s"] * 1e9)
             ok = self._is_sound(record) and self._is_whole(tokens, line)
+            ok = ok and are_logprobs(logprobs, len(tokens))
             self.totals.add(record)
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             ok = False
         require(ok, where, "not the record of a request of this trace")
-        return line, EarlierAnswer(ended_ns, tokens)
+        return line, EarlierAnswer(ended_ns, tokens, logprobs)
 
     def _is_sound(self, record) -> bool:
         counts = [record[key] for key in ("request_id", "input_length", "cached_tokens")]
@@ -183,6 +187,10 @@ class Results:
             raise ValueError(f"{file}: {error.strerror}") from None
 
 
+def are_logprobs(values, number) -> bool:
+    return len(values) == number and all(-1e9 < value <= 0 for value in values)
+
+
 def read_basis(folder: Path) -> dict:
     """run.json. Raises ValueError."""
     file = folder / "run.json"
@@ -230,6 +238,7 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     return {
         "number of requests": len(lines),
         "--dtype": dtype_name(model.dtype),
+        "generator of noise": GENERATOR,
         **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
         # What depends on these comes last, so that they are named.
         "trace": digest(asked),
@@ -265,8 +274,7 @@ class Outcome:
     resumed: int  # requests that an earlier run had finished
     status: str = "failed"  # or completed, or stopped (by a signal)
     error: str | None = None
-    gaps: dict | None = None  # see Engine.verify; None: it was not asked for
-    wrong: list = field(default_factory=list)  # ids of requests that differ
+    verdict: Verdict | None = None  # None: it was not asked for
     moved: dict | None = None  # bytes by kind
 
 
@@ -353,17 +361,24 @@ def summarise(server, outcome) -> dict:
     summary |= summarise_pool(server)
     moved = outcome.moved or dict.fromkeys(server.lake.pool.bytes)
     summary |= {f"{kind}_bytes": count for kind, count in moved.items()}
-    gaps = outcome.gaps
-    # NaN also if one of them is.
-    gap = float(np.max([*gaps.values()])) if gaps else np.nan
     return summary | dict(
         status=outcome.status,
         error=outcome.error,
         resumed=outcome.resumed,
-        verified=None if gaps is None else len(gaps) - len(outcome.wrong),
-        max_logit_gap=gap if np.isfinite(gap) else None,
+        **summarise_verdict(outcome.verdict),
         config=summarise_config(server),
     )
+
+
+def summarise_verdict(verdict) -> dict:
+    """What verification found; null where it was not asked for, or is not finite."""
+    names = "verified max_logit_gap max_logprob_error logprob_rounding differing_requests".split()
+    if verdict is None:
+        return dict.fromkeys(names)
+    found = verdict.gap, verdict.error, verdict.rounding
+    found = [x if math.isfinite(x) else None for x in found]
+    verified = len(verdict.recomputed) - len(verdict.wrong)
+    return dict(zip(names, [verified, *found, verdict.wrong]))
 
 
 REPORT = """\
@@ -379,7 +394,9 @@ REPORT = """\
 RESUMED = "\n     resumed  {resumed} of them were there already"
 VERIFIED = "\n    verified  {verified}/{completed} "
 EQUAL = "equal recomputation without a cache, token for token"
-WITHIN = "within {max_logit_gap:.1e} logits of recomputation without a cache"
+NEAR = "are as near recomputation without a cache as rounding allows"
+LOGPROBS = """
+              log-probabilities differ by {max_logprob_error:.2g} at most, by rounding {logprob_rounding:.2g}"""
 MOVED = {
     "query": "queries and results",
     "pull": "pulled KV",
@@ -392,7 +409,7 @@ def format_report(summary: dict) -> str:
     """The report that ends a run, from its summary. What was not measured is a dash."""
     form = REPORT
     if summary["verified"] is not None:
-        form += VERIFIED + (EQUAL if summary["max_logit_gap"] == 0 else WITHIN)
+        form += VERIFIED + (EQUAL if summary["max_logit_gap"] == 0 else NEAR) + LOGPROBS
     reads = summary["cache_reads"]
     values = {key: np.nan if value is None else value for key, value in summary.items()}
     if summary["resumed"]:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import heapq
 import json
+import math
 import os
 import re
 import signal
@@ -40,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
-from kernels import ranges, select, starts, to_device
+from kernels import ranges, select, starts, to_device, warm_up
 from model import (
     NOT_FINITE,
     Llama,
@@ -56,20 +57,15 @@ from model import (
     require,
     shown,
 )
-from pool import LakeConfig, plan_digest
+from oracle import WIDER, verify
+from pool import LakeConfig, iteration_bytes, plan_digest
 from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
 
-# A served token passes --verify if its score is this close to the best: by so much rounding may
-# change a score of the built-in model.
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-3,
-    torch.float16: 0.05,
-    torch.bfloat16: 0.4,
-}
-DTYPES = [dtype_name(dtype) for dtype in TOLERANCE]
+DTYPES = [dtype_name(dtype) for dtype in WIDER]
+# Bytes of a GPU for the contexts of CUDA, cuBLAS and NCCL, for each rank.
+GPU_RESERVE = 1 << 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -132,14 +128,15 @@ OPTIONS = [
     ("--temperature", UP_TO_A_MILLION, "T", "0 (the default) is greedy", 0.0),
     ("--stop-at-eos", FLAG, None, "the model's end token ends a request early", False),
     ("--segment-tokens", COUNT, "C", "default: 16; --model on a GPU: 512", None),
-    ("--slots", COUNT, "S", "segments per instance; default: half the memory (CPU: 32k)", None),
+    ("--slots", COUNT, "S", "segments per instance; default: what fits (CPU: 32k tokens)", None),
     ("--placement", one_of("stripe", "hash"), CHOICES, "homes of segments", "stripe"),
     ("--replicate-factor", UP_TO_A_MILLION, "c", "of c·N·ln N hot segments (3; 0: none)", 3.0),
     ("--pull-tokens", NATURAL, "T", "of old KV that an instance pulls an iteration (16384)", 16384),
     ("--chunk-tokens", COUNT, "T", "prompt rows per instance and iteration (4 segments)", None),
-    ("--max-batch", COUNT, "R", "running requests in the whole lake (default 32)", 32),
+    ("--max-batch", COUNT, "R", "running requests in the whole lake (32; GPUs: 64 each)", None),
     ("--scheduler", POLICY, "NAME", "auto (even split), even, dp (§6.2) or pd:PxD", "auto"),
     ("--tbt-slo-ms", POSITIVE, "MS", "time between tokens to keep, by fewer prompt rows", None),
+    ("--one-communicator", FLAG, None, "queries and moves share it (if two do not get on)", False),
     ("--speed", POSITIVE, "X", "arrivals and think times X times faster; inf: all at once", 1.0),
     ("--timeout", SECONDS, "SECONDS", "after which a silent rank counts as lost (300)", 300.0),
     ("--output", PATH, "DIR", "write requests.jsonl and summary.json", None),
@@ -293,16 +290,18 @@ def size_lake(options, config, dtype, device, cluster, memory):
         replicate_factor=options.replicate_factor,
         pull_tokens=options.pull_tokens,
         chunk_tokens=options.chunk_tokens or 4 * C,
-        max_batch=options.max_batch,
+        max_batch=options.max_batch or (64 * cluster.size if on_gpu else 32),
+        one_communicator=options.one_communicator,
     )
-    head_bytes = config.head_dim * dtype.itemsize
-    row_bytes = 2 * config.num_layers * config.num_kv_heads * head_bytes
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
     staging_bytes = lake_config.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
-    half = memory // sharing // 2
-    room = memory // sharing - config.num_parameters * dtype.itemsize
-    # By default half is left for weights and activations, and a CPU holds 32k tokens at most.
-    slots = max(1, (min(half, room) - staging_bytes) // (C * row_bytes))
+    needed = config.num_parameters * dtype.itemsize
+    needed += iteration_bytes(config, lake_config, cluster.size, dtype)
+    needed += GPU_RESERVE * on_gpu
+    room = max(0, memory // sharing - needed)
+    # By default a tenth is left for what is not foreseen, and a CPU holds 32k tokens at most.
+    slots = max(1, (9 * room // 10 - staging_bytes) // (C * row_bytes))
     if not on_gpu:
         slots = min(slots, -(-32_768 // C))
     slots = options.slots or slots
@@ -311,7 +310,7 @@ def size_lake(options, config, dtype, device, cluster, memory):
         slab_bytes <= room,
         f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
         f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, "
-        f"{sharing * room:,} are there beside the weights",
+        f"{sharing * room:,} are there beside the weights and what an iteration takes",
     )
     return replace(lake_config, slots=slots)
 
@@ -343,15 +342,25 @@ class EndOfIteration(NamedTuple):
     nonfinite_layer: int  # the first in which its new KV is not finite, −1 if there is none
     nonfinite_request: int
     fitted: list[int]  # TimePredictor.fitted
-    tokens: list[int]  # of each request that samples: 0 where another rank computes it
+    # Of each request that samples; 0 where another rank computes it.
+    tokens: list[int]
+    logprobs: list[float]
 
     @classmethod
     def gather(cls, cluster, mine, now) -> tuple:
         """What rank 0's clock says when it has all, and every rank's, by rank."""
-        *nonfinite, fitted, tokens = mine
-        clock, rows = cluster.gather_and_time([*nonfinite, *fitted, *tokens], now)
-        end = 2 + len(fitted)
-        return clock, [cls(*row[:2], row[2:end], row[end:]) for row in rows]
+        *nonfinite, fitted, tokens, logprobs = mine
+        bits = np.array(logprobs, np.float32).view(np.int32).tolist()
+        values = [*nonfinite, *fitted, *tokens, *bits]
+        clock, rows = cluster.gather_and_time(values, now)
+        ends = 2 + np.cumsum([len(fitted), len(tokens)])
+
+        def read(row):
+            nonfinite, fitted, tokens, bits = np.split(np.array(row), [2, *ends])
+            logprobs = bits.astype(np.int32).view(np.float32)
+            return cls(*map(int, nonfinite), *(x.tolist() for x in (fitted, tokens, logprobs)))
+
+        return clock, list(map(read, rows))
 
 
 @dataclass
@@ -376,9 +385,23 @@ class Engine:
     def __post_init__(self):
         # Sums over iterations of the predicted time: the mean over instances, and the longest.
         self.busy = np.zeros(2)
+        if self.lake.pool and self.model.device.type == "cuda":
+            self._warm_up()
         # A barrier: the clock starts when every rank is here.
         self.cluster.gather_objects(None)
         self.started = time.monotonic_ns() - self.clock
+
+    def _warm_up(self):
+        """Before the clock starts: or the first requests would wait, for seconds, until kernels are
+        compiled and libraries have made their plans."""
+        config = self.lake.llama_config
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        warm_up(*heads, self.model.dtype, self.model.device)
+        for rows in 1, self.lake.config.most_rows():
+            ids = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
+            sampled = ids[: self.lake.config.max_batch]
+            logits = self.model.forward(ids, ids, lambda layer, q, k, v: q, sampled)
+            self.sampler.sample(logits, [(0, 0)] * len(sampled))
 
     def now(self) -> int:
         """ns since the start, by this rank's clock."""
@@ -391,15 +414,15 @@ class Engine:
         self.cluster.doing = f"iteration {self.iterations + 1}"
         batches, groups, plan, transfer_plan = self._plan()
         self.cluster.announce(plan_digest(self.iterations, plan, transfer_plan))
-        tokens = {}
+        samples = {}
         nonfinite = None
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            tokens, nonfinite = self._compute(batches, groups, plan, transfer_plan)
+            samples, nonfinite = self._compute(batches, groups, plan, transfer_plan)
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
         before = self.clock
-        sampled = self._exchange_tokens(plan, tokens, nonfinite)
+        sampled = self._exchange_tokens(plan, samples, nonfinite)
         if plan.runs:
             self._count(plan)
             self._measure(plan, transfer_plan, self.clock - before)
@@ -419,8 +442,8 @@ class Engine:
         return batches, groups, plan, transfer_plan
 
     def _compute(self, batches, groups, plan, transfer_plan):
-        """This rank's rows through the model → the tokens that they give, by request id, and, if
-        new KV is not finite, its layer and request."""
+        """This rank's rows through the model → the tokens that they give, with log-probabilities, by
+        request id, and, if new KV is not finite, its layer and request."""
         lake = self.lake
         # An instance computes rows of one batch at most.
         mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
@@ -449,14 +472,24 @@ class Engine:
         )
         logits = self.model.forward(ids, positions, attend, last_rows)
         requests = [plan.runs[i].request for i in sampling]
-        keys = [(request.id, len(request.tokens)) for request in requests]
-        tokens = self.sampler.sample(logits, keys)
-        nonfinite = lake.pool.first_nonfinite(kv_buf)
+        samples, nonfinite = self._sample(logits, requests, kv_buf)
         if nonfinite:
             layer, row = nonfinite
             run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
             nonfinite = layer, int(table.request_id[run])
-        return {request.id: token for request, token in zip(requests, tokens)}, nonfinite
+        return {r.id: sample for r, sample in zip(requests, samples)}, nonfinite
+
+    def _sample(self, logits, requests, kv_buf):
+        """→ Token and log-probability of each request; layer and row of new KV that is not finite,
+        if any is. The device is waited for here, once."""
+        keys = [(request.id, len(request.tokens)) for request in requests]
+        tokens, logprobs = self.sampler.sample(logits, keys)
+        pool = self.lake.pool
+        values = tokens.double(), logprobs.double(), pool.sum_of_new(kv_buf)
+        *drawn, kv_sum = torch.cat(values).tolist()
+        tokens, logprobs = np.split(np.array(drawn), 2)
+        nonfinite = None if math.isfinite(kv_sum) else pool.first_nonfinite(kv_buf)
+        return zip(tokens.astype(int).tolist(), logprobs.tolist()), nonfinite
 
     def _count(self, plan):
         """Adds the iteration to what reports and `verify` need."""
@@ -482,15 +515,19 @@ class Engine:
         if self.cluster.rank == 0:
             predictor.measured(features, ns / 1e9)
 
-    def _exchange_tokens(self, plan, tokens, nonfinite):
-        """The tokens of all requests that sample, from the ranks that computed them. They are known
-        when rank 0 has them all: its clock says when, for all. Raises LakeError if any new KV, or
-        the logits of a token, are not finite: so such a segment is never published."""
+    def _exchange_tokens(self, plan, samples, nonfinite):
+        """The tokens of all requests that sample, from the ranks that computed them; requests keep
+        the log-probabilities. They are known when rank 0 has them all: its clock says when, for all.
+        Raises LakeError if any new KV, or the logits of a token, are not finite: so such a segment
+        is never published."""
         predictor = self.scheduler.predictor
         sampling = select(plan.run_table, plan.samples)
         ids = sampling.request_id.tolist()
-        mine = [tokens.get(id, 0) for id in ids]
-        end = EndOfIteration(*(nonfinite or (-1, -1)), predictor.fitted, mine)
+        mine = [samples.get(id, (0, 0.0)) for id in ids]
+        tokens = [token for token, _ in mine]
+        logprobs = [logprob for _, logprob in mine]
+        nonfinite = nonfinite or (-1, -1)
+        end = EndOfIteration(*nonfinite, predictor.fitted, tokens, logprobs)
         self.clock, ends = EndOfIteration.gather(self.cluster, end, self.now)
         predictor.coefficients = ends[0].fitted
         # The lowest layer: in later ones the rows that have read it are not finite, either.
@@ -504,46 +541,10 @@ class Engine:
         for id, token in zip(ids, sampled):
             if token == NOT_FINITE:
                 raise self.cluster.problem(f"request {id}: its logits are not finite")
+        requests = [plan.runs[i].request for i in np.flatnonzero(plan.samples)]
+        for i, (request, rank) in enumerate(zip(requests, ranks)):
+            request.logprobs.append(ends[rank].logprobs[i])
         return dict(zip(ids, sampled))
-
-    def verify(self, requests: list[Request], on_progress) -> dict[int, float]:
-        """The gap in logits of each request (Llama.score_gap), each recomputed by one rank; after a
-        signal, of those done by then."""
-        self.cluster.doing = "verifying"
-        gaps = {}
-        dealt = deal(requests, self.computed, self.sampled, self.cluster.size)
-        for turn in range(max(map(len, dealt))):
-            for request in dealt[self.cluster.rank][turn : turn + 1]:
-                gaps[request.id] = self.model.score_gap(
-                    self.sampler, request.tokens, request.num_prompt, request.id
-                )
-            on_progress(sum(len(share) > turn for share in dealt))
-            stop = self.cluster.stop_asked_at is not None
-            if any(asked for (asked,) in self.cluster.gather_integers([stop])):
-                break
-        parts = self.cluster.gather_objects(gaps)
-        return {id: gap for part in parts for id, gap in part.items()}
-
-
-def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[Request]]:
-    """Who recomputes what: lists of requests, by rank. No rank is to check its own work: if it is
-    wrong in itself, it makes the same mistake again. So a request goes to a rank that has sampled
-    no more than an even share of its answer; if possible, to one that has computed no more than an
-    even share of its rows, too; and of these to the one with the least to do."""
-    dealt = [[] for _ in range(num_ranks)]
-    tokens = [0] * num_ranks
-
-    def even_share_at_most(done, request, ranks):
-        own = [done[request.id, rank] for rank in range(num_ranks)]
-        return [rank for rank in ranks if own[rank] * num_ranks <= sum(own)]
-
-    for request in requests:
-        others = even_share_at_most(sampled, request, range(num_ranks))
-        others = even_share_at_most(computed, request, others) or others
-        rank = min(others, key=lambda rank: tokens[rank])
-        tokens[rank] += len(request.tokens)
-        dealt[rank].append(request)
-    return dealt
 
 
 def profiler(file: Path, after, results):
@@ -644,7 +645,9 @@ class Server:
     def _recall(self, line, answer):
         """What an earlier run has finished: the next turn and `verify` want its tokens."""
         if self.options.verify or line.index in self.next_turn:
-            self._make_request(line).tokens += answer.output_ids
+            request = self._make_request(line)
+            request.tokens += answer.output_ids
+            request.logprobs += answer.output_logprobs
         elif line.previous:
             self._forget(line.previous)
         self._end_turn(line, answer.ended_ns)
@@ -669,6 +672,7 @@ class Server:
             input_length=request.num_prompt,
             cached_tokens=self.scheduler.cached_tokens.pop(request.id),
             output_ids=request.tokens[request.num_prompt :],
+            output_logprobs=request.logprobs,
             ttft_ms=first,
             tpot_ms=round(sum(intervals) / len(intervals), 3) if intervals else None,
             itl_ms=intervals,
@@ -873,15 +877,12 @@ def verify_all(server, bar, outcome):
     requests = [line.request for line in server.lines]
     bar.set_description("verifying")
     bar.reset(len(requests))
-    gaps = outcome.gaps = server.engine.verify(requests, bar.update)
-    limit = TOLERANCE[server.model.dtype]
-    # NaN is wrong, too.
-    outcome.wrong = [id for id in sorted(gaps) if not gaps[id] <= limit]
-    if outcome.wrong:
-        first = outcome.wrong[0]
+    verdict = outcome.verdict = verify(server.engine, requests, bar.update)
+    if verdict.wrong:
+        first = verdict.wrong[0]
         outcome.error = f"request {first} differs from recomputation without a cache"
-    elif len(gaps) < len(requests):
-        verified = f"{len(gaps)} of {len(requests)} are verified"
+    elif len(verdict.recomputed) < len(requests):
+        verified = f"{len(verdict.recomputed)} of {len(requests)} are verified"
         outcome.error = f"stopped by a signal; {verified}"
         outcome.status = "stopped"
 

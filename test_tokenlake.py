@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from collections import Counter
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -37,12 +38,14 @@ if not GPU:
 
 import balancer
 import kernels
+import model as model_module
 import pool
 import run_cluster
 import tokenlake
 from balancer import Balancer, PrefixTree, Request
 from kernels import KVSpans, QueryRows, Work, merge, partial_attention, ranges, to_device
 from cluster import Cluster
+import oracle as oracle_module
 from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
 from pool import LakeConfig
 from tokenlake import Scheduler, TokenLake
@@ -162,14 +165,15 @@ def write_trace(folder, lines) -> Path:
 
 
 def serve(folder, trace, *arguments, ranks=1, prelude=None, status=0, dtype="float64"):
-    """Runs the program on `trace` (a path, or lines to write) and reads what it wrote."""
+    """Runs the program on `trace` (a path, or lines to write) and reads what it wrote. status: how
+    it is to end; None: as it likes."""
     if trace is not None and not isinstance(trace, Path):
         trace = write_trace(folder, trace)
     output = folder / f"out{len(list(folder.iterdir()))}"
     job = Job([*(("--trace", trace) if trace else ()), "--output", output, "--speed", "inf",
                "--dtype", dtype, *arguments], ranks, prelude)
     results = job.finish()
-    assert [s for s, *_ in results] == [status] * ranks, results
+    assert status is None or [s for s, *_ in results] == [status] * ranks, results
     return Served(output, results)
 
 
@@ -245,7 +249,7 @@ def generate(model: Llama, prompt: list[int], num_tokens: int, sampler=Sampler()
     tokens = list(prompt)
     for _ in range(num_tokens):
         logits = model.forward_alone(tokens, rows=[-1])
-        tokens += sampler.sample(logits, [(request, len(tokens))])
+        tokens += sampler.sample(logits, [(request, len(tokens))])[0].tolist()
     return tokens[len(prompt):]
 
 
@@ -337,7 +341,8 @@ SPANS = [(0, 0, 70, 0), (0, 100, 31, 70), (1, 200, 16, 0), (1, 232, 16, 16), (1,
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("H, Hkv, D, dtype, limit", [
     (8, 4, 16, "float32", 2e-6), (6, 2, 24, "float32", 2e-6), (8, 1, 64, "float16", 2e-3),
-    (4, 4, 32, "bfloat16", 2e-2), (8, 2, 16, "float64", 1e-14)])
+    (4, 4, 32, "bfloat16", 2e-2), (8, 2, 16, "float64", 1e-14), (7, 1, 80, "float32", 2e-6),
+    (8, 2, 96, "bfloat16", 2e-2), (16, 1, 128, "float16", 2e-3), (2, 2, 256, "float32", 2e-6)])
 @pytest.mark.parametrize("peak, programs", [(1.0, 1), (12.0, 1), (12.0, 8), (12.0, 1000)])
 def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, monkeypatch):
     """Against float64: peaky logits, poisoned rows outside the spans, rows without keys; also with
@@ -602,15 +607,16 @@ def test_the_oracle_on_a_gpu(tmp_path, ranks):
 
 
 @on_gpu
-def test_the_slab_takes_half_of_a_gpus_free_memory(tmp_path):
-    """Half of the least that a rank finds free, divided among the ranks of a GPU."""
+def test_the_slab_takes_what_is_free_of_a_gpu(tmp_path):
+    """Nine tenths of the least that a rank finds free, less what else is needed, divided among the
+    ranks of a GPU."""
     folder = save_model(tmp_path / "m", dict(num_hidden_layers=8, head_dim=128))
     served = serve(tmp_path, [dict(timestamp=0, input_ids=[1, 2, 3], output_length=2)], "--model",
                    folder, "--device", "cuda", ranks=2, dtype="float32")
     config = load_config(folder)
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     free = torch.cuda.mem_get_info()[0]
-    assert 0.3 < 4 * served.summary["config"]["slots"] * 512 * row / free < 1.1
+    assert 0.8 < 2 * served.summary["config"]["slots"] * 512 * row / free < 0.95
 
 
 @on_gpu
@@ -628,6 +634,13 @@ def test_exchanges_over_nccl():
         assert torch.equal(made._exchange(rows, [7], [7], group)(), rows)
     finally:
         dist.destroy_process_group()
+
+
+def test_grids_that_no_gpu_takes_are_refused():
+    kernels.check_grid(2**31 - 1, 2**16 - 1)
+    for grid in ((2**31,), (1, 2**16)):
+        with pytest.raises(ValueError, match="programs, a GPU takes"):
+            kernels.check_grid(*grid)
 
 
 def test_error_does_not_grow_with_the_number_of_parts():
@@ -695,6 +708,11 @@ def compile(arch, kernel, signature, constants, **options):
     assert built.metadata.shared <= {80: 166912, 90: 232448}[arch], built.metadata.shared
     registers, stack = (int(re.search(name + r":(\\d+)", text)[1]) for name in ("REG", "STACK"))
     return built, registers, stack
+def widths(built):
+    found = re.findall(r"tt.addptr [^\\n]*!tt.ptr<(?:bf16|f16|f32)>>, tensor<[^>]*xi(\\d+)",
+                       built.asm["ttir"])
+    assert len(found) >= 4
+    return {*found}
 shapes = [("bf16", 128, 32, 8, n) for n in (16, 32, 64, 128)]  # Llama-3.1-8B
 shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32, 32, 16),
            ("bf16", 128, 32, 32, 128), ("bf16", 128, 64, 8, 16), ("bf16", 64, 32, 8, 128)]
@@ -712,6 +730,8 @@ def check(case):
     # does not wait for the tile that it has just asked for.
     assert re.search(r"cp\\.async\\.cg.*, 0x10|cp\\.async\\.cg\\.shared", built.asm["ptx"]), said
     assert re.search(rf"memdesc<[2-9]x64x{D}x", built.asm["ttgir"]), said
+    # Offsets into rows of q, of slabs and of results are 64 bits wide. (Tables are short.)
+    assert widths(built) == {"64"}, said
     waits = [int(n) for n in re.findall(r"async_wait .*num = (\\d+)", built.asm["ttgir"])]
     assert waits and waits[0] > 0, (said, waits)
     assert ("wgmma" in built.asm["ptx"]) == (arch == 90 and lanes >= 64), said
@@ -722,9 +742,9 @@ with ProcessPoolExecutor(2) as executor:
 for arch in (80, 90):
     names = dict(O="*fp32", LSE="*fp32", Parts="*i64", Out="*fp32", OutLSE="*fp32",
                  max_parts="i32")
-    _, registers, stack = compile(arch, kernels._merge_kernel, names,
-                                  dict(H=32, D=128, HPAD=32, DPAD=128))
-    assert stack == 0
+    built, registers, stack = compile(arch, kernels._merge_kernel, names,
+                                      dict(H=32, D=128, HPAD=32, DPAD=128))
+    assert stack == 0 and widths(built) == {"64"}
     names = {n: "*fp32" for n in ("Q", "K", "V", "O", "LSE")} | dict(
         Members="*i64", Pieces="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
     config = kernels.attention_config(32, 32, 8, 128, 4)
@@ -896,11 +916,59 @@ def test_weights_have_to_fit(tmp_path):
     with pytest.raises(ValueError, match=f"/m: the weights of 2 ranks need {2 * size:,} bytes on "
                                          f"cpu, {2 * size - 1:,} are there"):
         prepare(2 * size - 1)
-    with pytest.raises(ValueError, match="need .* bytes on cpu, 0 are there beside the weights"):
+    nothing = "need .* bytes on cpu, 0 are there beside the weights and what an iteration takes"
+    with pytest.raises(ValueError, match=nothing):
         prepare(2 * size)
-    slots = prepare(3 * size).slots  # what is left is less than half
-    with pytest.raises(ValueError, match=f"{size:,} are there beside the weights"):
-        prepare(3 * size, "--slots", str(slots + 1))
+    C, row = 16, 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    usual = LakeConfig(C, chunk_tokens=64, max_batch=32)
+    needed = size + pool.iteration_bytes(config, usual, 2, torch.float32)
+    room = 50 * C * row + usual.staging(2) * row
+    slots = prepare(2 * (needed + room)).slots
+    assert slots == (room * 9 // 10 - usual.staging(2) * row) // (C * row) > 30
+    assert prepare(2 * (needed + room), "--slots", "50").slots == 50  # who asks for it gets all
+    with pytest.raises(ValueError, match=f"{2 * room:,} are there beside the weights"):
+        prepare(2 * (needed + room), "--slots", "51")
+
+
+def test_what_an_iteration_takes_is_foreseen(monkeypatch):
+    """Bytes of tensors that live at once while a layer's rows are computed and exchanged, beside
+    weights and slab, are no more than is set apart, and not a small part of it."""
+    config = LlamaConfig(vocab_size=2000, num_layers=2)
+    for lake_config, ranks in ((LakeConfig(16, 64, chunk_tokens=64, max_batch=8), 1),
+                               (LakeConfig(16, 64, chunk_tokens=256, max_batch=64), 1)):
+        model = Llama(config, random_weights(config, 0, torch.float32, "cpu"))
+        lake = TokenLake([0], config, lake_config, Cluster(), torch.float32, "cpu")
+        engine = run_cluster.Engine(Cluster(), lake, Scheduler(lake), model, Sampler(1.0))
+        for id in range(lake_config.max_batch):
+            engine.scheduler.add(Request(id, tokens(9, id), 12))
+        live = LiveBytes()
+        with live:
+            while engine.scheduler.waiting or engine.scheduler.running:
+                engine.step()
+        foreseen = pool.iteration_bytes(config, lake_config, ranks, torch.float32)
+        assert 0.1 * foreseen < live.most < foreseen
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes of tensors' storages that live at once, of those made while it is on."""
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if torch.is_tensor(x) and x.untyped_storage() not in self.seen:
+                storage = x.untyped_storage()
+                self.seen[storage] = None
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return made
+
+    def _gone(self, count):
+        self.now -= count
 
 
 def test_rope_parameters_are_no_other_keys(tmp_path):
@@ -969,11 +1037,59 @@ def test_temperature_samples_the_softmax():
     """Gumbel noise picks a token as often as its probability; the draw depends on its key only."""
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]], dtype=torch.float64)
     sampler = Sampler(0.7, seed=4)
-    drawn = Counter(sampler.sample(logits.expand(4000, 4), [(1, p) for p in range(4000)]))
+    keys = [(1, p) for p in range(20_000)]
+    drawn, logprobs = map(torch.Tensor.tolist, sampler.sample(logits.expand(20_000, 4), keys))
     expected = (logits[0] / 0.7).softmax(-1)
-    assert all(abs(drawn[t] / 4000 - expected[t]) < 0.03 for t in range(4))
-    assert sampler.sample(logits, [(1, 17)]) == [sampler.sample(
-        logits.expand(4000, 4), [(1, p) for p in range(4000)])[17]]
+    assert all(abs(drawn.count(t) / 20_000 - expected[t]) < 0.012 for t in range(4))
+    assert logprobs == [float(logits.log_softmax(-1)[0, t]) for t in drawn]
+    for position in (0, 17, 19_999):
+        assert sampler.sample(logits, [(1, position)])[0].tolist() == [drawn[position]]
+    others = [Sampler(0.7, seed).sample(logits.expand(100, 4), [(id, p) for p in range(100)])[0]
+              for seed, id in ((4, 2), (5, 1), (2**63 - 1, 1))]
+    assert len({tuple(drawn[:100]), *(tuple(other.tolist()) for other in others)}) == 4
+
+
+def test_random_numbers_are_those_of_splitmix64():
+    """Beside the published algorithm in Python's integers; by counter, in any part."""
+    def published(state, number):
+        state = (state + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        return state ^ state >> 31
+    assert published(1234567, 0) == 6457827717110365317  # of the reference implementation
+    keys = [0, 3, 1234567, -(2**63), 2**63 - 1, -1]
+    drawn = model_module.draw(torch.tensor(keys), 50)
+    assert drawn.tolist() == [[published(key % 2**64, i) >> 12 for i in range(50)] for key in keys]
+    part = model_module.draw(torch.tensor(keys), 7, first=20)
+    assert torch.equal(part, drawn[:, 20:27])
+    names = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1), (2**63 - 1, 5)])
+    streams = model_module.streams(names)
+    assert len(set(streams.tolist())) == 5
+    assert torch.equal(model_module.streams(names[3:4]), streams[3:4])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_random_weights_are_the_same_everywhere(device, monkeypatch):
+    """Uniform, of the deviation that is asked for; drawn in parts or at once, on any device; another
+    type rounds the same numbers."""
+    config = LlamaConfig()
+    weights = random_weights(config, 7, torch.float32, device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for name, weight in random_weights(config, 7, dtype, "cpu").items():
+            assert torch.equal(weight, weights[name].cpu().to(dtype)), name
+    monkeypatch.setattr(model_module, "DRAWN_AT_ONCE", 1000)
+    again = random_weights(config, 7, torch.float32, "cpu")
+    assert all(torch.equal(weights[name].cpu(), again[name]) for name in weights)
+    other = random_weights(config, 8, torch.float32, "cpu")
+    down = weights["model.layers.1.mlp.down_proj.weight"].cpu()
+    assert abs(down.std() / (0.5 / 16) - 1) < 0.02 and abs(down.mean()) < 0.001
+    assert down.abs().max() <= 3**0.5 * 0.5 / 16 and (down == down.round(decimals=3)).sum() < 50
+    for name, weight in weights.items():
+        if weight.dim() > 1:
+            assert abs(np.corrcoef(weight.cpu().flatten(), other[name].flatten())[0, 1]) < 0.03
+    firsts = {float(weight.flatten()[0] / weight.std()) for weight in other.values() if (
+        weight.dim() > 1)}
+    assert len(firsts) == 3 * 7 + 2  # each tensor has a stream of its own
 
 
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────
@@ -1144,7 +1260,7 @@ def test_profile_names_what_the_pool_does(tmp_path, after, expected):
     layers = LlamaConfig().num_layers * iterations
     assert count["merge"] == layers and layers < count["partial_attention"] <= 5 * layers
     assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
-    assert count["gen_plans"] == iterations == expected and not count["score_gap"]
+    assert count["gen_plans"] == iterations == expected and not count["recompute"]
     assert "aten::index_select" in {event["name"] for event in events}
     assert served.summary["verified"] == 1
 
@@ -1375,45 +1491,274 @@ def test_any_salt(tmp_path):
 @pytest.mark.parametrize("temperature", [0, 0.1, 1e-300])
 def test_other_types_verify(tmp_path, dtype, temperature):
     run = serve(tmp_path, CHAT, "--verify", "--temperature", temperature, ranks=2, dtype=dtype)
-    assert run.summary["verified"] == len(CHAT)
-    assert 0 <= run.summary["max_logit_gap"] <= run_cluster.TOLERANCE[getattr(torch, dtype)]
+    found = run.summary
+    assert found["verified"] == len(CHAT) and found["max_logit_gap"] >= 0
+    usual = dict(float32=1e-6, bfloat16=1e-2, float16=1e-3)[dtype]
+    assert usual / 10 < found["logprob_rounding"] < 10 * usual
+    assert usual / 10 < found["max_logprob_error"] < 10 * usual
+    said = "equal recomputation" if found["max_logit_gap"] == 0 else "are as near recomputation"
+    assert said in run.text
+    assert f"differ by {found['max_logprob_error']:.2g} at most, by rounding " in run.text
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_records_have_log_probabilities(tmp_path, temperature):
+    """They are the model's own, before temperature and noise."""
+    run = serve(tmp_path, CHAT, "--temperature", temperature, ranks=2)
+    model = small_model()
+    histories = {}
+    for id, line in enumerate(CHAT):
+        before = histories.get(line["session_id"], [])
+        whole = before + line["input_ids"] + run.tokens[id]
+        histories[line["session_id"]] = whole
+        expected = model.forward_alone(whole[:-1]).log_softmax(-1)
+        first = len(whole) - len(run.tokens[id])
+        expected = [float(expected[p - 1, whole[p]]) for p in range(first, len(whole))]
+        found = run.records[id]["output_logprobs"]
+        assert found == pytest.approx(expected, rel=1e-6) and len(found) == len(run.tokens[id])
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(), "tolist": lambda x: x[:1].tolist(),
+    "nonzero": lambda x: x.nonzero(), "a boolean mask": lambda x: x[x > 0],
+    "a copy to the host": lambda x: x.to("cpu")}
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="it is the kernels' launches that are walked")
+@pytest.mark.parametrize("wait", [None, *WAITS])
+def test_no_layer_waits_for_the_device(monkeypatch, wait):
+    """The forward of every instance on tensors without data, where what asks for data raises.
+    Exchanges and kernels do nothing; `wait`: put into a layer, it is noticed. Nor is a kernel
+    compiled."""
+    class Kernel:
+        def __init__(self, integers):
+            self.integers = integers  # are they specialised?
+
+        def __getitem__(self, grid):
+            assert all(type(n) is int and n > 0 for n in grid)
+            return self.launch
+
+        def launch(self, *arguments, **config):
+            """Notes what Triton compiles a variant for."""
+            def kind(x):
+                if torch.is_tensor(x):
+                    return x.dtype, x.storage_offset() * x.itemsize % 16
+                return (x == 1, x % 16 == 0) if type(x) is int and self.integers else type(x)
+            launched.append((self.integers, *map(kind, arguments), *config.values()))
+
+    def exchange(self, rows, sends, receives, group):
+        assert len(rows) == sum(sends)
+        return lambda: rows.new_empty(sum(receives), *rows.shape[1:])
+    launched = []
+    monkeypatch.setattr(kernels, "_partial_attention_kernel", Kernel(True))
+    monkeypatch.setattr(kernels, "_merge_kernel", Kernel(False))
+    monkeypatch.setattr(kernels, "suits_triton", lambda x: True)
+    monkeypatch.setattr(pool.Pool, "_exchange", exchange)
+    config, N = LlamaConfig(), 3
+    lake_config = LakeConfig(segment_tokens=8, slots=64, chunk_tokens=24)
+    weights = {name: torch.empty(shape, device="meta")
+               for name, shape in model_module.tensor_shapes(config).items()}
+    model = Llama(config, weights)
+    pools = [pool.Pool(None, [None, None], config, lake_config, N, torch.float32, "meta")
+             for _ in range(N)]
+    for each in pools:
+        each.max_lanes = kernels.MAX_LANES
+    lake = TokenLake([*range(N)], config, lake_config)
+    scheduler = Scheduler(lake)
+    for id in range(5):
+        scheduler.add(Request(id, tokens(40, 0) + tokens(9 + 20 * id, id), 55 + 20 * id))
+    while scheduler.waiting or scheduler.running:
+        batches, dops = scheduler.schedule()
+        plan, transfers, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+        for index, its_pool in enumerate(pools):
+            q_buf = pool.QueryBuffer(plan, index, its_pool)
+            kv_buf = pool.KVBuffer(transfers, index, its_pool.num_rows, "meta")
+
+            def attend(layer, q, k, v):
+                kv_buf.write(layer, k, v)
+                its_pool.put(kv_buf)
+                q_buf.write(layer, q)
+                if wait:
+                    WAITS[wait](q)
+                return its_pool.query(q_buf)
+            ids = torch.empty(q_buf.num_rows, dtype=torch.int64, device="meta")
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta") if wait else (
+                    contextlib.nullcontext()):
+                logits = model.forward(ids, ids, attend, ids[:1])
+                assert logits.shape == (min(1, q_buf.num_rows), config.vocab_size)
+            if wait and q_buf.num_rows:
+                return
+        scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
+    # What is launched while serving was compiled before: few variants.
+    while_serving = {*launched}
+    assert len(launched) > 100 and len(while_serving) >= 3
+    launched.clear()
+    kernels.warm_up(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32, "meta")
+    assert while_serving <= {*launched} and len({*launched}) == 5
+
+
+def slow_moves(rank, seen):
+    """What moves comes late, and later at each rank; and in which order a layer lands it and sends
+    results back."""
+    seen.update(events=[], groups=[], splits=[])
+    move, back, query = pool.Pool.move, pool.Pool._return, pool.Pool.query
+    all_to_all = dist.all_to_all_single
+
+    def slow(self, layer, moves):
+        land = move(self, layer, moves)
+
+        def later():
+            time.sleep(0.001 * (1 + rank) * moves.active)
+            if moves is self.in_flight.staged:
+                seen["events"].append("land")
+            return land()
+        return later
+
+    def noted(self, *arguments):
+        seen["events"].append("return")
+        return back(self, *arguments)
+
+    def begun(self, buffer):
+        seen["events"].append("late" if pool.LATE in buffer.arrivals.works else "early")
+        return query(self, buffer)
+
+    def exchanged(received, sent, receives, sends, group, **options):
+        """Of group, place and what is exchanged all ranks have to say the same, or the mirror."""
+        seen["groups"].append(group.group_name)
+        seen["splits"].append((sends, receives, tuple(sent.shape[1:])))
+        return all_to_all(received, sent, receives, sends, group=group, **options)
+    pool.Pool.move, pool.Pool._return, pool.Pool.query = slow, noted, begun
+    dist.all_to_all_single = exchanged
+
+
+@pytest.mark.parametrize("arguments", [[], ["--one-communicator"]], ids=["two", "one"])
+def test_results_leave_before_moves_land(tmp_path, arguments):
+    """Where no row that has arrived reads what was moved; else they wait for it. Ranks come to the
+    exchanges of both groups in one order, and delays change no token."""
+    lines = [dict(input_ids=tokens(30 + 37 * i, i), output_length=4) for i in range(9)]
+    run = serve(tmp_path, lines, "--segment-tokens", 8, "--scheduler", "dp", *arguments, ranks=3,
+                prelude="slow_moves")
+    assert run.tokens == oracle(lines)
+    orders = Counter()
+    for seen in run.seen:
+        layers = " ".join(seen["events"]).replace(" early", "|early").replace(" late", "|late")
+        orders.update(layers.split("|"))
+    assert orders.keys() <= {"early return land", "late land return", "early land"}
+    assert orders["early return land"] > 50 and orders["late land return"] >= 6, orders
+    first = run.seen[0]["groups"]
+    assert len(set(first)) == 2 - len(arguments)
+    assert all(seen["groups"] == first for seen in run.seen)
+    for exchange in zip(*(seen["splits"] for seen in run.seen)):  # on each rank
+        sends, receives, shapes = zip(*exchange)
+        assert [*map(list, zip(*receives))] == [*sends] and len(set(shapes)) == 1
 
 
 def test_the_largest_gap_is_reported(tmp_path):
     """In 16 bits some tokens differ from the oracle's by rounding; the summary says by how much."""
     lines = [dict(input_ids=tokens(30 + i, i), output_length=40) for i in range(8)]
-    run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, ranks=2, dtype="bfloat16")
-    model = Llama(LlamaConfig(), random_weights(LlamaConfig(), 0, torch.bfloat16, "cpu"))
+    run = serve(tmp_path, lines, "--verify", "--chunk-tokens", 7, "--seed", 1, dtype="bfloat16")
+    model = Llama(LlamaConfig(), random_weights(LlamaConfig(), 1, torch.bfloat16, "cpu"))
     gaps = []
     for id, line in enumerate(lines):
         whole = line["input_ids"] + run.tokens[id]
         logits = model.forward_alone(whole[:-1]).float()
         gaps += [float(logits[p - 1].max() - logits[p - 1, whole[p]])
                  for p in range(len(line["input_ids"]), len(whole))]
-    assert run.summary["max_logit_gap"] == pytest.approx(max(gaps), abs=0.05) and max(gaps) > 0.05
+    assert run.summary["max_logit_gap"] == max(gaps) > 0
 
 
-def test_what_counts_as_rounding(tmp_path):
-    """A gap just above the limit is an error, one below is not; a NaN is an error."""
-    limits = run_cluster.TOLERANCE
-    assert limits[torch.float64] <= 1e-9 and limits[torch.float32] <= 1e-3
-    for prelude, status in (("gap_below", 0), ("gap_above", 1), ("gap_nan", 1)):
-        run = serve(tmp_path, CHAT[:2], "--verify", prelude=prelude, status=status)
-        assert run.summary["verified"] == 2 - 2 * status
-        assert ("differs from recomputation" in run.text) == bool(status)
-        assert "equal recomputation" not in run.text
+@pytest.mark.parametrize("dtype, gap", [(torch.float64, 1e-9), (torch.float32, 1e-3),
+                                        (torch.bfloat16, math.inf)])
+def test_what_counts_as_rounding(dtype, gap):
+    """A gap just above the limit is wrong in float32 and float64, one below is not; a NaN is."""
+    def wrong(**changed):
+        answers = {i: oracle_module.Recomputed(9, 0.0, 9.0, 9.0) for i in range(3)}
+        answers[1] = answers[1]._replace(**changed)
+        return oracle_module.judge(answers, dtype).wrong
+    assert wrong() == wrong(gap=0.99 * gap) == [] and wrong(gap=math.nan) == [1]
+    assert wrong(gap=1.01 * gap) == [1] * (gap < math.inf)
+    assert wrong(error=9 * 1.99**2) == [] and wrong(error=9 * 2.01**2) == [1]
+    assert wrong(error=math.nan) == [1] and wrong(rounding=math.nan) == [0, 1, 2]
+    # With a token alone chance does more; what is exact by chance is judged by the others.
+    assert wrong(tokens=1, error=3.9**2, rounding=1.0) == []
+    assert wrong(tokens=1, error=4.1**2, rounding=1.0) == [1]
+    assert wrong(error=9.0, rounding=0.0) == []
+    # One that rounds more than the others may differ by more.
+    assert wrong(error=9 * 19.0**2, rounding=9 * 100.0) == []
 
 
-def gap_below(rank, seen, gap=0.99e-9):
-    Llama.score_gap = lambda *_: gap
+def test_weights_have_no_second_copy():
+    """In the wider type each is made when it is used."""
+    config = LlamaConfig(tie_word_embeddings=True)
+    model = Llama(config, random_weights(config, 0, torch.bfloat16, "cpu"))
+    widened = Llama(config, oracle_module.Widened(model.weights, torch.float32))
+    copy = Llama(config, {name: weight.float() for name, weight in model.weights.items()})
+    ids = tokens(20, 3)
+    assert torch.equal(widened.forward_alone(ids), copy.forward_alone(ids))
+    assert not any(torch.is_tensor(value) and value.dim() > 1 for value in vars(widened).values())
 
 
-def gap_above(rank, seen):
-    gap_below(rank, seen, 1.01e-9)
+DEEP = [dict(input_ids=tokens(32, i if i % 4 == 3 else 99) + tokens(12 + i % 5, 200 + i),
+             output_length=16) for i in range(12)]
+SHARING = [i for i in range(12) if i % 4 != 3]  # the others have prefixes of their own
 
 
-def gap_nan(rank, seen):
-    gap_below(rank, seen, math.nan)
+def deep_model(folder, layers) -> list:
+    """Options for a model of so many layers."""
+    config = dict(model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=256,
+                  num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+                  head_dim=16, max_position_embeddings=512)
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    return ["--model", folder / "model", "--random-weights", "--temperature", 1, "--verify"]
+
+
+def lose_a_segment(where):
+    """A prelude: the KV of one layer of one segment is lost once the first request has ended."""
+    def prelude(rank, seen):
+        def observe(server, finished):
+            first = next((record["request_id"] for record in finished), None)
+            if seen or first not in SHARING:
+                return
+            seen["first"] = first
+            lake = server.lake
+            layer = int(where * (lake.llama_config.num_layers - 1) + 0.5)
+            shared = lake.balancer.tree.segments[server.lines[first].request.ids[0]]
+            _, S, C = lake.balancer.sizes
+            slot = shared.replicas.get(rank)
+            if slot is not None:
+                row = slot % S * C
+                lake.pool.v[layer, row : row + C] = 0
+        return observe
+    return prelude
+
+
+lose_in_the_first, lose_in_the_middle, lose_in_the_last = map(lose_a_segment, (0, 0.5, 1))
+
+
+@pytest.mark.parametrize("layers, dtype, ranks", [
+    pytest.param(layers, dtype, ranks, marks=[] if (dtype, ranks) == ("bfloat16", 2) and (
+        layers in (3, 16)) else pytest.mark.slow)
+    for layers in (3, 8, 16, 32) for dtype in ("bfloat16", "float16", "float32")
+    for ranks in (1, 2)])
+def test_verify_tells_a_lost_segment_from_rounding(tmp_path, layers, dtype, ranks):
+    """Where nothing is lost all requests pass; where a segment of one layer is, those that have
+    read it do not. (Of those that lose it in the last layer, in 16 bits, not all: what a layer
+    adds is a part of one in the number of layers, rounding is not.)"""
+    options = [*deep_model(tmp_path, layers), "--segment-tokens", 16]
+    run = serve(tmp_path, DEEP, *options, ranks=ranks, dtype=dtype)
+    assert run.summary["verified"] == len(DEEP)
+    for place in ("first", "middle", "last"):
+        run = serve(tmp_path, DEEP, *options, "--max-batch", 1, ranks=ranks, dtype=dtype,
+                    prelude=f"lose_in_the_{place}", status=None)
+        first = run.seen[0]["first"]
+        readers = [id for id in SHARING if id != first]
+        noticed = run.summary["differing_requests"]
+        assert len(noticed) == len(DEEP) - run.summary["verified"] and set(noticed) <= {*readers}
+        print(f"{layers} layers, {dtype}, {ranks} ranks, lost in the {place}: "
+              f"{len(noticed)} of {len(readers)} are noticed")
+        if place != "last" or dtype == "float32":
+            assert noticed == readers
 
 
 def corrupt(rank, seen):
@@ -3011,7 +3356,7 @@ def test_a_silent_rank_is_given_up_after_the_timeout(tmp_path, prelude):
 
 def die_in_verify(rank, seen):
     if rank == 1:
-        Llama.score_gap = lambda *_: os._exit(9)
+        oracle_module.recompute = lambda *_: os._exit(9)
 
 
 def test_a_rank_lost_while_verifying_is_said(tmp_path):
@@ -3022,13 +3367,13 @@ def test_a_rank_lost_while_verifying_is_said(tmp_path):
 
 
 def stop_in_verify(rank, seen):
-    original = Llama.score_gap
+    original = oracle_module.recompute
 
-    def score_gap(*arguments):
+    def recompute(*arguments):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
-    Llama.score_gap = score_gap
+    oracle_module.recompute = recompute
 
 
 def test_a_signal_stops_verification(tmp_path):
@@ -3165,7 +3510,7 @@ def test_verification_is_dealt_to_others(num_ranks):
             counts = np.zeros(num_ranks, int) if alone else rng.integers(9, size=num_ranks)
             counts[rng.integers(num_ranks)] += 1
             done.update({(request.id, rank): int(n) for rank, n in enumerate(counts)})
-    dealt = run_cluster.deal(requests, computed, sampled, num_ranks)
+    dealt = oracle_module.deal(requests, computed, sampled, num_ranks)
     assert sorted(r.id for share in dealt for r in share) == list(range(60))
     for rank, share in enumerate(dealt):
         for request in share:
@@ -3184,7 +3529,7 @@ def test_who_prefills_checks_who_decodes():
     """As with pd:1x1: rank 1 has few rows of the request, but all of its answer."""
     request = Request(0, [1] * 208, 223)
     computed, sampled = Counter({(0, 0): 208, (0, 1): 15}), Counter({(0, 0): 1, (0, 1): 15})
-    assert run_cluster.deal([request], computed, sampled, 2) == [[request], []]
+    assert oracle_module.deal([request], computed, sampled, 2) == [[request], []]
 
 
 def test_checksums_notice_any_change():
@@ -3951,6 +4296,7 @@ sys.path.insert(0, str(HERE / "bench"))
 import baselines  # noqa: E402
 import compare  # noqa: E402
 import golden_plans  # noqa: E402
+import gpu as gpu_module  # noqa: E402
 import kernel_speed  # noqa: E402
 import peers  # noqa: E402
 import plan  # noqa: E402
@@ -4053,6 +4399,72 @@ def test_any_option_of_benchmarks_is_refused_shortly(program, names, capsys):
                 program.main([f"--{name}={value}"])
             text = capsys.readouterr().err
             assert text.count("\n") == 1 and len(text) < 300, text
+
+
+def test_a_peer_that_fails_is_a_line(monkeypatch):
+    """Of the benchmark of kernels: what it says, and the run goes on."""
+    def broken():
+        raise ImportError("another build\nof it is expected")
+    monkeypatch.setattr(kernel_speed, "median_ms", lambda run: run())
+    assert kernel_speed.times_ours(lambda: 6.0, 2.0) == 3.0
+    said = kernel_speed.times_ours(broken, 2.0)
+    assert said.startswith("failed: ImportError") and "\n" not in said
+    assert f"x_flash {said}" in kernel_speed.format_result(dict(kind="decode", x_flash=said))
+
+
+def test_the_proof_on_a_gpu_is_rehearsed(tmp_path):
+    """The same path with tiny shapes: every step says what it has found, or what it lacks; the file
+    is whole after each."""
+    file = tmp_path / "gpu.json"
+    steps = "facts demo bf16-8b engine sanitizer".split()
+    done = subprocess.run([sys.executable, HERE / "bench" / "gpu.py", *steps, "--output", file],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: step["found"] for name, step in json.loads(file.read_text())["steps"].items()}
+    assert list(found) == steps and len(done.stdout.splitlines()) == len(steps)
+    assert found["demo"]["verified"] == found["bf16-8b"]["verified"] == 6
+    assert found["bf16-8b"]["max_logprob_error"] < 3 * found["bf16-8b"]["logprob_rounding"]
+    scenes = found["engine"]["scenes"]
+    assert [scene["scene"] for scene in scenes] == ["1 x 40", "3 x 24"]
+    assert all(scene["iteration_ms"] > scene["host_ms"]["forward"] > 0 for scene in scenes)
+    assert "finite: True empty: True" in found["sanitizer"]["said"]
+
+
+def test_the_proof_on_several_cards_is_rehearsed(tmp_path):
+    """Exchanges, iterations that are verified, bandwidth, and a rank that dies."""
+    file = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         HERE / "bench" / "gpu.py", "--output", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: step["found"] for name, step in json.loads(file.read_text())["steps"].items()}
+    assert found["exchanges"] == dict(rounds=10, backend="gloo")
+    assert found["iterations"]["verified"] > 5 and found["large"]["iteration_ms"] > 0
+    assert "rank 1 does not answer" in found["lost rank"]["said"]
+    assert not any("failed" in step for step in found.values())
+
+
+def test_a_step_that_fails_is_said(tmp_path, monkeypatch, capsys):
+    """And what it lacks, and that it took too long; the others run, and the status is 1."""
+    def fails():
+        raise RuntimeError("two\nlines")
+
+    def lacks():
+        raise gpu_module.Skipped("a tool is not installed")
+    monkeypatch.setattr(gpu_module, "STEPS", {
+        "facts": gpu_module.Step(9, fails), "demo": gpu_module.Step(9, lacks)})
+    for name, found in (("facts", dict(failed="two\\nlines")),
+                        ("demo", dict(skipped="a tool is not installed"))):
+        gpu_module.run_here(name, tmp_path / name)
+        assert json.loads((tmp_path / name).read_text()) == found
+    assert gpu_module.run_step("facts", 0.01) == dict(failed="it took more than 0 s")
+    monkeypatch.setattr(gpu_module, "run_step", lambda name, seconds: json.loads(
+        (tmp_path / name).read_text()))
+    assert gpu_module.main(["--output", str(tmp_path / "gpu.json")]) == 1
+    assert capsys.readouterr().out.count("\n") == 2
+    with pytest.raises(SystemExit, match="2"):
+        gpu_module.main(["fact"])
+    assert "fact: there are facts, demo" in capsys.readouterr().err
 
 
 SMALL_PEERS = """--layers 2 --hidden-size 48 --intermediate-size 64 --heads 4 --kv-heads 2

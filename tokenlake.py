@@ -202,7 +202,9 @@ class TokenLake:
         self.pool = self.index = None
         groups = []
         if cluster and N > 1:
-            groups = cluster.new_groups(instances, torch.device(device), 2)
+            count = 1 if config.one_communicator else 2
+            groups = cluster.new_groups(instances, torch.device(device), count)
+            groups = [groups[0], groups[-1]]
         if cluster and cluster.rank in instances:
             self.index = instances.index(cluster.rank)
             self.pool = Pool(cluster, groups, llama_config, config, N, dtype, device)

@@ -40,7 +40,8 @@ from pool import (  # noqa: E402
 )
 from options import number  # noqa: E402
 from results import CV_WINDOW, sum_bytes  # noqa: E402
-from run_cluster import PATH, TOLERANCE, Engine  # noqa: E402
+from oracle import verify  # noqa: E402
+from run_cluster import PATH, Engine  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
@@ -431,8 +432,7 @@ class RealRun:
 
     def report(self, requests) -> dict:
         """What real.json says. Collective."""
-        gaps = self.engines[0].verify(requests, lambda n: None)
-        tolerance = TOLERANCE[self.model.dtype]
+        verdict = verify(self.engines[0], requests, lambda n: None)
         schedulers = self.fleet.schedulers
         prompts = sum(request.num_prompt for request in requests)
         return dict(
@@ -441,7 +441,7 @@ class RealRun:
             iterations=len(self.reads),
             computed_tokens=sum(s.counters["computed_tokens"] for s in schedulers),
             preemptions=sum(s.counters["preemptions"] for s in schedulers),
-            verified=sum(gap <= tolerance for gap in gaps.values()),
+            verified=len(verdict.recomputed) - len(verdict.wrong),
             hit_rate=sum(self.fleet.cached_tokens.values()) / prompts,
             cache_load_cv=variation(self.reads_by_window()),
             moved_bytes=sum_bytes(self.cluster, self.pool),

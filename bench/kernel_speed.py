@@ -48,7 +48,7 @@ from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 
 import kernels  # noqa: E402
 from kernels import KVSpans, QueryRows, Work, merge, partial_attention  # noqa: E402
-from model import one_line, shown  # noqa: E402
+from model import cut, one_line, shown  # noqa: E402
 from options import Parser  # noqa: E402
 
 
@@ -237,12 +237,21 @@ def peers(problem: Problem) -> dict[str, Callable]:
 
     if not importlib.util.find_spec("flash_attn"):
         return {"sdpa": sdpa}
-    from flash_attn import flash_attn_with_kvcache
 
     def flash_attention():
+        from flash_attn import flash_attn_with_kvcache
+
         return flash_attn_with_kvcache(q, k, v, softmax_scale=problem.scale, causal=True)
 
     return {"sdpa": sdpa, "flash-attn": flash_attention}
+
+
+def times_ours(run_peer: Callable, ms: float) -> float | str:
+    """A peer's time over ours; if it fails, as its kernels may not suit the device, why."""
+    try:
+        return median_ms(run_peer) / ms
+    except Exception as error:
+        return f"failed: {cut(one_line(repr(error)), 80)}"
 
 
 def time_attention(case: AttentionCase, dtype, copy) -> dict:
@@ -272,7 +281,7 @@ def time_attention(case: AttentionCase, dtype, copy) -> dict:
         of_copy=kv_bytes / ms * 1e3 / copy,
     )
     for peer, run_peer in peers(problem).items():
-        result[f"x_{peer}"] = median_ms(run_peer) / ms
+        result[f"x_{peer}"] = times_ours(run_peer, ms)
     return result
 
 
@@ -400,7 +409,7 @@ def cases(options):
 def format_result(result: dict) -> str:
     def cell(key, value):
         if isinstance(value, str):
-            return value
+            return f"{key} {value}" if key.startswith("x_") else value
         return f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value:,}"
 
     return "  ".join(cell(key, value) for key, value in result.items())

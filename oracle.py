@@ -1,0 +1,173 @@
+"""Was what was served right? Every request again, without a cache, and how near it has to come.
+
+Tokens alone tell little. In 16 bits one differs wherever two are near a tie, though nothing is
+wrong; and where a segment was lost, most are the same. What tells is the *log-probability* of each
+served token: everything that its row has read moves it.
+
+Rounding moves it, too, and how far depends on the type, on the depth, and on the weights. So that
+is measured, not assumed: the oracle computes each request twice, as the model does and in the next
+wider type, a layer's weights at a time.
+
+    served ──────────────── error ────────────────┐
+                                                  ├─▶ in the wider type
+    as the model does, alone ─── rounding ────────┘
+
+If serving was right, both differ from the wider type by rounding, and so by as much: in root mean
+square over the tokens of an answer, and the fewer these are, the more by chance (`limit`). In
+float32 and float64 the tokens themselves have to be those of recomputation as well, but for ties.
+
+The oracle shares no code with what it checks but the model's own: attention is PyTorch's, and no
+rank checks its own work (`deal`).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from balancer import Request
+from model import Llama, logprobs
+
+# The type in which rounding is measured.
+WIDER = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float32: torch.float64,
+    torch.float64: torch.float64,
+}
+# So far may the score of a served token be below the best one of recomputation. In 16 bits such a
+# gap says nothing.
+TIE = {torch.float32: 1e-3, torch.float64: 1e-9}
+RECORDED = 2.0**-24  # log-probabilities are kept in float32: so they are rounded, by this part
+
+
+class Widened(Mapping):
+    """Weights in a wider type, each made when it is asked for: there is no second copy of all."""
+    def __init__(self, weights: dict, dtype):
+        self.weights = weights
+        self.dtype = dtype
+
+    def __getitem__(self, name):
+        return self.weights[name].to(self.dtype)
+
+    def __iter__(self):
+        return iter(self.weights)
+
+    def __len__(self):
+        return len(self.weights)
+
+
+class Recomputed(NamedTuple):
+    """A request, served and computed again."""
+    tokens: int  # of its answer
+    gap: float  # logits: how far a served token's score is below the best one, at worst
+    # Sums of squared differences from log-probabilities in the wider type:
+    error: float  # of those that were served
+    rounding: float  # of the model's own
+
+
+@dataclass
+class Verdict:
+    """Of all requests that were recomputed."""
+    recomputed: dict[int, Recomputed]  # by request id
+    wrong: list[int]  # request ids, in order
+    gap: float  # the largest
+    error: float  # the largest of a request: root mean square over its tokens
+    rounding: float  # root mean square over all tokens
+
+
+def recompute(model: Llama, sampler, request: Request) -> Recomputed:
+    """A request from nothing: one forward over prompt and answer gives what each token was drawn
+    from. The higher the temperature, the less the gap notices."""
+    tokens = request.tokens
+    answer = range(request.num_prompt, len(tokens))  # positions
+    rows = [position - 1 for position in answer]
+    served = torch.tensor(tokens[request.num_prompt :], device=model.device)
+    recorded = torch.tensor(request.logprobs, dtype=torch.float64)
+    logits = model.forward_alone(tokens[:-1], rows)
+    own = logprobs(logits, served).cpu().double()
+    scores = sampler.scores(logits, [(request.id, position) for position in answer])
+    gaps = scores.amax(-1) - scores.gather(1, served[:, None])[:, 0]
+    widened = Llama(model.config, Widened(model.weights, WIDER[model.dtype]))
+    wide = logprobs(widened.forward_alone(tokens[:-1], rows), served).cpu().double()
+    return Recomputed(
+        len(answer),
+        float(gaps.max()),
+        float((recorded - wide).square().sum()),
+        float((own - wide).square().sum() + (RECORDED * wide).square().sum()),
+    )
+
+
+def limit(tokens: int) -> float:
+    """How many times as large as rounding the error of so many tokens may be, both in root mean
+    square. Errors are spread like a normal variable: one token of a thousand has more than three
+    times the usual one, and the mean of n squares varies by 1/√n. The factor is chosen over 1,224
+    right answers, whole and in parts (bench/NOTES.md)."""
+    return max(2.0, 1 + 3 / math.sqrt(tokens))
+
+
+def judge(recomputed: dict[int, Recomputed], dtype) -> Verdict:
+    """Rounding is that of a request itself, or the mean of all, if that is more: few tokens may be
+    exact by chance."""
+
+    def root(squares, tokens):
+        return math.sqrt(squares / max(1, tokens))
+
+    answers = recomputed.values()
+    rounding = root(sum(a.rounding for a in answers), sum(a.tokens for a in answers))
+    errors = {id: root(a.error, a.tokens) for id, a in recomputed.items()}
+    tie = TIE.get(dtype, math.inf)
+    wrong = []
+    for id, answer in sorted(recomputed.items()):
+        usual = max(rounding, root(answer.rounding, answer.tokens))
+        # NaN is wrong, too.
+        near = errors[id] <= limit(answer.tokens) * usual
+        if not (near and answer.gap <= tie):
+            wrong.append(id)
+    # Not Python's max: NaN, if there is one.
+    largest = lambda values: float(torch.tensor([*values, 0.0], dtype=torch.float64).max())
+    gap = largest(answer.gap for answer in answers)
+    return Verdict(recomputed, wrong, gap, largest(errors.values()), rounding)
+
+
+def verify(engine, requests: list[Request], on_progress) -> Verdict:
+    """Each request is recomputed by one rank; after a signal, there are those done by then.
+    Collective. engine: run_cluster.Engine."""
+    cluster = engine.cluster
+    cluster.doing = "verifying"
+    done = {}
+    dealt = deal(requests, engine.computed, engine.sampled, cluster.size)
+    for turn in range(max(map(len, dealt))):
+        for request in dealt[cluster.rank][turn : turn + 1]:
+            done[request.id] = recompute(engine.model, engine.sampler, request)
+        on_progress(sum(len(share) > turn for share in dealt))
+        stop = cluster.stop_asked_at is not None
+        if any(asked for (asked,) in cluster.gather_integers([stop])):
+            break
+    parts = cluster.gather_objects(done)
+    return judge({id: x for part in parts for id, x in part.items()}, engine.model.dtype)
+
+
+def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[Request]]:
+    """Who recomputes what: lists of requests, by rank. No rank is to check its own work: if it is
+    wrong in itself, it makes the same mistake again. So a request goes to a rank that has sampled
+    no more than an even share of its answer; if possible, to one that has computed no more than an
+    even share of its rows, too; and of these to the one with the least to do. computed, sampled:
+    rows and tokens by request id and rank."""
+    dealt = [[] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+
+    def even_share_at_most(done, request, ranks):
+        own = [done[request.id, rank] for rank in range(num_ranks)]
+        return [rank for rank in ranks if own[rank] * num_ranks <= sum(own)]
+
+    for request in requests:
+        others = even_share_at_most(sampled, request, range(num_ranks))
+        others = even_share_at_most(computed, request, others) or others
+        rank = min(others, key=lambda rank: tokens[rank])
+        tokens[rank] += len(request.tokens)
+        dealt[rank].append(request)
+    return dealt
