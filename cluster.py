@@ -36,8 +36,8 @@ LOOK_SECONDS = 0.5
 STOP_SECONDS = 10.0
 # So long after the last answer, whoever has not answered counts as lost.
 ANSWER_SECONDS = 2.0
-# Thread blocks of a communicator's kernel, at most. All kernels of NCCL that run at once have to fit
-# into a GPU, or each may wait for another: a GPU has 108 multiprocessors or more, and a block takes one.
+# Thread blocks of a communicator's kernel, at most. All kernels of NCCL that run at once have to
+# fit into a GPU, or each may wait for another: a block takes one of a hundred multiprocessors.
 MAX_CTAS = 16
 # Stands for a plan's digest when there is nothing more to plan.
 THE_END = hashlib.blake2b(b"the end", digest_size=16).digest()

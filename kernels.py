@@ -347,8 +347,8 @@ class Work:
     without keys it is empty. Pieces write *partial rows*: one for each row, or more where a row
     reads in groups or a block was cut; then `parts` says how they are merged. rows: QueryRows,
     spans: KVSpans, in the orders that these say (they are not checked). num_heads, num_kv_heads and
-    dtype: of q and the slabs. wanted_pieces: about how many, if long blocks can be cut. share=False: each
-    reader reads for itself. max_lanes: of a program."""
+    dtype: of q and the slabs. wanted_pieces: about how many, if long blocks can be cut.
+    share=False: each reader reads for itself. max_lanes: of a program."""
     def __init__(
         self,
         rows,

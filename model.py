@@ -294,7 +294,8 @@ def signed(bits: int) -> int:
 def mix(bits):
     """[n] int64, to be overwritten → [n] int64: every bit of the one turns half of the other's."""
     for shift, factor in MIXERS:
-        bits ^= (bits >> shift) & (1 << (64 - shift)) - 1  # a shift of signed numbers copies the sign
+        # Without the mask, as the shift of a signed number copies its sign.
+        bits ^= (bits >> shift) & (1 << (64 - shift)) - 1
         bits *= signed(factor)
     return bits
 

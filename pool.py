@@ -25,7 +25,8 @@ Why do ranks step together? An exchange is a collective: it ends when all have c
 come to the same exchanges in the same order, layer by layer, and one without rows takes part, as
 others read its KV. What carries nothing for any rank is skipped by all: each knows the whole plan.
 Moves have a process group of their own, and begin after the layer's queries, so that none delays a
-query. (NCCL wants the operations of two communicators in one order on all ranks, too: so it is.) Left out: RDMA; a lost rank ends the run.
+query. (NCCL wants the operations of two communicators in one order on all ranks, too: so it is.)
+Left out: RDMA; a lost rank ends the run.
 
 Notation: T rows · H query heads · Hkv KV heads · D head dim · N instances · S slots per instance ·
 C tokens per segment · B runs · G shares (the runs of one request at one instance).
@@ -698,8 +699,8 @@ class Pool:
         self.in_flight.staged = buffer.moves
 
     def sum_of_new(self, buffer):
-        """[1] of all new KV of this instance, in float64. If it is finite, so is each value; if not,
-        it may only have overflowed."""
+        """[1] of all new KV of this instance, in float64. If it is finite, so is each value; if
+        not, it may only have overflowed."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         wide = torch.promote_types(self.k.dtype, torch.float32)
         for x in self.k, self.v:

@@ -395,8 +395,8 @@ RESUMED = "\n     resumed  {resumed} of them were there already"
 VERIFIED = "\n    verified  {verified}/{completed} "
 EQUAL = "equal recomputation without a cache, token for token"
 NEAR = "are as near recomputation without a cache as rounding allows"
-LOGPROBS = """
-              log-probabilities differ by {max_logprob_error:.2g} at most, by rounding {logprob_rounding:.2g}"""
+LOGPROBS = "\n              log-probabilities differ by {max_logprob_error:.2g} at most, "
+LOGPROBS += "by rounding {logprob_rounding:.2g}"
 MOVED = {
     "query": "queries and results",
     "pull": "pulled KV",

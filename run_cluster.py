@@ -442,8 +442,8 @@ class Engine:
         return batches, groups, plan, transfer_plan
 
     def _compute(self, batches, groups, plan, transfer_plan):
-        """This rank's rows through the model → the tokens that they give, with log-probabilities, by
-        request id, and, if new KV is not finite, its layer and request."""
+        """This rank's rows through the model → by request id the tokens that they give, with
+        log-probabilities, and, if new KV is not finite, its layer and request."""
         lake = self.lake
         # An instance computes rows of one batch at most.
         mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
@@ -517,9 +517,9 @@ class Engine:
 
     def _exchange_tokens(self, plan, samples, nonfinite):
         """The tokens of all requests that sample, from the ranks that computed them; requests keep
-        the log-probabilities. They are known when rank 0 has them all: its clock says when, for all.
-        Raises LakeError if any new KV, or the logits of a token, are not finite: so such a segment
-        is never published."""
+        the log-probabilities. They are known when rank 0 has them all: its clock says when, for
+        all. Raises LakeError if any new KV, or the logits of a token, are not finite: so such a
+        segment is never published."""
         predictor = self.scheduler.predictor
         sampling = select(plan.run_table, plan.samples)
         ids = sampling.request_id.tolist()

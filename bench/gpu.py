@@ -571,7 +571,7 @@ def shorten(found) -> str:
 
 
 def run_step(name, seconds) -> dict:
-    """A step in a process of its own. `failed`: why there is no result; `skipped`: what it lacks."""
+    """A step in a process of its own. `failed`: why there is no result; `skipped`: what lacks."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "found.json")
         command = [sys.executable, str(HERE / "gpu.py"), "--step", name, "--output", str(file)]
