@@ -37,7 +37,7 @@ STOP_SECONDS = 10.0
 # So long after the last answer, whoever has not answered counts as lost.
 ANSWER_SECONDS = 2.0
 # Thread blocks of a communicator's kernel, at most. All kernels of NCCL that run at once have to
-# fit into a GPU, or each may wait for another: a block takes one of a hundred multiprocessors.
+# fit into a GPU, or each may wait for another: a block takes a multiprocessor, an A100 has 108.
 MAX_CTAS = 16
 # Stands for a plan's digest when there is nothing more to plan.
 THE_END = hashlib.blake2b(b"the end", digest_size=16).digest()
@@ -80,9 +80,10 @@ def in_time(seconds, function):
     return results[0] if results else None
 
 
-def nccl_options():
+def nccl_options(timeout):
     """Of one communicator among several whose operations overlap: it leaves room on the device."""
     options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout  # or PyTorch warns that it takes the one that is said beside
     options.config.max_ctas = MAX_CTAS
     return options
 
@@ -319,7 +320,7 @@ class Cluster:
         for _ in range(count):
             options = {}
             if backend == "nccl":
-                options = dict(pg_options=nccl_options(), device_id=device)
+                options = dict(pg_options=nccl_options(self.timeout), device_id=device)
             groups.append(self._patiently(*make, **options))
         return groups
 
@@ -354,7 +355,7 @@ class Cluster:
         def make():
             try:
                 results.append(call(*arguments, **options))
-            except RuntimeError as error:
+            except Exception as error:
                 results.append(error)
 
         thread = Thread(target=make, daemon=True)
@@ -363,7 +364,7 @@ class Cluster:
         while thread.is_alive():
             self._look_up()
             thread.join(LOOK_SECONDS)
-        if isinstance(results[0], RuntimeError):
+        if isinstance(results[0], Exception):
             raise self.give_up("an exchange failed", results[0])
         return results[0]
 

@@ -52,6 +52,7 @@ INDEX = "model.safetensors.index.json"
 # their order counts.
 CHUNK_WORDS = 1 << 18
 MIXER = 0x9E3779B97F4A7C1
+ORACLE_ROWS = 1024  # that `causal_attend` takes at a time
 DRAWN_AT_ONCE = 1 << 24  # random numbers of a weight
 NOT_FINITE = -1  # in place of a token, where logits are not finite
 # Sizes of a config.json are below 2**48, so that products of a few stay exact and printable, and
@@ -435,8 +436,17 @@ def causal_attend(layer, q, k, v):
     q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's, so that the oracle shares no code with
     what it is to check."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    if q.dtype.itemsize == 2 or q.shape[2] <= ORACLE_ROWS:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    # In wide types a GPU would hold all T × T scores at once: so many rows at a time.
+    parts = []
+    for rows in torch.arange(q.shape[2], device=q.device).split(ORACLE_ROWS):
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        sees = rows[:, None] >= rows.new_tensor(range(end))
+        some = q[:, :, first:end], k[:, :, :end], v[:, :, :end]
+        parts.append(F.scaled_dot_product_attention(*some, attn_mask=sees, enable_gqa=True))
+    return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
 def rope_frequency(config) -> torch.Tensor:
@@ -464,9 +474,9 @@ class Llama:
     def __init__(self, config, weights):
         self.config = config
         self.weights = weights
-        embedding = weights["model.embed_tokens.weight"]
-        self.dtype = embedding.dtype
-        self.device = embedding.device
+        norm = weights["model.norm.weight"]  # a small one, as it may be made when it is asked for
+        self.dtype = norm.dtype
+        self.device = norm.device
         self.frequency = rope_frequency(config).to(self.device)
 
     @torch.inference_mode()

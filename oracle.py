@@ -21,6 +21,7 @@ rank checks its own work (`deal`).
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ WIDER = {
 # So far may the score of a served token be below the best one of recomputation. In 16 bits such a
 # gap says nothing.
 TIE = {torch.float32: 1e-3, torch.float64: 1e-9}
+# What stands out in rounding: see `usual_rounding`.
+RANKS_APART = 2
+REQUESTS_APART = 4
+ENOUGH_TOKENS = 32
 RECORDED = 2.0**-24  # log-probabilities are kept in float32: so they are rounded, by this part
 
 
@@ -76,7 +81,7 @@ class Verdict:
     wrong: list[int]  # request ids, in order
     gap: float  # the largest
     error: float  # the largest of a request: root mean square over its tokens
-    rounding: float  # root mean square over all tokens
+    rounding: float  # the usual one: root mean square over tokens
 
 
 def recompute(model: Llama, sampler, request: Request) -> Recomputed:
@@ -109,27 +114,48 @@ def limit(tokens: int) -> float:
     return max(2.0, 1 + 3 / math.sqrt(tokens))
 
 
-def judge(recomputed: dict[int, Recomputed], dtype) -> Verdict:
-    """Rounding is that of a request itself, or the mean of all, if that is more: few tokens may be
-    exact by chance."""
+def root_mean_square(squares: list[float], tokens: list[int]) -> float:
+    """Of sums of squares over so many tokens."""
+    return math.sqrt(sum(squares) / max(1, sum(tokens)))
 
-    def root(squares, tokens):
-        return math.sqrt(squares / max(1, tokens))
 
-    answers = recomputed.values()
-    rounding = root(sum(a.rounding for a in answers), sum(a.tokens for a in answers))
-    errors = {id: root(a.error, a.tokens) for id, a in recomputed.items()}
-    tie = TIE.get(dtype, math.inf)
+def rounding_of(answers) -> float:
+    return root_mean_square([a.rounding for a in answers], [a.tokens for a in answers])
+
+
+def usual_rounding(by_rank: list[list[Recomputed]]) -> float:
+    """Of all tokens, but for what stands out: or one that is wrong would excuse the others. A rank
+    that rounds twice as much as another computes wrongly itself (few tokens do not tell); so may a
+    request that rounds four times as much as most do."""
+    by_rank = [[a for a in answers if math.isfinite(a.rounding)] for answers in by_rank]
+    enough = [sum(a.tokens for a in answers) >= ENOUGH_TOKENS for answers in by_rank]
+    of_rank = [rounding_of(answers) for answers in by_rank]
+    most = RANKS_APART * min((x for x, told in zip(of_rank, enough) if told), default=math.inf)
+    kept = [x <= most or not told for x, told in zip(of_rank, enough)]
+    answers = [a for answers, keep in zip(by_rank, kept) if keep for a in answers]
+    if not answers:
+        return math.nan
+    most = REQUESTS_APART * statistics.median(rounding_of([a]) for a in answers)
+    return rounding_of([a for a in answers if rounding_of([a]) <= most])
+
+
+def judge(by_rank: list[dict[int, Recomputed]], dtype) -> Verdict:
+    """by_rank: what each rank has recomputed, by request id. A request is judged by the usual
+    rounding, or by its own, if that is more: but not by much more."""
+    recomputed = {id: answer for part in by_rank for id, answer in part.items()}
+    rounding = usual_rounding([[*part.values()] for part in by_rank])
+    errors = {}
     wrong = []
     for id, answer in sorted(recomputed.items()):
-        usual = max(rounding, root(answer.rounding, answer.tokens))
+        errors[id] = root_mean_square([answer.error], [answer.tokens])
+        own = min(rounding_of([answer]), REQUESTS_APART * rounding)
         # NaN is wrong, too.
-        near = errors[id] <= limit(answer.tokens) * usual
-        if not (near and answer.gap <= tie):
+        near = errors[id] <= limit(answer.tokens) * max(rounding, own)
+        if not (near and answer.gap <= TIE.get(dtype, math.inf)):
             wrong.append(id)
     # Not Python's max: NaN, if there is one.
     largest = lambda values: float(torch.tensor([*values, 0.0], dtype=torch.float64).max())
-    gap = largest(answer.gap for answer in answers)
+    gap = largest(answer.gap for answer in recomputed.values())
     return Verdict(recomputed, wrong, gap, largest(errors.values()), rounding)
 
 
@@ -147,8 +173,7 @@ def verify(engine, requests: list[Request], on_progress) -> Verdict:
         stop = cluster.stop_asked_at is not None
         if any(asked for (asked,) in cluster.gather_integers([stop])):
             break
-    parts = cluster.gather_objects(done)
-    return judge({id: x for part in parts for id, x in part.items()}, engine.model.dtype)
+    return judge(cluster.gather_objects(done), engine.model.dtype)
 
 
 def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[Request]]:

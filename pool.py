@@ -134,7 +134,9 @@ def iteration_bytes(llama, config: LakeConfig, num_instances, dtype) -> int:
     moved = config.staging(num_instances) + 2 * config.pull_tokens * (num_instances > 1)
     # As they are, in float32, as log-probabilities, and noise, which is made of 64-bit numbers.
     logits = config.max_batch * llama.vocab_size * (size + 3 * wide + 5 * 8)
-    return own * layer * size + attention + 2 * moved * 2 * keys * size + logits
+    # `Pool.sum_of_new` gathers new K, and then V, of all layers.
+    gathered = llama.num_layers * own * keys
+    return (own * layer + 2 * moved * 2 * keys + gathered) * size + attention + logits
 
 
 # ── the plan of an iteration ─────────────────────────────────────────────────────────────────────

@@ -96,7 +96,9 @@ class Results:
     def _require_same_basis(self, basis):
         before = read_basis(self.folder)
         for what, value in basis.items():
-            was = before.get(what)
+            said = "it was begun by another version of this program; a new folder is expected"
+            require(what in before, f"--resume {self.folder}: {said}")
+            was = before[what]
             said = f"it was begun with another {what}"
             if what not in ("trace", "model"):
                 said += f": {shown(was)}, now {shown(value)}"
@@ -188,7 +190,8 @@ class Results:
 
 
 def are_logprobs(values, number) -> bool:
-    return len(values) == number and all(-1e9 < value <= 0 for value in values)
+    sound = (type(value) is float and -1e9 < value <= 0 for value in values)
+    return len(values) == number and all(sound)
 
 
 def read_basis(folder: Path) -> dict:

@@ -228,7 +228,7 @@ def prepare(options, cluster, device, memory):
     check_policy(options.scheduler, cluster.size)
     dtype = choose_dtype(options, config, device)
     check_weights(options, config, dtype, device, cluster, memory)
-    lake_config = size_lake(options, config, dtype, device, cluster, memory)
+    lake_config = size_lake(options, config, lines, dtype, device, cluster, memory)
     check_lines(lines, config, lake_config, cluster.size)
     if options.model and not options.random_weights:
         weights = load_weights(options.model, config, dtype, device)
@@ -278,7 +278,7 @@ def check_weights(options, config, dtype, device, cluster, memory):
     require(needed <= memory, f"--model {options.model}: {said}, {memory:,} are there")
 
 
-def size_lake(options, config, dtype, device, cluster, memory):
+def size_lake(options, config, lines, dtype, device, cluster, memory):
     """The LakeConfig, with as many slots as are wanted or as there is room for."""
     on_gpu = device.type == "cuda"
     C = options.segment_tokens or (512 if options.model and on_gpu else 16)
@@ -296,10 +296,16 @@ def size_lake(options, config, dtype, device, cluster, memory):
     row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
     staging_bytes = lake_config.staging(cluster.size) * row_bytes
     sharing = cluster.ranks_per_device(device)
-    needed = config.num_parameters * dtype.itemsize
-    needed += iteration_bytes(config, lake_config, cluster.size, dtype)
-    needed += GPU_RESERVE * on_gpu
-    room = max(0, memory // sharing - needed)
+    weight_bytes = config.num_parameters * dtype.itemsize
+    tokens = sum(line.total for line in lines)
+    most = replace(  # of what is asked for, the trace has no more
+        lake_config,
+        chunk_tokens=min(lake_config.chunk_tokens, tokens),
+        max_batch=min(lake_config.max_batch, len(lines)),
+        pull_tokens=min(lake_config.pull_tokens, tokens),
+    )
+    taken = iteration_bytes(config, most, cluster.size, dtype) + GPU_RESERVE * on_gpu
+    room = max(0, memory // sharing - weight_bytes - taken)
     # By default a tenth is left for what is not foreseen, and a CPU holds 32k tokens at most.
     slots = max(1, (9 * room // 10 - staging_bytes) // (C * row_bytes))
     if not on_gpu:
@@ -308,9 +314,9 @@ def size_lake(options, config, dtype, device, cluster, memory):
     slab_bytes = slots * C * row_bytes + staging_bytes
     require(
         slab_bytes <= room,
-        f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: "
-        f"{sharing} ranks need {sharing * slab_bytes:,} bytes on {device}, "
-        f"{sharing * room:,} are there beside the weights and what an iteration takes",
+        f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: a rank "
+        f"needs {slab_bytes:,} bytes on {device}, of its {memory // sharing:,} there are "
+        f"{room:,} beside {weight_bytes:,} of weights and {taken:,} for an iteration",
     )
     return replace(lake_config, slots=slots)
 
