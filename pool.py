@@ -551,14 +551,17 @@ class QueryBuffer:
         waiting = runs_reading(own_runs, together)
         sources.append(rows_of(waiting))
         self.active = bool(plan.ships.any())
-        self.arrivals = Arrivals(arrived, waiting, select(spans, ~own), together, pool)
+        arrived_parts = np.zeros((0, 0), np.int64)
+        if self.active:
+            self.arrivals = Arrivals(arrived, waiting, select(spans, ~own), together, pool)
+            arrived_parts = self.arrivals.table
         leave = []  # own rows, by holder
         for holder in range(N):
             leave.append(rows_of(select(runs, is_own & plan.ships[:, holder])))
         self.num_rows = int(own_runs.rows.sum())
         parts = merge_table(sources + leave, self.num_rows)
         self.parts, self.arrived_parts, self.leave = to_device(
-            (parts, self.arrivals.table, np.concatenate(leave)), pool.device
+            (parts, arrived_parts, np.concatenate(leave)), pool.device
         )
         between = plan.rows_shipped()
         self.sends = between[index].tolist()
