@@ -551,6 +551,7 @@ class QueryBuffer:
         waiting = runs_reading(own_runs, together)
         sources.append(rows_of(waiting))
         self.active = bool(plan.ships.any())
+        self.arrivals = None
         arrived_parts = np.zeros((0, 0), np.int64)
         if self.active:
             self.arrivals = Arrivals(arrived, waiting, select(spans, ~own), together, pool)

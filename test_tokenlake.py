@@ -1167,7 +1167,7 @@ def test_bad_line_is_named(tmp_path, line, said):
     (["--trace", "{tmp}/missing"], "No such file"), (["--trace", "{tmp}"], "Is a directory"),
     (["--trace", "{tmp}/empty"], "is empty"), (["--trace", "{tmp}/binary"], "binary:1: not JSON"),
     (["--slots", "0"], "--slots"), (["--slots", "x"], "--slots"),
-    (["--slots", "999999999999"], "are there"), (["--segment-tokens", "-1"], "--segment-tokens"),
+    (["--slots", "999999999999"], "a rank needs"), (["--segment-tokens", "-1"], "--segment-tokens"),
     (["--chunk-tokens", "0"], "--chunk-tokens"), (["--max-batch", "0"], "--max-batch"),
     (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
     (["--trace-scale", "3", "--trace", "x"], "'3': a divisor of 512 is expected"),
@@ -1624,7 +1624,8 @@ def slow_moves(rank, seen):
         return back(self, *arguments)
 
     def begun(self, buffer):
-        seen["events"].append("late" if pool.LATE in buffer.arrivals.works else "early")
+        late = buffer.active and pool.LATE in buffer.arrivals.works
+        seen["events"].append("late" if late else "early")
         return query(self, buffer)
 
     def exchanged(received, sent, receives, sends, group, **options):
