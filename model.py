@@ -441,9 +441,10 @@ def causal_attend(layer, q, k, v):
         return out[0].transpose(0, 1)
     # In wide types a GPU would hold all T × T scores at once: so many rows at a time.
     parts = []
-    for rows in torch.arange(q.shape[2], device=q.device).split(ORACLE_ROWS):
-        first, end = int(rows[0]), int(rows[-1]) + 1
-        sees = rows[:, None] >= rows.new_tensor(range(end))
+    position = torch.arange(q.shape[2], device=q.device)
+    for first in range(0, q.shape[2], ORACLE_ROWS):
+        end = min(first + ORACLE_ROWS, q.shape[2])
+        sees = position[first:end, None] >= position[:end]
         some = q[:, :, first:end], k[:, :, :end], v[:, :, :end]
         parts.append(F.scaled_dot_product_attention(*some, attn_mask=sees, enable_gqa=True))
     return torch.cat(parts, 2)[0].transpose(0, 1)
