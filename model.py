@@ -1,8 +1,8 @@
 """Llama without a cache: what does a transformer need from attention?
 
-    tokens [T] ─ embed ─▶ x ─ norm ─ q, k, v ─ RoPE ─ attend(layer, q, k, v) ─ o ─▶ + ─┐
-                          ▲                                                            │ × L
-                          └────────────────────── + ◀─ SwiGLU ─ norm ◀─────────────────┘
+    tokens [T] ─ embed ─▶ x ─ norm ─ q, k, v ─ RoPE ─ attend(layer, q, kv) ─ o ─▶ + ─┐
+                          ▲                                                          │ × L
+                          └───────────────────── + ◀─ SwiGLU ─ norm ◀────────────────┘
                           x after L layers ─ norm ─ head ─▶ logits
 
 The forward works on flat rows: T tokens with absolute positions, of any number of requests, in any
@@ -24,11 +24,14 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from kernels import rotate, suits_triton
 
 # Keys of config.json that change what is computed, and the one value that each may have. An absent
 # one counts as that, but for model_type.
@@ -48,6 +51,10 @@ LLAMA3_SCALING = (
     "original_max_position_embeddings",
 )
 INDEX = "model.safetensors.index.json"
+# Weights of no layer.
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 # Words of four bytes. The sum so far is multiplied by an odd number between chunks of so many: so
 # their order counts.
 CHUNK_WORDS = 1 << 18
@@ -266,15 +273,73 @@ def tensor_shapes(config) -> dict[str, tuple]:
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes = {EMBEDDING: (config.vocab_size, hidden)}
     for i in range(config.num_layers):
-        shapes |= {
-            f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()
-        }
-    shapes["model.norm.weight"] = (hidden,)
+        shapes |= zip(_names(i, layer), layer.values())
+    shapes[NORM] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
+
+
+class Layer(NamedTuple):
+    """Weights of a layer. Those that take the same input are one matrix: one product is launched."""
+    attention_norm: torch.Tensor  # [hidden]
+    qkv: torch.Tensor  # [(H + 2·Hkv)·D, hidden]
+    o: torch.Tensor  # [hidden, H·D]
+    ffn_norm: torch.Tensor  # [hidden]
+    gate_up: torch.Tensor  # [2·FFN, hidden]
+    down: torch.Tensor  # [hidden, FFN]
+
+
+# What a checkpoint has in place of each, one after another.
+PARTS = Layer(
+    attention_norm=["input_layernorm"],
+    qkv=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    o=["self_attn.o_proj"],
+    ffn_norm=["post_attention_layernorm"],
+    gate_up=["mlp.gate_proj", "mlp.up_proj"],
+    down=["mlp.down_proj"],
+)
+
+
+class Weights(NamedTuple):
+    """All of a Llama."""
+    embedding: torch.Tensor  # [V, hidden]
+    layers: list[Layer]
+    norm: torch.Tensor  # [hidden]
+    head: torch.Tensor  # [V, hidden], or the embedding again
+
+    @classmethod
+    def empty(cls, config, dtype, device) -> "Weights":
+        shapes = tensor_shapes(config)
+
+        def make(*names):
+            rows = sum(shapes[name][0] for name in names)
+            return torch.empty(rows, *shapes[names[0]][1:], dtype=dtype, device=device)
+
+        embedding = make(EMBEDDING)
+        layers = [
+            Layer(*(make(*_names(number, parts)) for parts in PARTS))
+            for number in range(config.num_layers)
+        ]
+        head = embedding if config.tie_word_embeddings else make(HEAD)
+        return cls(embedding, layers, make(NORM), head)
+
+    def by_name(self, config) -> dict[str, torch.Tensor]:
+        """Views of them, as a checkpoint has them: see `tensor_shapes`."""
+        shapes = tensor_shapes(config)
+        views = {EMBEDDING: self.embedding, NORM: self.norm, HEAD: self.head}
+        for number, layer in enumerate(self.layers):
+            for joined, parts in zip(layer, PARTS):
+                names = _names(number, parts)
+                rows = [shapes[name][0] for name in names]
+                views |= zip(names, joined.split(rows))
+        return {name: views[name] for name in shapes}
+
+
+def _names(layer, parts):
+    return [f"model.layers.{layer}.{part}.weight" for part in parts]
 
 
 # ── random numbers ───────────────────────────────────────────────────────────────────────────────
@@ -316,7 +381,7 @@ def draw(keys, count, first=0):
     return (bits >> 12) & (1 << 52) - 1
 
 
-def random_weights(config, seed, dtype, device) -> dict:
+def random_weights(config, seed, dtype, device) -> Weights:
     """Seeded weights, uniform, and the same for every device; other types round them.
 
     They are made so that what a row reads shows in its logits, and rounding does not grow into more
@@ -325,29 +390,26 @@ def random_weights(config, seed, dtype, device) -> dict:
     segment count; attention that is a little peaky weighs segments unlike. (Much peakier, it is
     chaotic: a model of 16 layers turns one rounding into another answer.)"""
     scales = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 4.0, "down_proj": 0.5}
-    weights = {}
-    for number, (name, shape) in enumerate(tensor_shapes(config).items()):
-        if len(shape) == 1:
-            weights[name] = torch.ones(shape, device=device, dtype=dtype)
+    weights = Weights.empty(config, dtype, device)
+    for number, (name, weight) in enumerate(weights.by_name(config).items()):
+        if weight.ndim == 1:
+            weight.fill_(1)
             continue
-        deviation = scales.get(name.split(".")[-2], 1.0) / math.sqrt(shape[-1])
-        if "embed_tokens" in name and not config.tie_word_embeddings:
+        deviation = scales.get(name.split(".")[-2], 1.0) / math.sqrt(weight.shape[-1])
+        if name == EMBEDDING and not config.tie_word_embeddings:
             deviation = 3.0
-        key = streams(torch.tensor([[seed, number]], device=device))
-        weights[name] = draw_weight(key, shape, deviation, dtype)
+        draw_weight(weight, streams(torch.tensor([[seed, number]], device=device)), deviation)
     return weights
 
 
-def draw_weight(key, shape, deviation, dtype):
-    """A tensor of numbers between ±√3 deviations: exact in float32 but for one product."""
-    weight = torch.empty(shape, dtype=dtype, device=key.device)
+def draw_weight(weight, key, deviation):
+    """Fills it with numbers between ±√3 deviations: exact in float32 but for one product."""
     first = 0
     for part in weight.view(-1).split(DRAWN_AT_ONCE):
         bits = draw(key, len(part), first)[0] >> 29
         centred = bits.float() * 2.0**-22 - (1 - 2.0**-23)  # between ±1
         part.copy_(centred * (math.sqrt(3) * deviation))
         first += len(part)
-    return weight
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -370,11 +432,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_weights(folder: Path, config, dtype, device) -> dict:
+def load_weights(folder: Path, config, dtype, device) -> Weights:
     """The weights of a folder. ValueError, besides those of `weight_files`: a missing, misshapen
     or unknown tensor, values that are not finite, a damaged file."""
-    shapes = tensor_shapes(config)
-    weights = {}
+    weights = Weights.empty(config, dtype, device)
+    views = weights.by_name(config)
+    missing = list(views)
     for file in weight_files(folder):
         try:
             tensors = load_file(file)
@@ -382,14 +445,13 @@ def load_weights(folder: Path, config, dtype, device) -> dict:
             said = f"damaged or not a safetensors file ({cut(str(error))})"
             raise ValueError(f"{file}: {said}") from None
         for key, tensor in tensors.items():
-            if key in shapes:
-                where = f"{file}: {key}"
-                weights[key] = _checked(tensor, shapes[key], where, dtype, device)
+            if key in views:
+                _fill(views[key], tensor, f"{file}: {key}")
+                missing.remove(key)
             else:
                 # The head of a model with tied embeddings, and angles that are computed here.
-                unused = key == "lm_head.weight" or key.endswith("rotary_emb.inv_freq")
+                unused = key == HEAD or key.endswith("rotary_emb.inv_freq")
                 require(unused, file, f"{cut(key)} is not a tensor of a Llama")
-    missing = [name for name in shapes if name not in weights]
     if missing:
         raise ValueError(
             f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)"
@@ -416,26 +478,26 @@ def checksums(weights: dict) -> dict[str, int]:
     return sums
 
 
-def _checked(tensor, shape, where, dtype, device):
-    """A weight as it is used. It has its shape, and fits the dtype: an infinite one makes every
-    answer wrong."""
+def _fill(weight, tensor, where):
+    """A weight of a file. It has its shape, and fits the dtype: an infinite one makes every answer
+    wrong."""
     found = tuple(tensor.shape)
-    said = f"{where} has the shape {shown(found)}, config.json makes it {shape}"
-    require(found == shape, said)
-    weight = tensor.to(device, dtype)
-    said = f"{where} has values that are not finite in {dtype_name(dtype)}"
+    wanted = tuple(weight.shape)
+    said = f"{where} has the shape {shown(found)}, config.json makes it {wanted}"
+    require(found == wanted, said)
+    weight.copy_(tensor)
+    said = f"{where} has values that are not finite in {dtype_name(weight.dtype)}"
     require(weight.isfinite().all(), said)
-    return weight
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────
 
 
-def causal_attend(layer, q, k, v):
+def causal_attend(layer, q, kv):
     """Attention of one sequence alone: row t sees rows 0..t.
-    q [T, H, D] and k, v [T, Hkv, D] → [T, H, D]. PyTorch's, so that the oracle shares no code with
+    q [T, H, D] and kv [T, 2, Hkv, D] → [T, H, D]. PyTorch's, so that the oracle shares no code with
     what it is to check."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, *kv.unbind(1)))  # [1, heads, T, D]
     if q.dtype.itemsize == 2 or q.shape[2] <= ORACLE_ROWS:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out[0].transpose(0, 1)
@@ -465,58 +527,57 @@ def rope_frequency(config) -> torch.Tensor:
 
 
 def rope(x, cos, sin):
-    """Rotates (x[i], x[i + D/2]) by its row's angle. x [T, heads, D]; cos, sin [T, 1, D/2]."""
+    """Rotates (x[i], x[i + D/2]) by its row's angle, in place. x [T, heads, D]; cos, sin
+    [T, D/2]."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = a * cos - b * sin
+    b.copy_(b * cos + a * sin)
+    a.copy_(rotated)
 
 
 class Llama:
-    """A Llama over a mapping of weights, by their Hugging Face names."""
-    def __init__(self, config, weights):
+    def __init__(self, config, weights: Weights):
         self.config = config
         self.weights = weights
-        norm = weights["model.norm.weight"]  # a small one, as it may be made when it is asked for
-        self.dtype = norm.dtype
-        self.device = norm.device
+        self.dtype = weights.norm.dtype
+        self.device = weights.norm.device
         self.frequency = rope_frequency(config).to(self.device)
+        use_triton = suits_triton(self.device, self.dtype, config.head_dim)
+        self.rope = rotate if use_triton else rope
 
     @torch.inference_mode()
     def forward(self, tokens, positions, attend, wanted=None):
         """tokens, positions [T] int64 → logits [T, V], or [len(wanted), V] for the wanted rows.
 
-        `attend(layer, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]` is called once per
-        layer, also when T is 0: a rank without rows still holds cache that others read."""
+        `attend(layer, q [T, H, D], kv [T, 2, Hkv, D]) -> [T, H, D]` is called once per layer, also
+        when T is 0: a rank without rows still holds cache that others read. kv is a row's key and
+        value side by side, as a slab has them."""
+        weights = self.weights
+        config = self.config
+        H = config.num_heads
+        Hkv = config.num_kv_heads
+        shape = len(tokens), H + 2 * Hkv, config.head_dim
         angle = positions[:, None].float() * self.frequency  # [T, D/2]
-        cos = angle.cos().to(self.dtype)[:, None]
-        sin = angle.sin().to(self.dtype)[:, None]
-        x = F.embedding(tokens, self.weights["model.embed_tokens.weight"])  # [T, hidden]
-        for layer in range(self.config.num_layers):
-            name = f"model.layers.{layer}."
-            h = self._norm(x, name + "input_layernorm")
-            q, k, v = (self._heads(h, f"{name}self_attn.{part}_proj") for part in "qkv")
-            out = attend(layer, rope(q, cos, sin), rope(k, cos, sin), v)
-            x = x + self._linear(out.flatten(1), name + "self_attn.o_proj")
-            h = self._norm(x, name + "post_attention_layernorm")
-            gate = F.silu(self._linear(h, name + "mlp.gate_proj"))
-            up = self._linear(h, name + "mlp.up_proj")
-            x = x + self._linear(gate * up, name + "mlp.down_proj")
+        cos = angle.cos().to(self.dtype)
+        sin = angle.sin().to(self.dtype)
+        x = F.embedding(tokens, weights.embedding)  # [T, hidden]
+        for number, layer in enumerate(weights.layers):
+            h = self._norm(x, layer.attention_norm)
+            qkv = F.linear(h, layer.qkv).view(shape)
+            self.rope(qkv[:, : H + Hkv], cos, sin)
+            kv = qkv[:, H:].unflatten(1, (2, Hkv))
+            out = attend(number, qkv[:, :H], kv)
+            x = x + F.linear(out.flatten(1), layer.o)
+            h = self._norm(x, layer.ffn_norm)
+            gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
         if wanted is not None:
             x = x[wanted]
-        tied = self.config.tie_word_embeddings
-        return self._linear(
-            self._norm(x, "model.norm"), "model.embed_tokens" if tied else "lm_head"
-        )
+        return F.linear(self._norm(x, weights.norm), weights.head)
 
-    def _linear(self, x, name):
-        return F.linear(x, self.weights[name + ".weight"])
-
-    def _heads(self, x, name):  # [T, hidden] → [T, heads, D]
-        return self._linear(x, name).unflatten(-1, (-1, self.config.head_dim))
-
-    def _norm(self, x, name):
-        return F.rms_norm(
-            x, x.shape[-1:], self.weights[name + ".weight"], self.config.rms_norm_eps
-        )
+    def _norm(self, x, weight):
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
     def forward_alone(self, tokens: list[int], rows=None):
         """Logits of one sequence from nothing: no cache, no neighbours. The oracle's forward."""

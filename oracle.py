@@ -23,7 +23,6 @@ rank checks its own work (`deal`).
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,20 +48,18 @@ ENOUGH_TOKENS = 32
 RECORDED = 2.0**-24  # log-probabilities are kept in float32: so they are rounded, by this part
 
 
-class Widened(Mapping):
+class Widened:
     """Weights in a wider type, each made when it is asked for: there is no second copy of all."""
-    def __init__(self, weights: dict, dtype):
+    def __init__(self, weights, dtype):
         self.weights = weights
         self.dtype = dtype
 
-    def __getitem__(self, name):
-        return self.weights[name].to(self.dtype)
+    def __getattr__(self, name):
+        return getattr(self.weights, name).to(self.dtype)
 
-    def __iter__(self):
-        return iter(self.weights)
-
-    def __len__(self):
-        return len(self.weights)
+    @property
+    def layers(self):
+        return [Widened(layer, self.dtype) for layer in self.weights.layers]
 
 
 class Recomputed(NamedTuple):

@@ -1,7 +1,7 @@
 """Data plane: how do queries and keys meet across ranks? (§3.3, §3.4)
 
-Every rank holds one *slab*: the segments that live with it, as rows of K and V per layer. Two
-primitives over `torch.distributed` connect the slabs, per layer:
+Every rank holds one *slab*: the segments that live with it, as rows per layer. A row is a token's
+K and V, side by side. Two primitives over `torch.distributed` connect the slabs, per layer:
 
     query   rows of Q go to the KV, and partial results (O, LSE) come back
     move    rows of KV go: to their home, to a replica, or to rows that pull them
@@ -9,17 +9,17 @@ primitives over `torch.distributed` connect the slabs, per layer:
 Each way is one `all_to_all_single`. A layer runs in this order on every rank, so that exchanges
 hide behind attention:
 
-    0  my new K, V → my slab: to its slot, or if it lives elsewhere to *staging*, behind the slots
+    0  my new KV → my slab: to its slot, or if it lives elsewhere to *staging*, behind the slots
     1  query: my rows leave for the holders of what they read  ──▶  others' rows come to me
     2  move: new KV and copies leave; so does old KV that is pulled for the next layer (in the first
        layer, also for this one)
     3  my rows × KV that lies here already (HERE)
     4  others' rows × KV that lies here already. Old KV that my rows read, too, is read here, once
        for all (TOGETHER), if to read it a second time would take longer than the smallest exchange
-    5  what was moved lands; others' rows × that (LATE), merged with 4  ──▶  (O, LSE) leave. Where
-       none of them reads what was moved, they leave first
+    5  what was moved lands; others' rows × that (LATE); merge  ──▶  their (O, LSE) leave. Where none
+       of them reads what was moved, they leave first
     6  my rows × what was moved (LATE, SIBLING) and pulled (PULLED), while results are on their way
-    7  merge: a row's partial results from here and from all holders
+    7  merge: what a row has read here, and at all holders
 
 Why do ranks step together? An exchange is a collective: it ends when all have called it. So all
 come to the same exchanges in the same order, layer by layer, and one without rows takes part, as
@@ -44,15 +44,14 @@ import torch.distributed as dist
 
 from balancer import BANDWIDTH, EXCHANGE_SECONDS
 from cluster import LakeError
-from kernels import (
+from kernels import Outputs, programs_at_once, suits_triton
+from work import (
     CPU_LANES,
     MAX_LANES,
     Column,
     KVSpans,
     QueryRows,
     Work,
-    merge,
-    partial_attention,
     ranges,
     rows_of_a_block,
     select,
@@ -134,8 +133,8 @@ def iteration_bytes(llama, config: LakeConfig, num_instances, dtype) -> int:
     moved = config.staging(num_instances) + 2 * config.pull_tokens * (num_instances > 1)
     # As they are, in float32, as log-probabilities, and noise, which is made of 64-bit numbers.
     logits = config.max_batch * llama.vocab_size * (size + 3 * wide + 5 * 8)
-    # `Pool.sum_of_new` gathers new K, and then V, of all layers.
-    gathered = llama.num_layers * own * keys
+    # `Pool.sum_of_new` gathers new KV of half of the layers.
+    gathered = (llama.num_layers + 1) // 2 * own * 2 * keys
     return (own * layer + 2 * moved * 2 * keys + gathered) * size + attention + logits
 
 
@@ -397,6 +396,11 @@ def plan_leaves(value):
 # ── an instance's part in it ─────────────────────────────────────────────────────────────────────
 
 
+def in_place(rows, table):
+    """The first rows as a slice, which copies nothing; others as their table."""
+    return slice(len(rows)) if np.array_equal(rows, np.arange(len(rows))) else table
+
+
 class InstanceMoves:
     """One instance's side of an iteration's moves: slab rows that leave, and where others land."""
     def __init__(self, moves, num_instances, index, device):
@@ -413,38 +417,37 @@ class InstanceMoves:
         lands = (moves.target == index) & (moves.target_row >= 0)
         landing = select(moves, lands)
         # Slab rows that leave; rows of the receive buffer that belong into the slab, and where.
+        received = ranges(moves.receive_rows()[lands], landing.rows)
         self.leave, self.received, self.slab_rows = to_device(
             [
                 ranges(leaving.source_row, leaving.rows),
-                ranges(moves.receive_rows()[lands], landing.rows),
+                received,
                 ranges(landing.target_row, landing.rows),
             ],
             device,
         )
+        self.received = in_place(received, self.received)
 
 
 class KVBuffer:
-    """Where the engine leaves K and V of this instance's new rows. num_rows: those of the slab."""
+    """Where the engine leaves KV of this instance's new rows. num_rows: those of the slab."""
     def __init__(self, plan: TransferPlan, index, num_rows, device):
         writes = select(plan.writes, plan.writes.instance == index)
         last = (writes.slab_row + writes.rows).max(initial=0) - 1
         if last >= num_rows:
             said = f"instance {index} is to write slab row {last}, its slab has {num_rows}"
             raise LakeError(said)
+        rows = ranges(writes.first_row, writes.rows)
         self.rows, self.slab_rows = to_device(
-            [
-                ranges(writes.first_row, writes.rows),
-                ranges(writes.slab_row, writes.rows),
-            ],
-            device,
+            [rows, ranges(writes.slab_row, writes.rows)], device
         )
+        self.rows = in_place(rows, self.rows)
         self.moves = InstanceMoves(plan.moves, plan.num_instances, index, device)
 
-    def write(self, layer, k, v):
-        """k, v [T, Hkv, D] of the rows that this instance computes."""
+    def write(self, layer, kv):
+        """kv [T, 2, Hkv, D] of the rows that this instance computes."""
         self.layer = layer
-        self.k = k
-        self.v = v
+        self.kv = kv
 
 
 def runs_reading(runs, spans):
@@ -455,18 +458,6 @@ def runs_reading(runs, spans):
 def rows_of(runs):
     """The rows of runs, among those of the instance that computes them."""
     return ranges(runs.first_row, runs.rows)
-
-
-def merge_table(sources, num_rows):
-    """[rows, sources that give any] number of the result, −1 where a source has none for a row.
-    sources: for each, the row that each of its results belongs to."""
-    sources = [rows for rows in sources if len(rows)]
-    parts = np.full((num_rows, len(sources)), -1, np.int64)
-    before = 0
-    for source, rows in enumerate(sources):
-        parts[rows, source] = before + np.arange(len(rows))
-        before += len(rows)
-    return parts
 
 
 def work_of(runs, spans, pool) -> Work:
@@ -482,92 +473,90 @@ def work_of(runs, spans, pool) -> Work:
         KVSpans(reader_of_share[spans.share], *spans[2:]),
         pool.num_heads,
         pool.num_kv_heads,
-        pool.k.dtype,
-        pool.device,
-        pool.wanted_pieces,
+        pool.kv.dtype,
+        pool.resident,
         pool.read_once,
         pool.max_lanes,
     )
 
 
-class Arrivals:
-    """Rows of others that come to read here, and own ones that wait to read with them: the
-    attention that is to be done for them, early or once moves have landed.
-
-    arrived, waiting: their runs; spans: what those read that arrive; together: what those wait
-    for."""
-    def __init__(self, arrived, waiting, spans, together, pool):
-        arrived = arrived._replace(first_row=starts(arrived.rows))
-        num_rows = int(arrived.rows.sum())
-        self.own_wait = len(waiting.rows) > 0
-        # In the early work, own rows of q are behind those that arrived.
-        waiting = waiting._replace(first_row=waiting.first_row + num_rows)
-        self.works = {}  # by place, HERE and LATE
-        sources = []
-        for place in HERE, LATE:
-            there = select(spans, spans.place == place)
-            readers = runs_reading(arrived, there)
-            sources.append(rows_of(readers))
-            if place == HERE:
-                there = ReadSpans(*map(np.concatenate, zip(there, together)))
-                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
-            if len(readers.rows):
-                self.works[place] = work_of(readers, there, pool)
-        self.num_early = len(sources[0])  # results of rows that arrived, in the early work
-        self.table = merge_table(sources, num_rows)
+# Sections of the rows of a QueryBuffer.
+OWN = 0  # rows that this instance computes
+ARRIVED = 1  # others' rows, that read here
 
 
 class QueryBuffer:
-    """Where the engine leaves Q of this instance's rows; which of them leave, and the attention
-    that is to be done here, for own rows and for those that arrive.
+    """Where the engine leaves Q of the rows that this instance computes; behind these, others'
+    arrive that read here. What is to be read for which, where, when; and what comes of it.
 
-    Partial results of own rows come from several *sources*, one after another:
-
-        HERE │ LATE │ PULLED │ SIBLING │ TOGETHER │ holder 0 │ holder 1 │ …
-
-    A source gives one result for each row of the shares that read something there, in order of the
-    rows: so a row is merged twice, in each Work over its groups and pieces, and here over sources.
-    `parts` lists for each own row the results that `merge` is to join."""
+    Each Work is over KV of one place. All write into `outputs`: so a row's partial results are
+    merged once, wherever it has read. Results of own rows come back from holders, one after another,
+    as partial rows."""
     def __init__(self, plan: QueryPlan, index, pool: "Pool"):
-        N = plan.sizes[0]
         runs = plan.run_table
         is_own = runs.instance == index
         own_runs = select(runs, is_own)
+        self.num_rows = int(own_runs.rows.sum())
         spans = plan.spans_read_at(index)
         own = plan.instance_of_share[spans.share] == index
         spans = self._find_together(plan, spans, own, pool)
-        self.works = {}  # by place, where own rows read something
-        sources = []
+        self.works = {}  # of own rows, by place
         for place in HERE, LATE, PULLED, SIBLING:
             there = select(spans, own & (spans.place == place))
-            readers = runs_reading(own_runs, there)
-            sources.append(rows_of(readers))
-            if len(readers.rows):
-                self.works[place] = work_of(readers, there, pool)
-        # ships[run, here] holds exactly if the run sees a span here, in the slab. Runs are by
-        # instance, and a sender's are sent in their order: so those that arrive are in order.
-        arrived = select(runs, plan.ships[:, index] & ~is_own)
-        together = select(spans, spans.place == TOGETHER)
-        waiting = runs_reading(own_runs, together)
-        sources.append(rows_of(waiting))
+            self._add_work(self.works, place, runs_reading(own_runs, there), there, pool)
+        self.works_for_others = {}  # HERE and LATE
         self.active = bool(plan.ships.any())
-        self.arrivals = None
-        arrived_parts = np.zeros((0, 0), np.int64)
+        leave = [rows_of(own_runs)[:0]]  # own rows, by holder
+        num_arrived = 0
         if self.active:
-            self.arrivals = Arrivals(arrived, waiting, select(spans, ~own), together, pool)
-            arrived_parts = self.arrivals.table
-        leave = []  # own rows, by holder
-        for holder in range(N):
-            leave.append(rows_of(select(runs, is_own & plan.ships[:, holder])))
-        self.num_rows = int(own_runs.rows.sum())
-        parts = merge_table(sources + leave, self.num_rows)
-        self.parts, self.arrived_parts, self.leave = to_device(
-            (parts, arrived_parts, np.concatenate(leave)), pool.device
+            # ships[run, here] holds exactly if the run sees a span here, in the slab. Runs are by
+            # instance, and a sender's are sent in their order: so those that arrive are in order.
+            arrived = select(runs, plan.ships[:, index] & ~is_own)
+            arrived = arrived._replace(first_row=self.num_rows + starts(arrived.rows))
+            num_arrived = int(arrived.rows.sum())
+            self._work_for_others(arrived, own_runs, spans, own, pool)
+            leave = [rows_of(select(runs, is_own & ships)) for ships in plan.ships.T]
+        leave = np.concatenate(leave)
+        self.outputs = Outputs(
+            [*self.works.values(), *self.works_for_others.values()],
+            [self.num_rows, num_arrived],
+            leave,
+            pool.num_heads,
+            pool.head_dim,
+            pool.kv.dtype,
+            pool.device,
+            pool.use_triton,
         )
+        N = plan.sizes[0]
+        # Alone, it reads Q where the model has it.
+        self.q = self.all_q = None
+        if N > 1:
+            shape = self.num_rows + num_arrived, pool.num_heads, pool.head_dim
+            self.all_q = torch.empty(shape, dtype=pool.kv.dtype, device=pool.device)
+        if self.active:
+            (self.leave,) = to_device([leave], pool.device)
         between = plan.rows_shipped()
         self.sends = between[index].tolist()
         self.receives = between[:, index].tolist()
         self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
+
+    def _add_work(self, works, place, readers, spans, pool):
+        """Nothing, where nobody reads."""
+        if len(readers.rows):
+            works[place] = work_of(readers, spans, pool)
+
+    def _work_for_others(self, arrived, own_runs, spans, own, pool):
+        """What is read for rows that arrive: at once, together with own rows that wait for them, or
+        once moves have landed."""
+        for place in HERE, LATE:
+            there = select(spans, ~own & (spans.place == place))
+            readers = runs_reading(arrived, there)
+            if place == HERE:
+                together = select(spans, spans.place == TOGETHER)
+                waiting = runs_reading(own_runs, together)
+                there = ReadSpans(*map(np.concatenate, zip(there, together)))
+                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
+            self._add_work(self.works_for_others, place, readers, there, pool)
 
     @staticmethod
     def _find_together(plan, spans, own, pool):
@@ -592,6 +581,9 @@ class QueryBuffer:
         """q [T, H, D] of the rows that this instance computes."""
         self.layer = layer
         self.q = q
+        if self.all_q is not None:
+            self.q = self.all_q
+            self.q[: self.num_rows] = q
 
 
 # ── the slab and its exchanges ───────────────────────────────────────────────────────────────────
@@ -603,6 +595,10 @@ class InFlight:
     # From `put` to `query`: all moves of the layer.
     staged: InstanceMoves | None = None
     pull: Callable | None = None  # from one layer to the next: waits for old KV to arrive
+
+
+def nothing_moves():
+    return None
 
 
 class Pool:
@@ -619,42 +615,38 @@ class Pool:
     ):
         self.cluster = cluster
         self.device = torch.device(device)
-        heads = llama_config.num_kv_heads
         self.read_once = config.read_once
         self.num_heads = llama_config.num_heads
-        self.num_kv_heads = heads
-        self.scale = 1.0 / llama_config.head_dim**0.5
+        self.num_kv_heads = llama_config.num_kv_heads
+        self.head_dim = llama_config.head_dim
+        self.scale = 1.0 / self.head_dim**0.5
         # Rows of slots, then staging. Unwritten rows are never read: spans end where the tokens do.
         self.num_rows = config.slots * config.segment_tokens
         self.num_rows += config.staging(num_instances)
-        shape = llama_config.num_layers, self.num_rows, heads, llama_config.head_dim
-        self.k = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.v = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.token_bytes = self.k[0, :1].nbytes + self.v[0, :1].nbytes  # of a layer
+        row = 2, self.num_kv_heads, self.head_dim
+        shape = llama_config.num_layers, self.num_rows, *row
+        self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.slabs = self.kv.unbind(0)  # of each layer: [slab rows, 2, Hkv, D]
+        self.token_bytes = self.kv[0, :1].nbytes  # of a layer
         self.query_group, self.move_group = groups or (None, None)
         on_gpu = self.device.type == "cuda"
         self.via_host = bool(groups) and on_gpu and dist.get_backend(groups[0]) == "gloo"
-        # Even one decode is to fill a GPU with four programs per multiprocessor. A piece of `Work`
-        # is a program for each KV head.
-        busy = 1
-        self.max_lanes = CPU_LANES
-        if on_gpu:
-            self.max_lanes = MAX_LANES
-            busy = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-        self.wanted_pieces = -(-busy // heads)
+        self.use_triton = suits_triton(self.device, dtype, self.head_dim)
+        self.max_lanes = MAX_LANES if on_gpu else CPU_LANES
+        # Pieces that run at once: each is a program for each KV head.
+        self.resident = programs_at_once(self.device, self.head_dim, dtype) // self.num_kv_heads
         self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
         self.in_flight = InFlight()
 
-    def _exchange(self, rows, sends, receives, group):
+    def _exchange(self, rows, sends, receives, group, target=None):
         """Sends rows [sum(sends), …], which are by target. Returns a function that waits for those
-        that come: [sum(receives), …], by source."""
+        that come: [sum(receives), …], by source; into a tensor, if one is given."""
+        if target is None:
+            target = rows.new_empty(sum(receives), *rows.shape[1:])
+        received = target
         if self.via_host:  # gloo moves host memory
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            rows = host.copy_(rows)
-        shape = sum(receives), *rows.shape[1:]
-        received = torch.empty(
-            shape, dtype=rows.dtype, device=rows.device, pin_memory=self.via_host
-        )
+            rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+            received = torch.empty(target.shape, dtype=rows.dtype, pin_memory=True)
         cluster = self.cluster
         work = cluster.guard(
             dist.all_to_all_single,
@@ -667,140 +659,117 @@ class Pool:
         )
 
         def wait():
-            if rows.is_cuda:  # nothing waits here: NCCL lets the device wait
+            if received.is_cuda:  # nothing waits here: NCCL lets the device wait
                 cluster.guard(work.wait)
             else:
                 cluster.wait(work)
-            return received.to(self.device)
+            return target.copy_(received) if self.via_host else target
 
         return wait
 
     def move(self, layer, moves) -> Callable:
         """Slab rows travel. Returns a function that waits for those that come, writes those into
-        the slab that belong there, and returns all as k, v [n, Hkv, D]. If none travel, all ranks
-        skip it."""
-        k = self.k[layer]
-        v = self.v[layer]
+        the slab that belong there, and returns all, [n, 2, Hkv, D]; the second time it only returns
+        them. If none travel, all ranks skip it."""
         if not moves.active:
-            return lambda: (k[:0], v[:0])
-        rows = torch.stack((k[moves.leave], v[moves.leave]), 1)  # [n, 2, Hkv, D]
-        row_bytes = rows[:1].nbytes
+            return nothing_moves
+        slab = self.slabs[layer]
+        rows = slab.index_select(0, moves.leave)
         for kind, n in zip(MOVE_KINDS, moves.rows_of_kind):
-            self.bytes[kind] += n * row_bytes
+            self.bytes[kind] += n * self.token_bytes
         wait = self._exchange(rows, moves.sends, moves.receives, self.move_group)
 
         def land():
-            new_k, new_v = (x.contiguous() for x in wait().unbind(1))
-            k[moves.slab_rows] = new_k[moves.received]
-            v[moves.slab_rows] = new_v[moves.received]
-            return new_k, new_v
+            new = wait()
+            if len(moves.slab_rows):
+                slab.index_copy_(0, moves.slab_rows, new[moves.received])
+            return new
 
-        return land
+        return cache(land)
 
     def put(self, buffer):
         """Writes the layer's new rows into this slab. Those that live elsewhere wait in staging:
         `query`, which comes next in every layer on every rank, sends them after the queries."""
-        self.k[buffer.layer, buffer.slab_rows] = buffer.k[buffer.rows]
-        self.v[buffer.layer, buffer.slab_rows] = buffer.v[buffer.rows]
+        self.slabs[buffer.layer].index_copy_(0, buffer.slab_rows, buffer.kv[buffer.rows])
         self.in_flight.staged = buffer.moves
 
     def sum_of_new(self, buffer):
         """[1] of all new KV of this instance, in float64. If it is finite, so is each value; if
         not, it may only have overflowed."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        wide = torch.promote_types(self.k.dtype, torch.float32)
-        for x in self.k, self.v:
-            total += x.index_select(1, buffer.slab_rows).sum(dtype=wide)
+        wide = torch.promote_types(self.kv.dtype, torch.float32)
+        for layers in self.kv.chunk(2):  # half of them at a time
+            total += layers.index_select(1, buffer.slab_rows).sum(dtype=wide)
         return total
 
     def first_nonfinite(self, buffer) -> tuple[int, int] | None:
         """The first layer in which new KV of this instance is not finite, and the lowest such row
         among those that the instance computes. It looks at each value."""
-        new = [x.index_select(1, buffer.slab_rows) for x in (self.k, self.v)]
-        finite = (new[0].isfinite() & new[1].isfinite()).flatten(2).all(2)  # [L, n]
+        new = self.kv.index_select(1, buffer.slab_rows)
+        finite = new.isfinite().flatten(2).all(2)  # [L, n]
         layers = (~finite).any(1).nonzero()
         if not len(layers):
             return None
         layer = int(layers[0])
-        return layer, int(buffer.rows[~finite[layer]].min())
+        rows = torch.arange(len(buffer.kv), device=self.device)[buffer.rows]
+        return layer, int(rows[~finite[layer]].min())
 
     def query(self, buffer):
         """Attention of this rank's rows over the whole pool → [T, H, D]."""
         layer = buffer.layer
-        slab = self.k[layer], self.v[layer]
-        q = buffer.q
-        works = buffer.works
-        wait_for_queries = self._ship(buffer)
+        slab = self.slabs[layer]
+        wait_for_queries = self._ship(buffer) if buffer.active else None
         # Old KV is complete in every layer, so a pull begins one layer ahead (the first one has no
         # layer before it). Fresh KV of a layer is computed in that layer, so it can leave only now.
         wait_for_pulled = self.in_flight.pull if layer else self.move(0, buffer.pulls)
-        land = cache(self.move(layer, self.in_flight.staged))  # called twice, it lands once
-        if layer + 1 < len(self.k):
+        land = self.move(layer, self.in_flight.staged)
+        if layer + 1 < len(self.slabs):
             self.in_flight.pull = self.move(layer + 1, buffer.pulls)
 
-        partials = self._attend(q, slab, works.get(HERE))
-        waited = wait_for_results = None
+        self._attend(buffer, buffer.works, HERE, slab)
         if buffer.active:
-            waited, answer = self._attend_for_others(buffer, slab, wait_for_queries(), land)
-            wait_for_results = self._return(buffer, *answer)
+            wait_for_queries()
+            wait_for_results = self._answer(buffer, slab, land)
         moved = land()
         pulled = wait_for_pulled()
-        partials += self._attend(q, slab, works.get(LATE))
-        partials += self._attend(q, pulled, works.get(PULLED))
-        partials += self._attend(q, moved, works.get(SIBLING))
+        self._attend(buffer, buffer.works, LATE, slab)
+        self._attend(buffer, buffer.works, PULLED, pulled)
+        self._attend(buffer, buffer.works, SIBLING, moved)
         if buffer.active:
-            partials += [waited, wait_for_results()]
-        if not partials:
-            return q  # no rows: each reads itself at least
-        return self._merge(partials, buffer.parts)[0].to(q.dtype)
+            wait_for_results()
+        return buffer.outputs.merge(OWN)[0]
 
-    def _attend(self, q, kv, work) -> list:
-        """Partial results of a Work, if there is one."""
-        return [partial_attention(q, *kv, work, self.scale)] if work else []
-
-    def _merge(self, partials, parts):
-        """Results of several sources → those of the rows. Those of one are in their order."""
-        o, lse = (torch.cat(values) for values in zip(*partials))
-        return merge(o, lse, parts) if parts.shape[1] > 1 else (o, lse)
-
-    def _attend_for_others(self, buffer, slab, q, land):
-        """Rows q [n, H, D] have arrived. → Partial results of own rows that have waited for them,
-        and those rows' results. What was moved lands only if they read it."""
-        arrivals = buffer.arrivals
-        works = arrivals.works
-        both = torch.cat((q, buffer.q)) if arrivals.own_wait else q
-        wide = torch.promote_types(q.dtype, torch.float32)
-        nothing = q[:0].to(wide), q[:0, :, 0].to(wide)
-        (early,) = self._attend(both, slab, works.get(HERE)) or [nothing]
-        others, waited = zip(*(x.tensor_split((arrivals.num_early,)) for x in early))
-        late = nothing
-        if LATE in works:
-            land()
-            (late,) = self._attend(q, slab, works[LATE])
-        return waited, self._merge([others, late], buffer.arrived_parts)
+    def _attend(self, buffer, works, place, kv):
+        """The Work over KV of a place, if there is any."""
+        if place in works:
+            buffer.outputs.attend(buffer.q, kv, works[place], self.scale)
 
     def _ship(self, buffer):
-        """Rows of Q leave for the holders. Returns a function that waits for those that arrive,
-        None if none travel at all."""
-        if not buffer.active:
-            return None
-        rows = buffer.q[buffer.leave]
+        """Rows of Q leave for the holders. Returns a function that waits for those that arrive."""
+        rows = buffer.q.index_select(0, buffer.leave)
         self.bytes["query"] += rows.nbytes
-        return self._exchange(rows, buffer.sends, buffer.receives, self.query_group)
+        arrive = buffer.q[buffer.num_rows :]
+        return self._exchange(rows, buffer.sends, buffer.receives, self.query_group, arrive)
 
-    def _return(self, buffer, o, lse) -> Callable:
-        """Results of arrived rows go back. Returns a function that waits for those of this rank's
-        rows, from all holders. O travels in the model's type, as the sum that it becomes part of is
-        rounded to that, too; an error of LSE would count for all of a part, so it stays wide, as a
-        value or two of that type."""
-        narrow = self.k.dtype
-        lse_values = lse[..., None].view(narrow)
-        results = torch.cat((o.to(narrow), lse_values), -1)  # one buffer: [n, H, D + 1 or 2]
+    def _answer(self, buffer, slab, land) -> Callable:
+        """Rows have arrived: their results go back. Returns a function that waits for those of own
+        rows. What was moved lands only if rows that arrived read it. O travels in the model's type,
+        as the sum that it becomes part of is rounded to that, too; an error of LSE would count for
+        all of a part, so it stays wide, as a value or two of that type."""
+        works = buffer.works_for_others
+        outputs = buffer.outputs
+        self._attend(buffer, works, HERE, slab)
+        if LATE in works:
+            land()
+            self._attend(buffer, works, LATE, slab)
+        o, lse = outputs.merge(ARRIVED)
+        lse_values = lse[..., None].view(o.dtype)
+        results = torch.cat((o, lse_values), -1)  # one buffer: [n, H, D + 1 or 2]
         self.bytes["query"] += results.nbytes
         wait = self._exchange(results, buffer.receives, buffer.sends, self.query_group)
 
-        def read():
-            o_came, lse_came = wait().split((o.shape[-1], lse_values.shape[-1]), -1)
-            return o_came.to(o.dtype), lse_came.contiguous().view(lse.dtype)[..., 0]
+        def take():
+            o_came, lse_came = wait().tensor_split((self.head_dim,), -1)
+            outputs.take(o_came, lse_came.contiguous().view(lse.dtype)[..., 0])
 
-        return read
+        return take

@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
-from kernels import ranges, select, starts, to_device, warm_up
+from kernels import warm_up
 from model import (
     NOT_FINITE,
     Llama,
@@ -62,6 +62,7 @@ from pool import LakeConfig, iteration_bytes, plan_digest
 from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
+from work import ranges, select, starts, to_device
 
 DTYPES = [dtype_name(dtype) for dtype in WIDER]
 # Bytes of a GPU for the contexts of CUDA, cuBLAS and NCCL, for each rank.
@@ -401,12 +402,15 @@ class Engine:
         """Before the clock starts: or the first requests would wait, for seconds, until kernels are
         compiled and libraries have made their plans."""
         config = self.lake.llama_config
-        heads = config.num_heads, config.num_kv_heads, config.head_dim
-        warm_up(*heads, self.model.dtype, self.model.device)
+        H = config.num_heads
+        Hkv = config.num_kv_heads
+        # Alone, it leaves q where the model has it, beside keys and values.
+        row_heads = H if len(self.lake.instances) > 1 else H + 2 * Hkv
+        warm_up(H, Hkv, row_heads, config.head_dim, self.model.dtype, self.model.device)
         for rows in 1, self.lake.config.most_rows():
             ids = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
             sampled = ids[: self.lake.config.max_batch]
-            logits = self.model.forward(ids, ids, lambda layer, q, k, v: q, sampled)
+            logits = self.model.forward(ids, ids, lambda layer, q, kv: q, sampled)
             self.sampler.sample(logits, [(0, 0)] * len(sampled))
 
     def now(self) -> int:
@@ -457,10 +461,10 @@ class Engine:
         q_buf = lake.init_query(batch, group, plan)
         kv_buf = lake.init_transfer(batch, transfer_plan)
 
-        def attend(layer, q, k, v):
+        def attend(layer, q, kv):
             # Before the first exchange of data; embedding and the first QKV hide the wait.
             self.cluster.confirm()
-            kv_buf.write(layer, k, v)
+            kv_buf.write(layer, kv)
             lake.put(kv_buf)
             q_buf.write(layer, q)
             return lake.query(q_buf)
@@ -802,7 +806,7 @@ def set_up(arguments, cluster) -> "Server":
     cluster.together(cluster.require_same, repr(made), what)
     # They are read for other ranks and for run.json; a large model takes seconds.
     compared = cluster.size > 1 or options.output
-    sums = checksums(model.weights) if compared else {}
+    sums = checksums(model.weights.by_name(model.config)) if compared else {}
     require_same_weights(sums, cluster)
     eos = model.config.eos_token_ids if options.stop_at_eos else ()
     results = Results(options.output, cluster, model.config.vocab_size, eos)

@@ -23,6 +23,7 @@ import traceback
 import weakref
 from collections import Counter
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,13 +43,15 @@ import model as model_module
 import pool
 import run_cluster
 import tokenlake
+import work as work_module
 from balancer import Balancer, PrefixTree, Request
-from kernels import KVSpans, QueryRows, Work, merge, partial_attention, ranges, to_device
+from kernels import merge, partial_attention
 from cluster import Cluster
 import oracle as oracle_module
 from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
 from pool import LakeConfig
 from tokenlake import Scheduler, TokenLake
+from work import KVSpans, QueryRows, Work, ranges, to_device
 
 HERE = Path(__file__).parent
 BACKENDS = ["torch"] + ["triton"] * (kernels.triton is not None)
@@ -284,6 +287,20 @@ def make_work(runs, spans, *args, **options):
 # ── kernels ───────────────────────────────────────────────────────────────────────────────────
 
 
+def side_by_side(k, v):
+    """As a pool has them: a row's key and value side by side."""
+    return torch.stack((k, v), 1)
+
+
+def in_work(rows, o, lse):
+    """Results of the rows of a Work, in its order."""
+    return o.cpu()[rows], lse.cpu()[rows]
+
+
+def rows_of(runs):
+    return [first + i for first, rows, _ in runs for i in range(rows)]
+
+
 def reference_attention(q, k, v, runs, spans, scale):
     """float64, one row and one key at a time."""
     H, D = q.shape[1:]
@@ -315,16 +332,18 @@ def test_arrays_reach_the_device_in_one_piece():
 
 def test_what_a_kernel_reads_is_aligned(monkeypatch):
     """By 16 bytes, however many tiles and pieces there are: others would be compiled again."""
-    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
+    monkeypatch.setattr(work_module, "PIECE_COST", 1)
     rng = np.random.default_rng(3)
     for _ in range(30):
         lengths = rng.integers(1, 400, size=3)
         runs = zip([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths)
         spans = zip([0, 1, 2], [0, 500, 1000], lengths, [0, 0, 0])
-        work = make_work([*runs], [*spans], 8, 8, wanted_pieces=int(rng.integers(1, 30)))
-        pieces = [launch.pieces for launch in work.launches]
-        for tensor in (work.members, work.tiles, work.parts, *pieces):
-            assert not tensor.numel() or tensor.storage_offset() * 8 % 16 == 0
+        work = make_work([*runs], [*spans], 8, 8, resident=int(rng.integers(1, 30)))
+        outputs = kernels.Outputs([work], [45, 3], [46], 8, 5, torch.float32, "cpu", True)
+        tables = [tensor for table in (work.tables, *outputs.merges) for tensor in table]
+        written = outputs.o, outputs.lse, outputs.partial_o, outputs.partial_lse
+        for tensor in (*tables, *written):
+            assert not tensor.numel() or tensor.storage_offset() * tensor.itemsize % 16 == 0
 
 
 def error(found, expected):
@@ -349,7 +368,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
     blocks cut into pieces, down to a tile each."""
     if backend == "triton" and dtype == "float64":
         pytest.skip("the Triton kernels do not take float64")
-    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
+    monkeypatch.setattr(work_module, "PIECE_COST", 1)
     generator = torch.Generator().manual_seed(H * D)
     q, k, v = (torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
                for shape in ((60, H, D), (500, Hkv, D), (500, Hkv, D)))
@@ -359,10 +378,13 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
         used[slab:slab + length] = True
     k[~used] = v[~used] = math.nan
     device = DEVICE[backend]
-    work = make_work(RUNS, SPANS, H, Hkv, q.dtype, device, programs)
-    assert (work.num_partials > work.num_results) == (programs > 1)
-    found = partial_attention(q.to(device), k.to(device), v.to(device), work, D ** -0.5, backend)
-    o, lse = (x.cpu() for x in found)
+    work = make_work(RUNS, SPANS, H, Hkv, q.dtype, programs)
+    if programs != 8:
+        assert (len(work.output_rows) > len(rows_of(RUNS))) == (programs > 1)
+    found = partial_attention(q.to(device), side_by_side(k, v).to(device), work, D ** -0.5, backend)
+    o, lse = in_work(rows_of(RUNS), *found)
+    others = [row for row in range(60) if row not in rows_of(RUNS)]
+    assert not found[0][others].any() and (found[1][others] == -math.inf).all()
     expected, expected_lse = reference_attention(q, k, v, RUNS, SPANS, D ** -0.5)
     assert o.dtype == lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
     empty = expected_lse == -math.inf
@@ -376,12 +398,12 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
 def test_partial_attention_of_nothing(backend):
     """Zero query rows, and rows over a slab of which they read nothing."""
     q, kv = (x.to(DEVICE[backend]) for x in (torch.randn(5, 8, 16),
-                                             torch.full((10, 4, 16), math.nan)))
-    nothing = make_work([], [], 8, 4, device=q.device)
-    o, lse = partial_attention(q[:0], kv, kv, nothing, 1.0, backend)
+                                             torch.full((10, 2, 4, 16), math.nan)))
+    nothing = make_work([], [], 8, 4)
+    o, lse = partial_attention(q[:0], kv, nothing, 1.0, backend)
     assert o.shape == (0, 8, 16) and lse.shape == (0, 8)
-    unread = make_work([(0, 5, 0)], [], 8, 4, device=q.device, wanted_pieces=1000)
-    o, lse = partial_attention(q, kv, kv, unread, 1.0, backend)
+    unread = make_work([(0, 5, 0)], [], 8, 4, resident=1000)
+    o, lse = partial_attention(q, kv, unread, 1.0, backend)
     assert not o.any() and (lse == -math.inf).all()
 
 
@@ -418,31 +440,77 @@ def test_merge_of_nothing(backend):
     assert o.shape == (0, 4, 16) and lse.shape == (0, 4)
 
 
-def test_long_blocks_are_cut_into_pieces():
-    """As many as fill the programs, none shorter than MIN_PIECE_TILES; every tile of a block is in one
-    piece, and partial rows of a row's pieces are listed with it."""
+def test_long_blocks_are_cut_evenly():
+    """As many pieces as run at once, or a few times as many; every tile of a block is in one piece,
+    pieces of a block differ by one tile at most, and the longest come first."""
     spans = [(0, 0, 64 * 40, 0), (1, 5000, 64 * 6 + 1, 0), (2, 9000, 64, 0)]
     runs = [(0, 1, 9000), (1, 20, 9000), (21, 3, 9000), (24, 2, 9000)]  # the last one reads nothing
     whole = make_work(runs, spans, 8, 4)
-    assert whole.num_partials == 24 and whole.parts.tolist() == [*([i] for i in range(24)), [-1], [-1]]
-    for programs, most in ((2, 24), (6, 8), (10**6, 4)):
-        work = make_work(runs, spans, 8, 4, wanted_pieces=programs)
-        pieces = torch.cat([launch.pieces for launch in work.launches])
-        pieces = pieces[pieces[:, 0].argsort(stable=True)]
-        first, rows, begin, end, partial = pieces.T
-        counts = [-(-n // most) for n in (40, 7, 1)]
-        assert len(first) == sum(counts) and (end - begin).max() == most
-        assert torch.cat([torch.arange(a, b) for a, b in zip(begin, end)]).tolist() == [*range(48)]
-        at = 0
-        for runs_before, length, count in ((0, 1, counts[0]), (1, 20, counts[1]), (21, 3, counts[2])):
-            parts = work.parts[runs_before:runs_before + length]
-            listed = torch.stack([partial[at:at + count] + i for i in range(length)])
-            assert (parts[:, :count] == listed).all() and (parts[:, count:] == -1).all()
-            at += count
-        assert (work.parts[24:] == -1).all()
-        assert sorted(work.parts[work.parts >= 0].tolist()) == [*range(work.num_partials)]
-        assert {launch.lanes for launch in work.launches if len(launch.pieces)} == {16, 64}
-    assert not work.tiles[-1].any()  # what the kernel loads ahead is there
+    assert whole.output_rows.tolist() == [0, *range(21, 24), *range(1, 21)]
+    for resident, counts in ((2, [3, 1, 1]), (6, [5, 1, 1]), (10**6, [10, 1, 1])):
+        work = make_work(runs, spans, 8, 4, resident=resident)
+        pieces = work.pieces
+        lengths = pieces.end_tile - pieces.first_tile
+        few = work.num_few
+        assert (pieces.rows[:few] * 2 <= 16).all() and (pieces.rows[few:] * 2 > 16).all()
+        for part in np.split(lengths, [few]):
+            assert (np.diff(part) <= 0).all()
+        tiles = [range(a, b) for a, b in zip(pieces.first_tile, pieces.end_tile)]
+        assert sorted(tile for part in tiles for tile in part) == [*range(48)]
+        for first, rows, count in zip((0, 1, 21), (1, 20, 3), counts):
+            of_block = lengths[pieces.first_member == first]
+            assert np.ptp(of_block) <= 1 and (pieces.rows[pieces.first_member == first] == rows).all()
+            assert len(of_block) == count, (resident, first, of_block)
+        assert work.many_lanes == 64
+    # A row with parts is merged, one with nothing to read comes out empty, others are results.
+    outputs = kernels.Outputs([work], [26], [], 8, 16, torch.float32, "cpu", True)
+    assert outputs.merges[0].rows.tolist() == [0, 24, 25]
+    assert outputs.merges[0].parts[1:].eq(-1).all() and outputs.merges[0].parts.shape[1] == 10
+    assert sorted(outputs.merges[0].parts[0].tolist()) == [*range(10)] and len(outputs.partial_o) == 10
+    assert not work.tables.tiles[-1].any()  # what the kernel loads ahead is there
+
+
+def evenly(blocks, tiles, resident):
+    """Pieces of so many blocks of so many tiles each."""
+    return blocks * -(-tiles // work_module.choose_piece_tiles(np.full(blocks, tiles), resident))
+
+
+def test_pieces_fill_waves():
+    """On an H200, 3 programs on each of 132 multiprocessors, for 8 KV heads: 49 pieces at once.
+    Few sequences make one wave of them, at most; more make some waves that are nearly full; many
+    are not cut."""
+    assert [evenly(1, tiles, 49) for tiles in (256, 2048)] == [43, 49]
+    assert evenly(8, 256, 49) == 48 and evenly(16, 64, 49) == 48
+    assert evenly(64, 64, 49) == 192 and evenly(64, 256, 49) == 192
+    assert evenly(256, 64, 49) == 256
+    assert evenly(64, 256, 1) == 64  # a CPU
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        tiles = rng.integers(1, 300, size=rng.integers(1, 40))
+        most = work_module.choose_piece_tiles(tiles, int(rng.integers(2, 200)))
+        assert most >= min(tiles.max(), work_module.PIECE_COST)
+        owner, offset, length = work_module.cut_evenly(tiles, -(-tiles // most))
+        assert length.max() <= most and (np.bincount(owner, length) == tiles).all()
+        for block in range(len(tiles)):
+            assert np.ptp(length[owner == block]) <= 1
+
+
+def test_masks_where_they_are_needed():
+    """Tiles before `first_masked` are whole, and all rows of their piece see all of them."""
+    rng = np.random.default_rng(6)
+    plain = 0
+    for _ in range(60):
+        rows, spans, num_rows, _ = random_readers(rng)
+        work = Work(rows, spans, 4, 2, resident=int(rng.choice([1, 50])))
+        pieces, tiles = work.pieces, work.tiles
+        for first, count, begin, end, masked in zip(*pieces[:5]):
+            assert begin <= masked <= end
+            seen = work.members.position[first:first + count].min()
+            whole = (tiles.length == 64) & (tiles.position + 63 <= seen)
+            assert whole[begin:masked].all()
+            assert masked == end or not whole[masked]
+            plain += masked - begin
+    assert plain > 100
 
 
 # Six decodes behind a prefix of 320 tokens, three of them behind 128 more, each with tokens of its own;
@@ -463,15 +531,15 @@ def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatc
     itself, and as in float64."""
     if backend == "triton" and (dtype == "float64" or (dtype, programs) == ("float16", 1)):
         pytest.skip("the Triton kernels do not take float64; one 16-bit type is enough")
-    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
+    monkeypatch.setattr(work_module, "PIECE_COST", 1)
     torch.manual_seed(0)
     dtype, device = getattr(torch, dtype), DEVICE[backend]
     q, k, v = (torch.randn(*shape).to(dtype) for shape in ((98, 4, 16), (800, 2, 16), (800, 2, 16)))
     found = {}
     for share in (True, False):
-        work = make_work(SHARED_RUNS, SHARED_SPANS, 4, 2, dtype, device, programs, share)
-        members, _, tiles = work._host
-        groups = [members.result[members.group == g].tolist() for g in np.unique(members.group)]
+        work = make_work(SHARED_RUNS, SHARED_SPANS, 4, 2, dtype, programs, share)
+        members, tiles = work.members, work.tiles
+        groups = [members.row[members.group == g].tolist() for g in np.unique(members.group)]
         alone = [*([i] for i in range(6)), [*range(6, 96)], [96, 97]]
         # The chunk fills a block: it reads alone. So does who does not see all of a span.
         assert groups == alone + ([[*range(6)], [1, 3, 4]] if share else [])
@@ -480,7 +548,7 @@ def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatc
         by_decodes = 1 if share else 6
         assert (times[:256] == by_decodes + 1).all() and (times[256:320] == by_decodes + 2).all()
         assert (times[400:528] == (1 if share else 3)).all()
-        o, lse = partial_attention(3 * q.to(device), k.to(device), v.to(device), work, 0.3, backend)
+        o, lse = partial_attention(3 * q.to(device), side_by_side(k, v).to(device), work, 0.3, backend)
         found[share] = o.cpu(), lse.cpu()
     expected = reference_attention(3 * q, k, v, SHARED_RUNS, SHARED_SPANS, 0.3)
     for once, alone, exact in zip(found[True], found[False], expected):
@@ -489,17 +557,17 @@ def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatc
 
 def test_sharing_has_a_price():
     """Two rows save one reading, and pay for two partials and a piece; a full block saves nothing."""
-    saves = lambda *args: bool(kernels.saves_bytes(*args, max_rows=32, partial_tokens=8))
+    saves = lambda *args: bool(work_module.saves_bytes(*args, max_rows=32, partial_tokens=8))
     assert [saves(2, 2, tokens) for tokens in (272, 273)] == [False, True]
     assert [saves(64, 64, tokens) for tokens in (12, 13)] == [False, True]  # 64 blocks or 2
     assert not saves(1, 1, 10**6) and not saves(2, 62, 752) and saves(3, 62, 753)
     # In 16 bits a partial row of Llama-3.1-8B weighs like 8 tokens: 2·(32·128·4) of 2·8·128·2 bytes.
     runs, spans = [(0, 1, 999), (1, 1, 999)], [(run, 0, 273, 0) for run in (0, 1)]
     for dtype, partials in ((torch.bfloat16, 4), (torch.float64, 4)):
-        assert make_work(runs, spans, 32, 8, dtype).num_partials == 2
-    assert make_work(runs, [(run, 0, 272, 0) for run in (0, 1)], 32, 8, torch.bfloat16).launches[
-        0].pieces.shape[0] == 2
-    assert make_work(runs, spans, 32, 8, torch.bfloat16).launches[0].pieces.shape[0] == 1
+        assert len(make_work(runs, spans, 32, 8, dtype).output_rows) == 2
+    shorter = [(run, 0, 272, 0) for run in (0, 1)]
+    assert len(make_work(runs, shorter, 32, 8, torch.bfloat16).pieces.rows) == 2
+    assert len(make_work(runs, spans, 32, 8, torch.bfloat16).pieces.rows) == 1
 
 
 def random_readers(rng):
@@ -527,16 +595,17 @@ def random_readers(rng):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_readers_of_any_spans(backend, monkeypatch):
     """Drawn at random: what is read together is as if each read for itself, row by row in float64."""
-    monkeypatch.setattr(kernels, "MIN_PIECE_TILES", 1)
+    monkeypatch.setattr(work_module, "PIECE_COST", 1)
     rng = np.random.default_rng(5)
     shared = 0
     for _ in range(20 if backend == "torch" else 2):
         rows, spans, num_rows, slab_rows = random_readers(rng)
         torch.manual_seed(int(rng.integers(1000)))
         q, k, v = (torch.randn(n, h, 16) for n, h in ((num_rows, 4), (slab_rows, 2), (slab_rows, 2)))
-        work = Work(rows, spans, 4, 2, device=DEVICE[backend], wanted_pieces=int(rng.choice([1, 50])))
-        shared += work._host[0].group.max(initial=0) > rows.reader[-1]
-        found = partial_attention(*(x.to(DEVICE[backend]) for x in (q, k, v)), work, 0.3, backend)
+        work = Work(rows, spans, 4, 2, resident=int(rng.choice([1, 50])))
+        shared += work.members.group.max(initial=0) > rows.reader[-1]
+        found = partial_attention(*(x.to(DEVICE[backend]) for x in (q, side_by_side(k, v))), work, 0.3, backend)
+        found = in_work(rows.row, *found)
         runs = [(int(row), 1, int(position)) for row, position in zip(rows.row, rows.position)]
         by_row = [(i, *span[1:]) for i, reader in enumerate(rows.reader)
                   for span in zip(*(column.tolist() for column in spans)) if span[0] == reader]
@@ -553,14 +622,18 @@ def test_adjacent_spans_are_views():
     cache holds; only what hides something has a mask."""
     runs = [(i, 1, 99) for i in range(70)]
     apart = [(i, 2 * 48 * i + 32 * j, 16, 16 * j) for i in range(70) for j in range(3)]
-    one = make_work([(0, 1, 299)], [(0, 16 * j, 16, 16 * j) for j in range(20)], 4, 2)
-    (batch,) = one.batches
+
+    def batches_of(*work):
+        work = make_work(*work, 4, 2)
+        kernels.Outputs([work], [70], [], 4, 16, torch.float32, "cpu", False)
+        return work.batches
+    (batch,) = batches_of([(0, 1, 299)], [(0, 16 * j, 16, 16 * j) for j in range(20)])
     assert batch.kv_rows == slice(0, 320) and batch.hidden.sum() == 20
-    batches = make_work(runs, apart, 4, 2).batches
+    batches = batches_of(runs, apart)
     assert sum(len(batch.query_rows) for batch in batches) == 2 * 70
-    assert max(batch.kv_rows.numel() for batch in batches) <= 2 * kernels.MAX_BATCH_KEYS
+    assert max(batch.kv_rows.numel() for batch in batches) <= 2 * work_module.MAX_BATCH_KEYS
     assert all(batch.hidden is None for batch in batches) and len(batches) == 5
-    both = make_work([(0, 1, 299), (1, 1, 299)], [(0, 0, 300, 0), (1, 300, 300, 0)], 4, 2).batches
+    both = batches_of([(0, 1, 299), (1, 1, 299)], [(0, 0, 300, 0), (1, 300, 300, 0)])
     assert [batch.kv_rows for batch in both] == [slice(0, 300), slice(300, 600)]
 
 
@@ -568,10 +641,10 @@ def test_adjacent_spans_are_views():
 def test_a_request_does_not_see_anothers_nan(backend):
     """Blocks of a batch are padded with rows of their own: one's NaN stays with it."""
     device = DEVICE[backend]
-    q, kv = torch.ones(2, 2, 16, device=device), torch.ones(200, 1, 16, device=device)
+    q, kv = torch.ones(2, 2, 16, device=device), torch.ones(200, 2, 1, 16, device=device)
     kv[0] = math.nan
-    work = make_work([(0, 1, 99), (1, 1, 99)], [(0, 0, 100, 0), (1, 100, 80, 0)], 2, 1, device=device)
-    o, lse = partial_attention(q, kv, kv, work, 1.0, backend)
+    work = make_work([(0, 1, 99), (1, 1, 99)], [(0, 0, 100, 0), (1, 100, 80, 0)], 2, 1)
+    o, lse = partial_attention(q, kv, work, 1.0, backend)
     assert o[0].isnan().all() and (o[1] == 1).all() and lse[1].isfinite().all()
 
 
@@ -588,11 +661,12 @@ def test_kernels_on_a_gpu_at_real_shapes(H, Hkv, D, dtype):
     lengths = 20_001, 701, 10_012
     spans = [(run, int(slots[run * 50 + i]) * C, min(C, n - i * C), i * C)
              for run, n in enumerate(lengths) for i in range(-(-n // C))]
-    work = make_work(runs, spans, H, Hkv, q.dtype, "cuda", 64)
-    assert len(work.parts)
-    o, lse = partial_attention(2 * q, k, v, work, D ** -0.5, "triton")
-    exact = partial_attention(2 * q.double(), k.double(), v.double(), work, D ** -0.5)
-    assert error(o, exact[0]) < 1e-2 and error(lse, exact[1]) < 1e-4
+    work = make_work(runs, spans, H, Hkv, q.dtype, 64)
+    assert len(work.output_rows) > 514
+    kv = side_by_side(k, v)
+    found = in_work(slice(514), *partial_attention(2 * q, kv, work, D ** -0.5, "triton"))
+    exact = in_work(slice(514), *partial_attention(2 * q.double(), kv.double(), work, D ** -0.5))
+    assert error(found[0], exact[0]) < 1e-2 and error(found[1], exact[1]) < 1e-4
 
 
 @on_gpu
@@ -651,7 +725,7 @@ def test_error_does_not_grow_with_the_number_of_parts():
     errors = {}
     for parts in (2, 64):
         size = 1024 // parts
-        pieces = [partial_attention(q, k, v, make_work(
+        pieces = [partial_attention(q, side_by_side(k, v), make_work(
             [(0, 8, 1024)], [(0, p * size, size, p * size)], 4, 4), 0.2) for p in range(parts)]
         o, lse = (torch.cat(x) for x in zip(*pieces))
         table = (torch.arange(parts)[None] * 8 + torch.arange(8)[:, None]).int()
@@ -677,7 +751,7 @@ def test_results_may_travel_in_the_models_type(dtype, limit):
     q, k, v = (x.to(dtype) for x in (torch.randn(40, 4, 32) * 12, torch.randn(1024, 4, 32),
                                      torch.randn(1024, 4, 32)))
     expected, _ = reference_attention(q, k, v, [(0, 40, 1024)], [(0, 0, 1024, 0)], 0.2)
-    pieces = [partial_attention(q, k, v, make_work(
+    pieces = [partial_attention(q, side_by_side(k, v), make_work(
         [(0, 40, 1024)], [(0, p * 64, 64, p * 64)], 4, 4, dtype), 0.2) for p in range(16)]
     o, lse = (torch.cat(x) for x in zip(*pieces))
     table = (torch.arange(16)[None] * 40 + torch.arange(40)[:, None]).int()
@@ -716,12 +790,14 @@ def widths(built):
 shapes = [("bf16", 128, 32, 8, n) for n in (16, 32, 64, 128)]  # Llama-3.1-8B
 shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32, 32, 16),
            ("bf16", 128, 32, 32, 128), ("bf16", 128, 64, 8, 16), ("bf16", 64, 32, 8, 128)]
+OTHERS = {n: "*i64" for n in ("Members", "Pieces", "Tiles", "Outputs")} | {
+    n: "*fp32" for n in ("LSE", "PartialO", "PartialLSE")} | dict(num_rows="i32", scale="fp32")
 def check(case):
     arch, (dtype, D, H, Hkv, lanes) = case
     config = kernels.attention_config(lanes, H, Hkv, D, 2)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-    names = {n: "*" + dtype for n in "QKV"} | dict(
-        Members="*i64", Pieces="*i64", Tiles="*i64", O="*fp32", LSE="*fp32", scale="fp32")
+    names = {n: "*" + dtype for n in ("Q", "KV", "O")} | OTHERS
+    config["Q_HEADS"] = H + 2 * Hkv
     built, registers, stack = compile(arch, kernels._partial_attention_kernel, names, config,
                                       **options)
     said = arch, dtype, D, H, Hkv, lanes, "registers", registers, "shared", built.metadata.shared
@@ -740,14 +816,18 @@ with ProcessPoolExecutor(2) as executor:
     for said in executor.map(check, itertools.product((80, 90), shapes)):
         print(*said)
 for arch in (80, 90):
-    names = dict(O="*fp32", LSE="*fp32", Parts="*i64", Out="*fp32", OutLSE="*fp32",
-                 max_parts="i32")
-    built, registers, stack = compile(arch, kernels._merge_kernel, names,
-                                      dict(H=32, D=128, HPAD=32, DPAD=128))
+    for heads in (1, 8):
+        names = dict(O="*fp32", LSE="*fp32", Rows="*i64", Parts="*i64", Out="*bf16", OutLSE="*fp32",
+                     max_parts="i32")
+        sizes = dict(H=32, D=128, HEADS=heads, PARTS=16 // heads, DPAD=128)
+        built, registers, stack = compile(arch, kernels._merge_kernel, names, sizes)
+        assert stack == 0 and widths(built) == {"64"}
+    names = dict(X="*bf16", Cos="*bf16", Sin="*bf16")
+    sizes = dict(ROW=48 * 128, HEADS=40, HALF=64, HEADSPAD=64, HALFPAD=64)
+    built, registers, stack = compile(arch, kernels._rotate_kernel, names, sizes)
     assert stack == 0 and widths(built) == {"64"}
-    names = {n: "*fp32" for n in ("Q", "K", "V", "O", "LSE")} | dict(
-        Members="*i64", Pieces="*i64", Tiles="*i64", scale="fp32")  # spills, but fits
-    config = kernels.attention_config(32, 32, 8, 128, 4)
+    names = {n: "*fp32" for n in ("Q", "KV", "O")} | OTHERS  # spills, but fits
+    config = kernels.attention_config(32, 32, 8, 128, 4) | dict(Q_HEADS=32)
     options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
     compile(arch, kernels._partial_attention_kernel, names, config, **options)
 """
@@ -832,8 +912,9 @@ def save_model(folder, config=None, drop=(), change=None):
                max_position_embeddings=512, eos_token_id=[7, 9]) | (config or {})
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "drop"}))
     with contextlib.suppress(ValueError):
-        weights = random_weights(load_config(folder), 0, torch.float32, "cpu")
-        weights = {k: v for k, v in weights.items() if k not in drop} | (change or {})
+        config = load_config(folder)
+        weights = random_weights(config, 0, torch.float32, "cpu").by_name(config)
+        weights = {k: v.clone() for k, v in weights.items() if k not in drop} | (change or {})
         save_file(weights, folder / "model.safetensors")
     return folder
 
@@ -893,7 +974,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, stored, dtype,
     def load():
         return load_weights(folder, load_config(folder), getattr(torch, dtype), "cpu")
     if fits:
-        assert load()["model.norm.weight"][17] > 5e4
+        assert load().norm[17] > 5e4
         return
     with pytest.raises(ValueError) as caught:
         load()
@@ -1078,14 +1159,17 @@ def test_random_weights_are_the_same_everywhere(device, monkeypatch):
     """Uniform, of the deviation that is asked for; drawn in parts or at once, on any device; another
     type rounds the same numbers."""
     config = LlamaConfig()
-    weights = random_weights(config, 7, torch.float32, device)
+
+    def drawn(seed, dtype, device="cpu"):
+        return random_weights(config, seed, dtype, device).by_name(config)
+    weights = drawn(7, torch.float32, device)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        for name, weight in random_weights(config, 7, dtype, "cpu").items():
+        for name, weight in drawn(7, dtype).items():
             assert torch.equal(weight, weights[name].cpu().to(dtype)), name
     monkeypatch.setattr(model_module, "DRAWN_AT_ONCE", 1000)
-    again = random_weights(config, 7, torch.float32, "cpu")
+    again = drawn(7, torch.float32)
     assert all(torch.equal(weights[name].cpu(), again[name]) for name in weights)
-    other = random_weights(config, 8, torch.float32, "cpu")
+    other = drawn(8, torch.float32)
     down = weights["model.layers.1.mlp.down_proj.weight"].cpu()
     assert abs(down.std() / (0.5 / 16) - 1) < 0.02 and abs(down.mean()) < 0.001
     assert down.abs().max() <= 3**0.5 * 0.5 / 16 and (down == down.round(decimals=3)).sum() < 50
@@ -1391,14 +1475,14 @@ def read_together(rank, seen):
     """Sharing always pays, and no exchange is worth reading twice. Counts iterations in which rows of
     several requests share a span, and in which own rows wait for others."""
     seen.update(shared=0, together=0)
-    kernels.saves_bytes = lambda readers, *_, **__: readers > 1
+    work_module.saves_bytes = lambda readers, *_, **__: readers > 1
     pool.EXCHANGE_SECONDS = 0
-    make = kernels.Work.__init__
+    make = Work.__init__
 
     def count(work, rows, *args, **options):
         make(work, rows, *args, **options)
-        seen["shared"] += work._host[0].group.max(initial=0) > rows.reader.max(initial=0)
-    kernels.Work.__init__ = count
+        seen["shared"] += work.members.group.max(initial=0) > rows.reader.max(initial=0)
+    Work.__init__ = count
     find = pool.QueryBuffer._find_together
 
     def found(*args):
@@ -1536,8 +1620,8 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
     Exchanges and kernels do nothing; `wait`: put into a layer, it is noticed. Nor is a kernel
     compiled."""
     class Kernel:
-        def __init__(self, integers):
-            self.integers = integers  # are they specialised?
+        def __init__(self, name):
+            self.name = name
 
         def __getitem__(self, grid):
             assert all(type(n) is int and n > 0 for n in grid)
@@ -1547,27 +1631,26 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
             """Notes what Triton compiles a variant for."""
             def kind(x):
                 if torch.is_tensor(x):
-                    return x.dtype, x.storage_offset() * x.itemsize % 16
-                return (x == 1, x % 16 == 0) if type(x) is int and self.integers else type(x)
-            launched.append((self.integers, *map(kind, arguments), *config.values()))
+                    return x.dtype, x.storage_offset() * x.itemsize % 16 if x.numel() else 0
+                return type(x)  # integers are not specialised
+            launched.append((self.name, *map(kind, arguments), *config.values()))
 
-    def exchange(self, rows, sends, receives, group):
+    def exchange(self, rows, sends, receives, group, target=None):
         assert len(rows) == sum(sends)
         return lambda: rows.new_empty(sum(receives), *rows.shape[1:])
     launched = []
-    monkeypatch.setattr(kernels, "_partial_attention_kernel", Kernel(True))
-    monkeypatch.setattr(kernels, "_merge_kernel", Kernel(False))
-    monkeypatch.setattr(kernels, "suits_triton", lambda x: True)
+    for name in ("_partial_attention_kernel", "_merge_kernel", "_rotate_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel(name))
+    for module in (kernels, pool, model_module):
+        monkeypatch.setattr(module, "suits_triton", lambda *_: True)
     monkeypatch.setattr(pool.Pool, "_exchange", exchange)
     config, N = LlamaConfig(), 3
     lake_config = LakeConfig(segment_tokens=8, slots=64, chunk_tokens=24)
-    weights = {name: torch.empty(shape, device="meta")
-               for name, shape in model_module.tensor_shapes(config).items()}
-    model = Llama(config, weights)
+    model = Llama(config, model_module.Weights.empty(config, torch.float32, "meta"))
     pools = [pool.Pool(None, [None, None], config, lake_config, N, torch.float32, "meta")
              for _ in range(N)]
     for each in pools:
-        each.max_lanes = kernels.MAX_LANES
+        each.max_lanes = work_module.MAX_LANES
     lake = TokenLake([*range(N)], config, lake_config)
     scheduler = Scheduler(lake)
     for id in range(5):
@@ -1579,8 +1662,8 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
             q_buf = pool.QueryBuffer(plan, index, its_pool)
             kv_buf = pool.KVBuffer(transfers, index, its_pool.num_rows, "meta")
 
-            def attend(layer, q, k, v):
-                kv_buf.write(layer, k, v)
+            def attend(layer, q, kv):
+                kv_buf.write(layer, kv)
                 its_pool.put(kv_buf)
                 q_buf.write(layer, q)
                 if wait:
@@ -1596,17 +1679,21 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
         scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
     # What is launched while serving was compiled before: few variants.
     while_serving = {*launched}
-    assert len(launched) > 100 and len(while_serving) >= 3
+    assert len(launched) > 100 and len(while_serving) >= 4
     launched.clear()
-    kernels.warm_up(config.num_heads, config.num_kv_heads, config.head_dim, torch.float32, "meta")
-    assert while_serving <= {*launched} and len({*launched}) == 5
+    H = config.num_heads
+    kernels.warm_up(H, config.num_kv_heads, H, config.head_dim, torch.float32, "meta")
+    model.forward(ids[:0], ids[:0], lambda layer, q, kv: q)  # as Engine._warm_up does, with rows
+    assert len({*launched}) == 6
+    launched.append(next(variant for variant in while_serving if variant[0] == "_rotate_kernel"))
+    assert while_serving <= {*launched} and len({*launched}) == 7
 
 
 def slow_moves(rank, seen):
     """What moves comes late, and later at each rank; and in which order a layer lands it and sends
     results back."""
     seen.update(events=[], groups=[], splits=[])
-    move, back, query = pool.Pool.move, pool.Pool._return, pool.Pool.query
+    move, merge, query = pool.Pool.move, kernels.Outputs.merge, pool.Pool.query
     all_to_all = dist.all_to_all_single
 
     def slow(self, layer, moves):
@@ -1617,14 +1704,15 @@ def slow_moves(rank, seen):
             if moves is self.in_flight.staged:
                 seen["events"].append("land")
             return land()
-        return later
+        return cache(later)
 
-    def noted(self, *arguments):
-        seen["events"].append("return")
-        return back(self, *arguments)
+    def noted(self, section):
+        if section == pool.ARRIVED:
+            seen["events"].append("return")
+        return merge(self, section)
 
     def begun(self, buffer):
-        late = buffer.active and pool.LATE in buffer.arrivals.works
+        late = pool.LATE in buffer.works_for_others
         seen["events"].append("late" if late else "early")
         return query(self, buffer)
 
@@ -1633,7 +1721,7 @@ def slow_moves(rank, seen):
         seen["groups"].append(group.group_name)
         seen["splits"].append((sends, receives, tuple(sent.shape[1:])))
         return all_to_all(received, sent, receives, sends, group=group, **options)
-    pool.Pool.move, pool.Pool._return, pool.Pool.query = slow, noted, begun
+    pool.Pool.move, kernels.Outputs.merge, pool.Pool.query = slow, noted, begun
     dist.all_to_all_single = exchanged
 
 
@@ -1714,12 +1802,12 @@ def test_a_rank_that_rounds_excuses_nobody():
 
 def rounds_badly(rank, seen):
     """Rank 1 is wrong in bfloat16, and right in float32."""
-    original = Llama._linear
+    original = Llama._norm
 
-    def linear(self, x, name):
-        y = original(self, x, name)
-        return y * 1.5 if rank == 1 and "down_proj" in name and y.dtype == torch.bfloat16 else y
-    Llama._linear = linear
+    def norm(self, x, weight):
+        y = original(self, x, weight)
+        return y * 1.2 if rank == 1 and y.dtype == torch.bfloat16 else y
+    Llama._norm = norm
 
 
 def test_a_rank_that_is_wrong_in_one_type_is_noticed(tmp_path):
@@ -1735,7 +1823,9 @@ def test_weights_have_no_second_copy():
     config = LlamaConfig(tie_word_embeddings=True)
     model = Llama(config, random_weights(config, 0, torch.bfloat16, "cpu"))
     widened = Llama(config, oracle_module.Widened(model.weights, torch.float32))
-    copy = Llama(config, {name: weight.float() for name, weight in model.weights.items()})
+    copy = Llama(config, random_weights(config, 0, torch.float32, "cpu"))
+    for name, weight in copy.weights.by_name(config).items():
+        weight.copy_(model.weights.by_name(config)[name])
     ids = tokens(20, 3)
     assert torch.equal(widened.forward_alone(ids), copy.forward_alone(ids))
     assert not any(torch.is_tensor(value) and value.dim() > 1 for value in vars(widened).values())
@@ -1771,7 +1861,7 @@ def lose_a_segment(where):
             slot = shared.replicas.get(rank)
             if slot is not None:
                 row = slot % S * C
-                lake.pool.v[layer, row : row + C] = 0
+                lake.pool.kv[layer, row : row + C, 1] = 0
         return observe
     return prelude
 
@@ -3528,7 +3618,8 @@ def wrong_in_itself(rank, seen):
 
     def server(options, cluster, lines, lake_config, model, *rest):
         if rank == 1:
-            model.weights["model.layers.1.mlp.up_proj.weight"] *= -1
+            up = model.weights.by_name(model.config)["model.layers.1.mlp.up_proj.weight"]
+            up *= -1
         return make(options, cluster, lines, lake_config, model, *rest)
     run_cluster.Server = server
 
@@ -3593,30 +3684,29 @@ def test_checksums_notice_any_change():
         assert run_cluster.checksums({"w": weight.clone()})["w"] in found
 
 
-def poison(rank, seen, layer=1, iteration=4, name="k", value=math.nan):
+def poison(rank, seen, layer=1, iteration=4, which=0, value=math.nan):
     """From some iteration on, rank 1 computes a value that is not finite."""
     original, calls = TokenLake.put, []
 
     def put(self, kv_buf):
         calls.append(0)
         if rank == 1 and len(calls) > 3 * iteration and kv_buf.layer == layer:
-            if len(getattr(kv_buf, name)):
-                getattr(kv_buf, name)[-1, 0, 0] = value
+            if len(kv_buf.kv):
+                kv_buf.kv[-1, which, 0, 0] = value
         return original(self, kv_buf)
     TokenLake.put = put
 
     def observe(server, finished):
-        for tensor in (server.lake.pool.k, server.lake.pool.v):
-            for segment in server.lake.balancer.tree.segments.values():
-                for instance, slot in segment.replicas.items():
-                    row = pool.slab_row(slot, *server.lake.balancer.sizes[1:])
-                    if instance == rank:
-                        assert tensor[:, row:row + 16].isfinite().all()
+        for segment in server.lake.balancer.tree.segments.values():
+            for instance, slot in segment.replicas.items():
+                row = pool.slab_row(slot, *server.lake.balancer.sizes[1:])
+                if instance == rank:
+                    assert server.lake.pool.kv[:, row:row + 16].isfinite().all()
     return observe
 
 
 def poison_v(rank, seen):
-    return poison(rank, seen, layer=2, name="v", value=-math.inf)
+    return poison(rank, seen, layer=2, which=1, value=-math.inf)
 
 
 def poison_logits(rank, seen):
@@ -3645,13 +3735,15 @@ def test_large_values_are_finite():
     lake = TokenLake([0], LlamaConfig(), LakeConfig(), Cluster(), torch.float32)
     buffer = pool.KVBuffer(pool.TransferPlan(pool.SlabWrites(*np.array([[0], [0], [16], [3]])),
                                              pool.Moves.of((0, 0, 0, 0, 0, 0)), 1), 0, 99, "cpu")
-    lake.pool.k[2, 16:19] = 3e38
+    buffer.write(2, torch.zeros(3, 2, 4, 16))
+    k, v = lake.pool.kv.unbind(2)
+    k[2, 16:19] = 3e38
     assert lake.pool.first_nonfinite(buffer) is None
-    lake.pool.v[2, 18, 3, 5] = math.inf
-    lake.pool.v[2, 17, 3, 5] = math.nan
+    v[2, 18, 3, 5] = math.inf
+    v[2, 17, 3, 5] = math.nan
     assert lake.pool.first_nonfinite(buffer) == (2, 1)
-    lake.pool.k[1, 18, 0, 0] = math.nan
-    lake.pool.k[0, 19, 0, 0] = math.nan  # nothing was written there
+    k[1, 18, 0, 0] = math.nan
+    k[0, 19, 0, 0] = math.nan  # nothing was written there
     assert lake.pool.first_nonfinite(buffer) == (1, 2)
 
 
@@ -4549,8 +4641,7 @@ def test_peers_tell_near_ties_from_wrong_tokens(monkeypatch, capsys, change, sta
 
     def in_pairs(*arguments):
         weights = random(*arguments)
-        head = weights["lm_head.weight"]
-        head[1::2] = head[::2]
+        weights.head[1::2] = weights.head[::2]
         return weights
 
     def tampered(folder, load, ranks, options):
@@ -5487,7 +5578,7 @@ class ControlPlane:
     def check_copies(self, plan, transfer):
         """A copy is made of a segment that is in the tree, and read from the next iteration on."""
         S, C = self.balancer.slots, self.naive.C
-        copies = kernels.select(transfer.moves, transfer.moves.kind == pool.REPLICA)
+        copies = work_module.select(transfer.moves, transfer.moves.kind == pool.REPLICA)
         copied = (copies.source * S + copies.source_row // C).tolist()
         filled = (copies.target * S + copies.target_row // C).tolist()
         ids = {segment.slot: id for id, segment in self.tree.segments.items()}

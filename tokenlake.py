@@ -81,11 +81,11 @@ from balancer import (
     dynamic_program,
 )
 from cluster import Cluster, LakeError
-from kernels import Column, ranges, select, starts, starts_in_groups
 from pool import EVEN_SLACK, HERE, LATE, PULL, PUT, REPLICA, SIBLING
 from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
+from work import Column, ranges, select, starts, starts_in_groups
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
 RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
@@ -678,7 +678,7 @@ class TokenLake:
 
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
         """The buffer for new K and V of the rows that this instance computes: `kv_buf.write(layer,
-        k, v)`, [T, Hkv, D] each. (`batch` is the paper's; here the plan says which are put.)"""
+        kv)`, [T, 2, Hkv, D]. (`batch` is the paper's; here the plan says which are put.)"""
         return KVBuffer(transfer_plan, self.index, self.pool.num_rows, self.pool.device)
 
     def put(self, kv_buf):

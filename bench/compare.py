@@ -378,7 +378,7 @@ class RealRun:
             own_moves = InstanceMoves(
                 moves, self.cluster.size, self.cluster.rank, self.pool.device
             )
-            for layer in range(len(self.pool.k)):
+            for layer in range(len(self.pool.slabs)):
                 wait = self.pool.move(layer, own_moves)
                 wait()
             self.fleet.landed(transfer)

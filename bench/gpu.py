@@ -60,6 +60,7 @@ from model import Llama, LlamaConfig, Sampler, cut, one_line, random_weights  # 
 from options import Parser  # noqa: E402
 from pool import LakeConfig  # noqa: E402
 from tokenlake import Scheduler, TokenLake  # noqa: E402
+from work import KVSpans, QueryRows, Work  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 TOTAL_SECONDS = 470  # of all steps
@@ -206,18 +207,17 @@ def ragged():
     """For `sanitizer`: heads that no power of two divides, ends of segments, rows without keys."""
     for heads, kv_heads, head_dim, rows, context in (32, 8, 128, 37, 333), (6, 2, 24, 5, 117):
         q = torch.randn(rows + 1, heads, head_dim, device=DEVICE)
-        k, v = torch.randn(2, 2 * context, kv_heads, head_dim, device=DEVICE)
+        kv = torch.randn(2 * context, 2, kv_heads, head_dim, device=DEVICE)
         reader = np.append(np.zeros(rows, int), 1)
         position = np.append(np.arange(context - rows, context), 0)
-        work = kernels.Work(
-            kernels.QueryRows(reader, np.arange(rows + 1), position),
-            kernels.KVSpans(*np.array([[0, 0], [7, 99], [50, context - 50], [0, 50]])),
+        work = Work(
+            QueryRows(reader, np.arange(rows + 1), position),
+            KVSpans(*np.array([[0, 0], [7, 99], [50, context - 50], [0, 50]])),
             heads,
             kv_heads,
-            device=DEVICE,
-            wanted_pieces=64,
+            resident=64,
         )
-        o, lse = kernels.partial_attention(q, k, v, work, 0.1, "triton")
+        o, lse = kernels.partial_attention(q, kv, work, 0.1, "triton")
         if not (o.isfinite().all() and lse[:-1].isfinite().all()):
             raise RuntimeError("a result is not finite")
         if o[-1].any() or not (lse[-1] == -torch.inf).all():

@@ -47,9 +47,10 @@ if not GPU:
 from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 
 import kernels  # noqa: E402
-from kernels import KVSpans, QueryRows, Work, merge, partial_attention  # noqa: E402
+from kernels import Outputs, merge, programs_at_once  # noqa: E402
 from model import cut, one_line, shown  # noqa: E402
 from options import Parser  # noqa: E402
+from work import KVSpans, QueryRows, Work  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -113,9 +114,8 @@ class Problem:
     """An attention case with its data."""
     case: AttentionCase
     q: torch.Tensor  # [batch · rows, H, D]
-    k: torch.Tensor  # [slab rows, Hkv, D]
-    v: torch.Tensor
-    slab_rows: torch.Tensor  # [batch, context] where each token's K and V lie
+    kv: torch.Tensor  # [slab rows, 2, Hkv, D]
+    slab_rows: torch.Tensor  # [batch, context] where each token's KV lies
 
     @property
     def scale(self) -> float:
@@ -141,11 +141,10 @@ def random_problem(case: AttentionCase, slots: np.ndarray, dtype) -> Problem:
         return torch.randn(rows, heads, shape.head_dim, device=DEVICE, dtype=dtype)
 
     q = random_rows(case.batch * case.rows, shape.heads)
-    k = random_rows(slab_size, shape.kv_heads)
-    v = random_rows(slab_size, shape.kv_heads)
+    kv = random_rows(slab_size, 2 * shape.kv_heads).unflatten(1, (2, -1))
     slab_rows = slots[:, :, None] * case.segment + np.arange(case.segment)
     slab_rows = slab_rows.reshape(case.batch, -1)[:, : case.context]
-    return Problem(case, 2 * q, k, v, torch.from_numpy(slab_rows).to(DEVICE))
+    return Problem(case, 2 * q, kv, torch.from_numpy(slab_rows).to(DEVICE))
 
 
 def attention_work(case: AttentionCase, slots: np.ndarray, dtype, share=True) -> Work:
@@ -154,7 +153,6 @@ def attention_work(case: AttentionCase, slots: np.ndarray, dtype, share=True) ->
     batch, segments = slots.shape
     position = np.arange(segments) * case.segment
     length = np.minimum(case.context - position, case.segment)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count if GPU else 16
     rows = QueryRows.of_runs(
         reader=np.arange(batch),
         first_row=np.arange(batch) * case.rows,
@@ -173,9 +171,8 @@ def attention_work(case: AttentionCase, slots: np.ndarray, dtype, share=True) ->
         shape.heads,
         shape.kv_heads,
         dtype,
-        DEVICE,
-        wanted_pieces=-(-4 * processors // shape.kv_heads),
-        share=share,
+        programs_at_once(DEVICE, shape.head_dim, dtype) // shape.kv_heads if GPU else 8,
+        share,
     )
 
 
@@ -186,8 +183,7 @@ def expected_row(problem: Problem, sequence: int, row: int) -> torch.Tensor:
     visible = problem.slab_rows[sequence, : case.context - case.rows + row + 1]
     query = problem.q[sequence * case.rows + row].double()
     query = query.view(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
-    keys = problem.k[visible].double()
-    values = problem.v[visible].double()
+    keys, values = problem.kv[visible].double().unbind(1)
     scores = torch.einsum("kgd,nkd->kgn", query, keys) * problem.scale
     return torch.einsum("kgn,nkd->kgd", scores.softmax(-1), values).flatten(0, 1)
 
@@ -224,8 +220,8 @@ def checked_error(problem: Problem, o: torch.Tensor) -> float:
 def peers(problem: Problem) -> dict[str, Callable]:
     """Ours to beat, over K and V made contiguous: name → what to run."""
     case = problem.case
-    k = problem.k[problem.slab_rows]  # [batch, context, Hkv, D]
-    v = problem.v[problem.slab_rows]
+    # [batch, context, Hkv, D]
+    k, v = (x.contiguous() for x in problem.kv[problem.slab_rows].unbind(2))
     q = problem.q.view(case.batch, case.rows, *problem.q.shape[1:])
     by_head = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     mask = causal_lower_right(case.rows, case.context) if case.rows > 1 else None
@@ -254,16 +250,24 @@ def times_ours(run_peer: Callable, ms: float) -> float | str:
         return f"failed: {cut(one_line(repr(error)), 80)}"
 
 
+def attention(problem: Problem, work: Work, use_triton: bool) -> Callable:
+    """What a layer does, results in the model's type."""
+    q = problem.q
+    rows, H, D = q.shape
+    outputs = Outputs([work], [rows], [], H, D, q.dtype, q.device, use_triton)
+
+    def run():
+        outputs.attend(q, problem.kv, work, problem.scale)
+        return outputs.merge()
+
+    return run
+
+
 def time_attention(case: AttentionCase, dtype, copy) -> dict:
     """What is printed of a case. copy: B/s of a copy. Raises ValueError if a result is wrong."""
     slots = random_slots(case)
     problem = random_problem(case, slots, dtype)
-    work = attention_work(case, slots, dtype)
-
-    def run():
-        return partial_attention(
-            problem.q, problem.k, problem.v, work, problem.scale, "triton"
-        )
+    run = attention(problem, attention_work(case, slots, dtype), True)
 
     error = checked_error(problem, run()[0])
     kind = "decode" if case.rows == 1 else "prefill"
@@ -289,12 +293,15 @@ def time_shared(case: AttentionCase, dtype, rounds: int = 5) -> dict:
     """Decodes over a shared prefix that is read once, and by each for itself: times in turn."""
     slots = random_slots(case)
     problem = random_problem(case, slots, dtype)
-    works = [attention_work(case, slots, dtype, share) for share in (True, False)]
+    runs = [
+        attention(problem, attention_work(case, slots, dtype, share), GPU)
+        for share in (True, False)
+    ]
     seconds = np.zeros((rounds, 2))
     errors = []
-    for r, (i, work) in product(range(-1, rounds), enumerate(works)):
+    for r, (i, run) in product(range(-1, rounds), enumerate(runs)):
         started = time.perf_counter()
-        o, _ = partial_attention(problem.q, problem.k, problem.v, work, problem.scale)
+        o, _ = run()
         if GPU:
             torch.cuda.synchronize()
         if r < 0:  # that warms up

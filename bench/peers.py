@@ -106,7 +106,10 @@ def write_model(folder: Path, options):
     )
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    weights = random_weights(load_config(folder), options.seed, torch.float32, "cpu")
+    config = load_config(folder)
+    weights = random_weights(config, options.seed, torch.float32, "cpu").by_name(config)
+    # Some are views of one tensor, which it refuses.
+    weights = {name: weight.clone() for name, weight in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
