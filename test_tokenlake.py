@@ -31,6 +31,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU leaves children free to use it
 GPU = torch.cuda.is_available()
@@ -292,6 +293,11 @@ def side_by_side(k, v):
     return torch.stack((k, v), 1)
 
 
+def few_programs(monkeypatch):
+    """The interpreter takes milliseconds for one: merges take eight heads each."""
+    monkeypatch.setattr(kernels, "MANY_MERGED_ROWS", 1)
+
+
 def in_work(rows, o, lse):
     """Results of the rows of a Work, in its order."""
     return o.cpu()[rows], lse.cpu()[rows]
@@ -369,6 +375,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
     if backend == "triton" and dtype == "float64":
         pytest.skip("the Triton kernels do not take float64")
     monkeypatch.setattr(work_module, "PIECE_COST", 1)
+    few_programs(monkeypatch)
     generator = torch.Generator().manual_seed(H * D)
     q, k, v = (torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
                for shape in ((60, H, D), (500, Hkv, D), (500, Hkv, D)))
@@ -408,8 +415,11 @@ def test_partial_attention_of_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_merge(backend):
-    """Parts of a softmax give the whole; both sides −inf; o of an empty part may be anything."""
+@pytest.mark.parametrize("many", [1, 100])
+def test_merge(backend, many, monkeypatch):
+    """Parts of a softmax give the whole; both sides −inf; o of an empty part may be anything; one or
+    eight heads a program."""
+    monkeypatch.setattr(kernels, "MANY_MERGED_ROWS", many)
     generator = torch.Generator().manual_seed(0)
     H, D, parts = 6, 24, 5
     s = torch.randn(4, H, parts, 40, generator=generator) * 10
@@ -532,6 +542,7 @@ def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatc
     if backend == "triton" and (dtype == "float64" or (dtype, programs) == ("float16", 1)):
         pytest.skip("the Triton kernels do not take float64; one 16-bit type is enough")
     monkeypatch.setattr(work_module, "PIECE_COST", 1)
+    few_programs(monkeypatch)
     torch.manual_seed(0)
     dtype, device = getattr(torch, dtype), DEVICE[backend]
     q, k, v = (torch.randn(*shape).to(dtype) for shape in ((98, 4, 16), (800, 2, 16), (800, 2, 16)))
@@ -596,6 +607,7 @@ def random_readers(rng):
 def test_any_readers_of_any_spans(backend, monkeypatch):
     """Drawn at random: what is read together is as if each read for itself, row by row in float64."""
     monkeypatch.setattr(work_module, "PIECE_COST", 1)
+    few_programs(monkeypatch)
     rng = np.random.default_rng(5)
     shared = 0
     for _ in range(20 if backend == "torch" else 2):
@@ -1613,48 +1625,63 @@ WAITS = {
     "a copy to the host": lambda x: x.to("cpu")}
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="it is the kernels' launches that are walked")
-@pytest.mark.parametrize("wait", [None, *WAITS])
-def test_no_layer_waits_for_the_device(monkeypatch, wait):
-    """The forward of every instance on tensors without data, where what asks for data raises.
-    Exchanges and kernels do nothing; `wait`: put into a layer, it is noticed. Nor is a kernel
-    compiled."""
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
+class Launches(TorchDispatchMode):
+    """Notes what is launched: kernels and exchanges, which do nothing, and PyTorch's operators, but
+    for views and allocations. A norm is one."""
 
-        def __getitem__(self, grid):
-            assert all(type(n) is int and n > 0 for n in grid)
-            return self.launch
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        self.variants = []  # what Triton compiles a variant for
+        for name in ("_partial_attention_kernel", "_merge_kernel", "_rotate_kernel"):
+            monkeypatch.setattr(kernels, name, self.stub(name))
+        for module in (kernels, pool, model_module):
+            monkeypatch.setattr(module, "suits_triton", lambda *_: True)
+        monkeypatch.setattr(pool, "programs_at_once", lambda *_: 16)
+        monkeypatch.setattr(pool.Pool, "_exchange", self.exchange)
+        monkeypatch.setattr(model_module.F, "rms_norm", lambda x, *_: x.neg())
 
-        def launch(self, *arguments, **config):
-            """Notes what Triton compiles a variant for."""
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        is_view = any(x.alias_info and not x.alias_info.is_write for x in op._schema.returns)
+        if not is_view and "empty" not in op.__name__:
+            self.names.append(op.__name__.removesuffix(".default"))
+        return op(*args, **kwargs or {})
+
+    def stub(self, name):
+        def launch(*arguments, **config):
             def kind(x):
                 if torch.is_tensor(x):
                     return x.dtype, x.storage_offset() * x.itemsize % 16 if x.numel() else 0
                 return type(x)  # integers are not specialised
-            launched.append((self.name, *map(kind, arguments), *config.values()))
+            self.names.append(name)
+            self.variants.append((name, *map(kind, arguments), *config.values()))
+
+        class Kernel:
+            def __getitem__(self, grid):
+                assert all(type(n) is int and n > 0 for n in grid)
+                return launch
+        return Kernel()
 
     def exchange(self, rows, sends, receives, group, target=None):
         assert len(rows) == sum(sends)
+        self.names.append("exchange")
         return lambda: rows.new_empty(sum(receives), *rows.shape[1:])
-    launched = []
-    for name in ("_partial_attention_kernel", "_merge_kernel", "_rotate_kernel"):
-        monkeypatch.setattr(kernels, name, Kernel(name))
-    for module in (kernels, pool, model_module):
-        monkeypatch.setattr(module, "suits_triton", lambda *_: True)
-    monkeypatch.setattr(pool.Pool, "_exchange", exchange)
-    config, N = LlamaConfig(), 3
-    lake_config = LakeConfig(segment_tokens=8, slots=64, chunk_tokens=24)
-    model = Llama(config, model_module.Weights.empty(config, torch.float32, "meta"))
-    pools = [pool.Pool(None, [None, None], config, lake_config, N, torch.float32, "meta")
+
+
+def iterations_without_data(N, requests, dtype=torch.float32, in_layer=lambda x: None, policy="auto"):
+    """Serves requests on N instances, on tensors without data: yields (model, query plan, instance,
+    a function that makes its forward)."""
+    config = LlamaConfig()
+    lake_config = LakeConfig(segment_tokens=8, slots=256, chunk_tokens=24)
+    model = Llama(config, model_module.Weights.empty(config, dtype, "meta"))
+    pools = [pool.Pool(None, [None, None], config, lake_config, N, dtype, "meta")
              for _ in range(N)]
     for each in pools:
         each.max_lanes = work_module.MAX_LANES
     lake = TokenLake([*range(N)], config, lake_config)
-    scheduler = Scheduler(lake)
-    for id in range(5):
-        scheduler.add(Request(id, tokens(40, 0) + tokens(9 + 20 * id, id), 55 + 20 * id))
+    scheduler = Scheduler(lake, policy=policy)
+    for request in requests:
+        scheduler.add(request)
     while scheduler.waiting or scheduler.running:
         batches, dops = scheduler.schedule()
         plan, transfers, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
@@ -1663,30 +1690,79 @@ def test_no_layer_waits_for_the_device(monkeypatch, wait):
             kv_buf = pool.KVBuffer(transfers, index, its_pool.num_rows, "meta")
 
             def attend(layer, q, kv):
+                in_layer(q)
                 kv_buf.write(layer, kv)
                 its_pool.put(kv_buf)
                 q_buf.write(layer, q)
-                if wait:
-                    WAITS[wait](q)
                 return its_pool.query(q_buf)
-            ids = torch.empty(q_buf.num_rows, dtype=torch.int64, device="meta")
-            with pytest.raises((RuntimeError, NotImplementedError), match="meta") if wait else (
-                    contextlib.nullcontext()):
+
+            def forward():
+                ids = torch.empty(q_buf.num_rows, dtype=torch.int64, device="meta")
                 logits = model.forward(ids, ids, attend, ids[:1])
                 assert logits.shape == (min(1, q_buf.num_rows), config.vocab_size)
-            if wait and q_buf.num_rows:
-                return
+            yield model, plan, index, forward
         scheduler.update(plan, {run.request.id: 1 for run in plan.runs if run.samples})
+
+
+def five_requests():
+    return [Request(id, tokens(40, 0) + tokens(9 + 20 * id, id), 55 + 20 * id) for id in range(5)]
+
+
+walks_launches = pytest.mark.skipif(kernels.triton is None, reason="it is launches that are walked")
+
+
+@walks_launches
+@pytest.mark.parametrize("wait", [None, *WAITS])
+def test_no_layer_waits_for_the_device(monkeypatch, wait):
+    """The forward of every instance on tensors without data, where what asks for data raises; `wait`:
+    put into a layer, it is noticed. Nor is a kernel compiled."""
+    launches = Launches(monkeypatch)
+    in_layer = WAITS[wait] if wait else lambda x: None
+    for model, plan, index, forward in iterations_without_data(3, five_requests(), in_layer=in_layer):
+        if not wait:
+            forward()
+        elif (plan.run_table.instance == index).any():
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                forward()
+            return
     # What is launched while serving was compiled before: few variants.
-    while_serving = {*launched}
-    assert len(launched) > 100 and len(while_serving) >= 4
-    launched.clear()
-    H = config.num_heads
-    kernels.warm_up(H, config.num_kv_heads, H, config.head_dim, torch.float32, "meta")
-    model.forward(ids[:0], ids[:0], lambda layer, q, kv: q)  # as Engine._warm_up does, with rows
-    assert len({*launched}) == 6
-    launched.append(next(variant for variant in while_serving if variant[0] == "_rotate_kernel"))
-    assert while_serving <= {*launched} and len({*launched}) == 7
+    while_serving = {*launches.variants}
+    assert len(launches.variants) > 100 and len(while_serving) >= 4
+    launches.variants.clear()
+    H, Hkv, D = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
+    kernels.warm_up(H, Hkv, H, D, torch.float32, "meta")
+    assert len({*launches.variants}) == 6
+    ids = torch.empty(1, dtype=torch.int64, device="meta")
+    model.forward(ids, ids, lambda layer, q, kv: q)  # as Engine._warm_up does
+    assert while_serving <= {*launches.variants} and len({*launches.variants}) == 7
+
+
+@walks_launches
+@pytest.mark.parametrize("ranks, policy, most", [(1, "auto", 16), (2, "auto", 30), (2, "pd:1x1", 30)])
+def test_a_layer_launches_little(monkeypatch, ranks, policy, most):
+    """Decodes in bfloat16, some behind a prefix that they share, some cut into pieces: what the
+    device is asked for in a layer of any instance. The list stands in bench/NOTES.md."""
+    launches = Launches(monkeypatch)
+    layers = []
+
+    def note(_):
+        layers.append([])
+        launches.names = layers[-1]
+    counts, kinds = [], Counter()
+    requests = [Request(id, tokens(240, id % 2) + tokens(9 + 10 * id, id), 275 + 10 * id)
+                for id in range(10)]
+    for _, plan, index, forward in iterations_without_data(ranks, requests, torch.bfloat16, note, policy):
+        layers.clear()
+        with launches:
+            forward()
+        if plan.run_table.decode.all():
+            first, second, _ = layers  # of each: from its attention to the next one's
+            counts.append(len(second))
+            kinds.update(second)
+    assert len(counts) > 20 and max(counts) <= most, (max(counts), kinds)
+    assert kinds["linear"] == 4 * len(counts) and kinds["_merge_kernel"] > 20, kinds
+    queries = 2 * (ranks - 1) * len(counts)
+    assert kinds["exchange"] > queries if policy != "auto" else kinds["exchange"] == queries, kinds
 
 
 def slow_moves(rank, seen):
