@@ -89,6 +89,8 @@ def number_outputs(output_rows, num_came, num_rows):
 def list_parts(partial_rows, rows) -> MergeTable:
     """The merge of some rows, ascending; partial_rows: [P] the row of each. One with a single part
     may be among them: it came from elsewhere; one without a part comes out empty."""
+    if not len(rows):
+        return MergeTable(rows, np.zeros((0, 0), np.int64))
     order = np.argsort(partial_rows, kind="stable")
     in_order = partial_rows[order]
     first = np.searchsorted(in_order, rows)

@@ -155,10 +155,13 @@ class Moves(NamedTuple):
     def of(cls, *parts: tuple) -> "Moves":
         """Parts one after another. A part has the six columns in order, each an array or one number
         for all."""
+        # Mostly nothing moves, and this takes a while.
+        parts = [part for part in parts if all(map(np.size, part))]
         columns = [
             np.stack(np.broadcast_arrays(*map(np.atleast_1d, part))) for part in parts
         ]
-        return cls(*np.concatenate(columns, 1).astype(np.int64))
+        none = np.zeros((len(cls._fields), 0), np.int64)
+        return cls(*np.concatenate([none, *columns], 1).astype(np.int64))
 
     def receive_rows(self) -> Column:
         """[moves] where each begins in its target's receive buffer: by source, and those of one
@@ -404,8 +407,10 @@ def in_place(rows, table):
 class InstanceMoves:
     """One instance's side of an iteration's moves: slab rows that leave, and where others land."""
     def __init__(self, moves, num_instances, index, device):
+        self.active = len(moves.rows) > 0
+        if not self.active:
+            return
         between = moves.rows_between(num_instances)
-        self.active = bool(between.any())
         # [N] rows to each instance, and from each.
         self.sends = between[index].tolist()
         self.receives = between[:, index].tolist()
@@ -501,9 +506,10 @@ class QueryBuffer:
         own = plan.instance_of_share[spans.share] == index
         spans = self._find_together(plan, spans, own, pool)
         self.works = {}  # of own rows, by place
-        for place in HERE, LATE, PULLED, SIBLING:
-            there = select(spans, own & (spans.place == place))
-            self._add_work(self.works, place, runs_reading(own_runs, there), there, pool)
+        for place in np.unique(spans.place[own]).tolist():
+            if place != TOGETHER:
+                there = select(spans, own & (spans.place == place))
+                self._add_work(self.works, place, runs_reading(own_runs, there), there, pool)
         self.works_for_others = {}  # HERE and LATE
         self.active = bool(plan.ships.any())
         leave = [rows_of(own_runs)[:0]]  # own rows, by holder
