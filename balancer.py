@@ -734,16 +734,17 @@ class TimePredictor:
         """Notes the work of each batch, split evenly, if the iteration counts; else nothing."""
         self.expected = max(works, key=lambda work: self.time(*work), default=())
 
-    def measured(self, features, seconds):
+    def measured(self, features, seconds, expected=None):
         """Takes an iteration with `features` [N, 3], of which the instance that should be the
-        slowest counts. After every 32 it fits the last 256, by least squares with no coefficient
+        slowest counts; expected: what it was planned by, if another is planned already. After every 32 it fits the last 256, by least squares with no coefficient
         below 0; the first 8, which warm up, are left out, and so are stalls."""
         slowest = features[np.argmax(self.time(*features.T))].tolist()
         self.count += 1
         if self.count > 8:
             self.samples = [*self.samples, (1, *slowest, seconds)][-256:]
-            if self.expected:
-                split = 1, *self.expected, 1, *slowest, seconds
+            expected = self.expected if expected is None else expected
+            if expected:
+                split = 1, *expected, 1, *slowest, seconds
                 self.splits = [*self.splits, split][-256:]
         if self.count % 32 == 0:
             solution = self._fit()

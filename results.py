@@ -331,6 +331,7 @@ def summarise_pool(server) -> dict:
         iterations=engine.iterations,
         computed_tokens=counters["computed_tokens"],
         recomputed_tokens=counters["recomputed_tokens"],
+        dropped_rows=counters["dropped_rows"],
         asked_tokens=server.asked_tokens + unfinished,
         preemptions=counters["preemptions"],
         evictions=lake.balancer.evictions,

@@ -58,7 +58,7 @@ from model import (
     shown,
 )
 from oracle import WIDER, verify
-from pool import LakeConfig, iteration_bytes, plan_digest
+from pool import LakeConfig, QueryPlan, TransferPlan, iteration_bytes, plan_digest
 from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
@@ -169,6 +169,11 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="recompute every answer without a cache; default: for the built-in demo",
+    )
+    add(
+        "--plan-ahead",
+        action=argparse.BooleanOptionalAction,
+        help="plan an iteration while the device computes the one before (default: on a GPU)",
     )
     add(
         "--profile",
@@ -370,6 +375,15 @@ class EndOfIteration(NamedTuple):
         return clock, list(map(read, rows))
 
 
+class Planned(NamedTuple):
+    """An iteration, the same on every rank."""
+    batches: list
+    groups: list
+    plan: QueryPlan
+    transfer_plan: TransferPlan
+    expected: tuple  # see TimePredictor.expect
+
+
 @dataclass
 class Engine:
     """One rank of the compute engine (Fig. 5): the loop body of every rank of the cluster, also of
@@ -379,6 +393,8 @@ class Engine:
     scheduler: Scheduler
     model: Llama
     sampler: Sampler
+    # Plan an iteration while the device computes the one before: see `step`.
+    plan_ahead: bool = False
     clock: int = 0  # ns since the start, rank 0's on every rank
     iterations: int = 0
     profile: object = None  # see `profiler`
@@ -390,6 +406,7 @@ class Engine:
     sampled: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
+        self.next = None  # what was planned ahead, or why it failed; and its buffers
         # Sums over iterations of the predicted time: the mean over instances, and the longest.
         self.busy = np.zeros(2)
         if self.lake.pool and self.model.device.type == "cuda":
@@ -420,46 +437,84 @@ class Engine:
     def step(self, pause=0.0):
         """One iteration: plan, agree, compute, exchange tokens, publish. With nothing to run it
         sleeps, `pause` seconds at most. Returns the sampled tokens by request id and the requests
-        that ended. Raises LakeError, Stopped."""
+        that ended. Raises LakeError, Stopped.
+
+        With `plan_ahead` the next iteration is planned while the device computes this one. Plans
+        depend on how many tokens there are, and that is known by then; which ones is filled in
+        before the plan is announced, and so agreed upon. What comes meanwhile is heeded one
+        iteration later: requests, end tokens (a row too many is computed, and dropped), and what
+        the time predictor has learned."""
         self.cluster.doing = f"iteration {self.iterations + 1}"
-        batches, groups, plan, transfer_plan = self._plan()
-        self.cluster.announce(plan_digest(self.iterations, plan, transfer_plan))
-        samples = {}
-        nonfinite = None
+        planned, buffers = self._take_plan()
+        plan = planned.plan
+        self.cluster.announce(plan_digest(self.iterations, plan, planned.transfer_plan))
+        # They have ended, and have rows in this plan nevertheless.
+        dropped = {request.id for request in self.scheduler.ending}
+        samples = None
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            samples, nonfinite = self._compute(batches, groups, plan, transfer_plan)
+            samples = self._launch(planned, buffers or self._make_buffers(planned))
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
+        if self.plan_ahead and plan.runs:
+            self.scheduler.advance(plan, plan.run_table.request_id[plan.samples].tolist())
+            self._plan_next()
         before = self.clock
-        sampled = self._exchange_tokens(plan, samples, nonfinite)
+        sampled = self._exchange_tokens(plan, samples, dropped)
         if plan.runs:
-            self._count(plan)
-            self._measure(plan, transfer_plan, self.clock - before)
+            self._count(plan, dropped)
+            self._measure(planned, self.clock - before)
+        if self.plan_ahead:
+            return sampled, self.scheduler.fill(sampled)
         return sampled, self.scheduler.update(plan, sampled)
 
-    def _plan(self):
+    def _take_plan(self):
+        """The plan that was made ahead, with its buffers, or one that is made now. If planning has
+        failed all stop, and say so."""
+        planned, buffers = self.next or (None, None)
+        self.next = None
         try:
-            batches, dops = self.scheduler.schedule()
-            plan, transfer_plan, groups = self.lake.gen_plans(
-                batches, dops, self.lake.get_prefix_tree()
-            )
+            if isinstance(planned, Exception):
+                raise planned
+            # Where nothing was to run then, something may have come.
+            return (planned, buffers) if planned and planned.plan.runs else (self._plan(), None)
         except Exception:
             with contextlib.suppress(LakeError):  # the others stop too, and say so
                 self.cluster.announce(THE_END, fault=True)
                 self.cluster.confirm()
             raise
-        return batches, groups, plan, transfer_plan
 
-    def _compute(self, batches, groups, plan, transfer_plan):
-        """This rank's rows through the model → by request id the tokens that they give, with
-        log-probabilities, and, if new KV is not finite, its layer and request."""
+    def _plan_next(self):
+        """Ahead, while the device computes. A failure is told with the next announcement."""
+        try:
+            planned = self._plan()
+            has_buffers = planned.plan.runs and self.lake.pool
+            self.next = planned, self._make_buffers(planned) if has_buffers else None
+        except Exception as error:
+            self.next = error, None
+
+    def _plan(self) -> Planned:
+        batches, dops = self.scheduler.schedule()
+        expected = self.scheduler.predictor.expected
+        tree = self.lake.get_prefix_tree()
+        plan, transfer_plan, groups = self.lake.gen_plans(batches, dops, tree)
+        return Planned(batches, groups, plan, transfer_plan, expected)
+
+    def _make_buffers(self, planned):
+        """For this rank's rows: of queries, and of KV."""
         lake = self.lake
         # An instance computes rows of one batch at most.
-        mine = (pair for pair in zip(batches, groups) if lake.index in pair[1])
+        mine = (pair for pair in zip(planned.batches, planned.groups) if lake.index in pair[1])
         batch, group = next(mine, ([], []))
-        q_buf = lake.init_query(batch, group, plan)
-        kv_buf = lake.init_transfer(batch, transfer_plan)
+        q_buf = lake.init_query(batch, group, planned.plan)
+        return q_buf, lake.init_transfer(batch, planned.transfer_plan)
+
+    def _launch(self, planned, buffers) -> Callable:
+        """This rank's rows go through the model. Returns a function that waits for what they give:
+        see `_read_samples`."""
+        lake = self.lake
+        plan = planned.plan
+        q_buf, kv_buf = buffers
 
         def attend(layer, q, kv):
             # Before the first exchange of data; embedding and the first QKV hide the wait.
@@ -482,26 +537,28 @@ class Engine:
         )
         logits = self.model.forward(ids, positions, attend, last_rows)
         requests = [plan.runs[i].request for i in sampling]
-        samples, nonfinite = self._sample(logits, requests, kv_buf)
+        keys = [(request.id, len(request.tokens)) for request in requests]
+        tokens, logprobs = self.sampler.sample(logits, keys)
+        on_device = torch.cat(
+            (tokens.double(), logprobs.double(), lake.pool.sum_of_new(kv_buf))
+        )
+        return lambda: self._read_samples(on_device, requests, kv_buf, table)
+
+    def _read_samples(self, on_device, requests, kv_buf, table):
+        """→ By request id token and log-probability; and, if new KV is not finite, its layer and
+        request. The device is waited for here, once."""
+        *drawn, kv_sum = on_device.tolist()
+        tokens, logprobs = np.split(np.array(drawn), 2)
+        samples = zip(tokens.astype(int).tolist(), logprobs.tolist())
+        nonfinite = None if math.isfinite(kv_sum) else self.lake.pool.first_nonfinite(kv_buf)
         if nonfinite:
             layer, row = nonfinite
+            own = np.flatnonzero(table.instance == self.lake.index)
             run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
             nonfinite = layer, int(table.request_id[run])
         return {r.id: sample for r, sample in zip(requests, samples)}, nonfinite
 
-    def _sample(self, logits, requests, kv_buf):
-        """→ Token and log-probability of each request; layer and row of new KV that is not finite,
-        if any is. The device is waited for here, once."""
-        keys = [(request.id, len(request.tokens)) for request in requests]
-        tokens, logprobs = self.sampler.sample(logits, keys)
-        pool = self.lake.pool
-        values = tokens.double(), logprobs.double(), pool.sum_of_new(kv_buf)
-        *drawn, kv_sum = torch.cat(values).tolist()
-        tokens, logprobs = np.split(np.array(drawn), 2)
-        nonfinite = None if math.isfinite(kv_sum) else pool.first_nonfinite(kv_buf)
-        return zip(tokens.astype(int).tolist(), logprobs.tolist()), nonfinite
-
-    def _count(self, plan):
+    def _count(self, plan, dropped):
         """Adds the iteration to what reports and `verify` need."""
         if self.iterations % CV_WINDOW == 0:
             self.reads.append(np.zeros_like(plan.reads))
@@ -509,29 +566,32 @@ class Engine:
         self.tokens_read += int(plan.tokens_read.sum())
         self.iterations += 1
         instances = plan.run_table.instance.tolist()
-        for run, instance in zip(plan.runs, instances):
-            request_and_rank = run.request.id, self.lake.instances[instance]
-            self.computed[request_and_rank] += run.rows
-            self.sampled[request_and_rank] += run.samples
+        for run, instance, samples in zip(plan.runs, instances, plan.samples.tolist()):
+            if run.request.id not in dropped:
+                request_and_rank = run.request.id, self.lake.instances[instance]
+                self.computed[request_and_rank] += run.rows
+                self.sampled[request_and_rank] += samples
 
-    def _measure(self, plan, transfer_plan, ns):
+    def _measure(self, planned, ns):
         """Rank 0 fits the time predictor to the iteration, and the others receive its fit."""
         if self.profile:
             self.profile.step()
         predictor = self.scheduler.predictor
-        features = self.lake.features(plan, transfer_plan)
+        features = self.lake.features(planned.plan, planned.transfer_plan)
         times = predictor.time(*features.T)
         self.busy += times.mean(), times.max()
         if self.cluster.rank == 0:
-            predictor.measured(features, ns / 1e9)
+            predictor.measured(features, ns / 1e9, planned.expected)
 
-    def _exchange_tokens(self, plan, samples, nonfinite):
-        """The tokens of all requests that sample, from the ranks that computed them; requests keep
-        the log-probabilities. They are known when rank 0 has them all: its clock says when, for
-        all. Raises LakeError if any new KV, or the logits of a token, are not finite: so such a
-        segment is never published."""
+    def _exchange_tokens(self, plan, wait_for_samples, dropped):
+        """The tokens of all requests that sample, from the ranks that computed them, without those
+        that are dropped; requests keep the log-probabilities. They are known when rank 0 has them
+        all: its clock says when, for all. Raises LakeError if any new KV, or the logits of a token,
+        are not finite: so such a segment is never read."""
         predictor = self.scheduler.predictor
-        sampling = select(plan.run_table, plan.samples)
+        samples, nonfinite = wait_for_samples() if wait_for_samples else ({}, None)
+        wanted = plan.samples & ~np.isin(plan.run_table.request_id, list(dropped))
+        sampling = select(plan.run_table, wanted)
         ids = sampling.request_id.tolist()
         mine = [samples.get(id, (0, 0.0)) for id in ids]
         tokens = [token for token, _ in mine]
@@ -551,7 +611,7 @@ class Engine:
         for id, token in zip(ids, sampled):
             if token == NOT_FINITE:
                 raise self.cluster.problem(f"request {id}: its logits are not finite")
-        requests = [plan.runs[i].request for i in np.flatnonzero(plan.samples)]
+        requests = [plan.runs[i].request for i in np.flatnonzero(wanted)]
         for i, (request, rank) in enumerate(zip(requests, ranks)):
             request.logprobs.append(ends[rank].logprobs[i])
         return dict(zip(ids, sampled))
@@ -592,9 +652,14 @@ class Server:
             self.lake, results.eos, options.scheduler, options.tbt_slo_ms
         )
         sampler = Sampler(options.temperature, options.seed)
+        ahead = options.plan_ahead
+        if ahead is None:
+            ahead = model.device.type == "cuda"
         # The clock goes on from where the earlier run is known to have been.
         clock = max((answer.ended_ns for answer in earlier.values()), default=0)
-        self.engine = Engine(cluster, self.lake, self.scheduler, model, sampler, clock)
+        self.engine = Engine(
+            cluster, self.lake, self.scheduler, model, sampler, ahead, clock
+        )
         self.is_finished = np.zeros(len(lines), bool)
         self.is_finished[list(earlier)] = True
         self.asked_tokens = 0  # of requests that have ended: see `summarise_pool`

@@ -92,6 +92,7 @@ RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
 RUN_FIELDS += ["request.done", "request.held_row", "request.num_shared"]
 
 UNLIMITED = 1 << 60  # rows
+UNKNOWN = -1  # in place of a token that is not known yet
 # Fewer rows take no less time, as the weights have to be read: FLOPS / BANDWIDTH is 153 rows with
 # two bytes a weight, and a power of two is near enough.
 FEW_ROWS = 128
@@ -741,6 +742,8 @@ class Scheduler:
         self.cached_tokens = {}  # by request id, at its first admission
         self.counters = Counter()
         self._arrived = 0
+        self._sampling = []  # whose tokens are not known yet
+        self.ending = []  # ended by an end token, not released yet
 
     def add(self, request):
         if request.order is None:
@@ -956,27 +959,63 @@ class Scheduler:
     # ── afterwards ──
 
     def update(self, query_plan, tokens: dict[int, int]) -> list[Request]:
-        """After the iteration: publishes what is full, appends the sampled tokens (by request id)
-        and releases the requests that end. Returns those."""
+        """After the iteration, with the sampled tokens by request id: `advance`, then `fill`, and
+        those that end are released. Returns them."""
+        self.advance(query_plan, tokens)
+        ended = self.fill(tokens)
+        self._release_ending()
+        return ended
+
+    def advance(self, query_plan, sampling):
+        """What is known of an iteration before its tokens are: publishes what it fills, makes room
+        for the tokens of the requests that sample (their ids), and releases those whose last one
+        comes. Then the next may be planned: plans depend on how many tokens there are, not on
+        which."""
         self._count(query_plan)
         for run in sorted(query_plan.runs, key=attrgetter("request.id", "position")):
-            self.balancer.commit(run.request, run.rows)
+            if run.request not in self.ending:
+                self.balancer.commit(run.request, run.rows)
+        self._release_ending()
+        self._sampling = [request for request in self.running if request.id in sampling]
+        for request in self._sampling:
+            request.tokens.append(UNKNOWN)
+            if len(request.tokens) == request.max_tokens:
+                self._release(request)
+
+    def fill(self, tokens: dict[int, int]) -> list[Request]:
+        """The tokens that `advance` made room for, by request id. Returns the requests that have
+        ended. One that ends early, by an end token, may have rows in the next plan: it is released
+        when that has been computed, and what it gives is dropped."""
         ended = []
-        for request in self.running:
-            if request.id not in tokens:
-                continue
-            token = tokens[request.id]
-            request.tokens.append(token)
+        for request in self._sampling:
+            token = request.tokens[-1] = tokens[request.id]
             self.balancer.extend_ids(request)
-            if len(request.tokens) == request.max_tokens or token in self.eos:
-                self.balancer.release(request)
+            is_last = len(request.tokens) == request.max_tokens
+            if is_last or token in self.eos:
                 ended.append(request)
-        self.running = [request for request in self.running if request not in ended]
+            if token in self.eos and not is_last:
+                if request in self.waiting:  # the next plan has preempted it
+                    self.waiting.remove(request)
+                else:
+                    self.ending.append(request)
+        self._sampling = []
         return ended
+
+    def _release(self, request):
+        self.balancer.release(request)
+        self.running.remove(request)
+
+    def _release_ending(self):
+        for request in self.ending:
+            self._release(request)
+        self.ending = []
 
     def _count(self, query_plan):
         """Adds the plan to the counters. `again`: rows computed once before a preemption."""
         for run, local in zip(query_plan.runs, query_plan.local.tolist()):
+            if run.request in self.ending:
+                self.counters["dropped_rows"] += run.rows
+                continue
             put = run.rows * run.puts
             again = min(run.request.peak - run.position, run.rows)
             self.counters.update(
