@@ -150,8 +150,8 @@ class Outputs:
         self.o, self.lse = self.all_o[:T], self.all_lse[:T]
         self.partial_o, self.partial_lse = self.all_o[T:-1], self.all_lse[T:-1]
 
-    def attend(self, q, kv, work, scale):
-        """A Work, over its slab [slab rows, 2, Hkv, D]."""
+    def partial_attention(self, q, kv, work, scale):
+        """What a Work gives, over its slab [slab rows, 2, Hkv, D]."""
         attend = _attend_with_triton if self.use_triton else _attend_with_torch
         attend(q, kv, work, scale, self)
 
@@ -213,7 +213,7 @@ def partial_attention(q, kv, work, scale, backend: str = "auto"):
         use_triton = suits_triton(q.device, q.dtype, D)
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs = Outputs([work], [T], [], H, D, wide, q.device, use_triton)
-    outputs.attend(q, kv, work, scale)
+    outputs.partial_attention(q, kv, work, scale)
     return outputs.merge()
 
 
@@ -401,7 +401,7 @@ def warm_up(num_heads, num_kv_heads, row_heads, head_dim, dtype, device):
             num_kv_heads,
             dtype,
         )
-        Outputs([work], [rows], [], *outputs_of).attend(q, kv, work, 1.0)
+        Outputs([work], [rows], [], *outputs_of).partial_attention(q, kv, work, 1.0)
         rows *= 2
     for rows in 1, MANY_MERGED_ROWS:  # which have no parts
         Outputs([], [rows], [], *outputs_of).merge()

@@ -748,7 +748,7 @@ class Pool:
     def _attend(self, buffer, works, place, kv):
         """The Work over KV of a place, if there is any."""
         if place in works:
-            buffer.outputs.attend(buffer.q, kv, works[place], self.scale)
+            buffer.outputs.partial_attention(buffer.q, kv, works[place], self.scale)
 
     def _ship(self, buffer):
         """Rows of Q leave for the holders. Returns a function that waits for those that arrive."""

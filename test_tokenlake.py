@@ -1000,7 +1000,7 @@ def test_weights_have_to_fit(tmp_path):
     """Before they are made: on a device together with those of other ranks, and with the slots."""
     config = load_config(save_model(tmp_path / "m", dict(intermediate_size=9999)))
     weights = random_weights(config, 0, torch.float32, "cpu")
-    size = 4 * sum(weight.numel() for weight in weights.values())
+    size = 4 * sum(weight.numel() for weight in weights.by_name(config).values())
     assert size == 4 * config.num_parameters
 
     def prepare(memory, *arguments):
@@ -1361,7 +1361,8 @@ def test_profile_names_what_the_pool_does(tmp_path, after, expected):
                     if event.get("cat") == "python_function")
     iterations = min(8, served.summary["iterations"] - int(*after or "0"))
     layers = LlamaConfig().num_layers * iterations
-    assert count["merge"] == layers and layers <= count["partial_attention"] <= 5 * layers
+    assert layers <= count["merge"] <= 2 * layers  # own rows, and those that arrive
+    assert layers <= count["partial_attention"] <= 5 * layers
     assert count["put"] == count["query"] == 2 * layers  # the lake's and the pool's
     assert count["gen_plans"] == iterations == expected and not count["recompute"]
     assert "aten::index_select" in {event["name"] for event in events}
@@ -1978,12 +1979,12 @@ def test_verify_tells_a_lost_segment_from_rounding(tmp_path, layers, dtype, rank
 
 def corrupt(rank, seen):
     """Loses every partial result of one holder: what --verify exists to notice."""
-    original = pool.partial_attention
+    original = kernels.Outputs.merge
 
-    def lossy(q, k, v, work, scale):
-        o, lse = original(q, k, v, work, scale)
-        return o, lse - 3.0 * (rank == 1)
-    pool.partial_attention = lossy
+    def lossy(self, section=0):
+        o, lse = original(self, section)
+        return o, lse - 3.0 * (rank == 1 and section == pool.ARRIVED)
+    kernels.Outputs.merge = lossy
 
 
 def test_verify_notices_a_wrong_result(tmp_path):
@@ -3552,14 +3553,14 @@ def stuck(rank, seen):
 
 
 def stuck_in_attention(rank, seen):
-    original, calls = pool.partial_attention, []
+    original, calls = kernels.Outputs.partial_attention, []
 
     def slow(*arguments):
         calls.append(0)
         if rank == 1 and len(calls) == 20:
             time.sleep(60)
         return original(*arguments)
-    pool.partial_attention = slow
+    kernels.Outputs.partial_attention = slow
 
 
 @pytest.mark.parametrize("prelude", ["stuck", "stuck_in_attention"])

@@ -257,7 +257,7 @@ def attention(problem: Problem, work: Work, use_triton: bool) -> Callable:
     outputs = Outputs([work], [rows], [], H, D, q.dtype, q.device, use_triton)
 
     def run():
-        outputs.attend(q, problem.kv, work, problem.scale)
+        outputs.partial_attention(q, problem.kv, work, problem.scale)
         return outputs.merge()
 
     return run
