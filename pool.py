@@ -371,12 +371,24 @@ class TransferPlan:
 
 def plan_digest(iteration: int, query_plan, transfer_plan: TransferPlan) -> bytes:
     """16 bytes that two ranks share only if they planned the same, for the same tokens: all that
-    the plans are made of, the inputs of the planned rows, and which runs sample."""
-    digest = hashlib.blake2b(repr(iteration).encode(), digest_size=16)
-    derived = query_plan.token_ids, query_plan.samples, query_plan.segment_reads.slot
+    the plans are made of, which runs sample, and the inputs of the planned rows."""
+    return digest_with_tokens(hash_plan(iteration, query_plan, transfer_plan), query_plan)
+
+
+def hash_plan(iteration: int, query_plan, transfer_plan):
+    """A hash of all but the tokens: they may not be known yet."""
+    hashed = hashlib.blake2b(repr(iteration).encode(), digest_size=16)
+    derived = query_plan.samples, query_plan.segment_reads.slot
     for leaf in plan_leaves((query_plan, derived, transfer_plan)):
-        digest.update(leaf)
-    return digest.digest()
+        hashed.update(leaf)
+    return hashed
+
+
+def digest_with_tokens(hashed, query_plan) -> bytes:
+    """Of what `hash_plan` gave: the digest."""
+    for leaf in plan_leaves(query_plan.token_ids):
+        hashed.update(leaf)
+    return hashed.digest()
 
 
 def plan_leaves(value):

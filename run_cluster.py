@@ -58,7 +58,8 @@ from model import (
     shown,
 )
 from oracle import WIDER, verify
-from pool import LakeConfig, QueryPlan, TransferPlan, iteration_bytes, plan_digest
+from pool import LakeConfig, QueryPlan, TransferPlan
+from pool import digest_with_tokens, hash_plan, iteration_bytes
 from results import CV_WINDOW, Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from tokenlake import Policy, Scheduler, TokenLake
@@ -382,6 +383,7 @@ class Planned(NamedTuple):
     plan: QueryPlan
     transfer_plan: TransferPlan
     expected: tuple  # see TimePredictor.expect
+    hashed: object  # see pool.hash_plan
 
 
 @dataclass
@@ -445,9 +447,10 @@ class Engine:
         iteration later: requests, end tokens (a row too many is computed, and dropped), and what
         the time predictor has learned."""
         self.cluster.doing = f"iteration {self.iterations + 1}"
+        before = self.clock
         planned, buffers = self._take_plan()
         plan = planned.plan
-        self.cluster.announce(plan_digest(self.iterations, plan, planned.transfer_plan))
+        self.cluster.announce(digest_with_tokens(planned.hashed, plan))
         # They have ended, and have rows in this plan nevertheless.
         dropped = {request.id for request in self.scheduler.ending}
         samples = None
@@ -456,14 +459,16 @@ class Engine:
         elif self.lake.pool:
             samples = self._launch(planned, buffers or self._make_buffers(planned))
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
-        if self.plan_ahead and plan.runs:
-            self.scheduler.advance(plan, plan.run_table.request_id[plan.samples].tolist())
-            self._plan_next()
-        before = self.clock
-        sampled = self._exchange_tokens(plan, samples, dropped)
+        # From here until the samples are read the device computes, and nobody waits for the host.
         if plan.runs:
             self._count(plan, dropped)
-            self._measure(planned, self.clock - before)
+            features = self.lake.features(plan, planned.transfer_plan)
+            if self.plan_ahead:
+                self.scheduler.advance(plan, plan.run_table.request_id[plan.samples].tolist())
+                self._plan_next()
+        sampled = self._exchange_tokens(plan, samples, dropped)
+        if plan.runs:
+            self._measure(features, self.clock - before, planned.expected)
         if self.plan_ahead:
             return sampled, self.scheduler.fill(sampled)
         return sampled, self.scheduler.update(plan, sampled)
@@ -498,7 +503,8 @@ class Engine:
         expected = self.scheduler.predictor.expected
         tree = self.lake.get_prefix_tree()
         plan, transfer_plan, groups = self.lake.gen_plans(batches, dops, tree)
-        return Planned(batches, groups, plan, transfer_plan, expected)
+        hashed = hash_plan(self.iterations, plan, transfer_plan)
+        return Planned(batches, groups, plan, transfer_plan, expected, hashed)
 
     def _make_buffers(self, planned):
         """For this rank's rows: of queries, and of KV."""
@@ -572,16 +578,15 @@ class Engine:
                 self.computed[request_and_rank] += run.rows
                 self.sampled[request_and_rank] += samples
 
-    def _measure(self, planned, ns):
+    def _measure(self, features, ns, expected):
         """Rank 0 fits the time predictor to the iteration, and the others receive its fit."""
         if self.profile:
             self.profile.step()
         predictor = self.scheduler.predictor
-        features = self.lake.features(planned.plan, planned.transfer_plan)
         times = predictor.time(*features.T)
         self.busy += times.mean(), times.max()
         if self.cluster.rank == 0:
-            predictor.measured(features, ns / 1e9, planned.expected)
+            predictor.measured(features, ns / 1e9, expected)
 
     def _exchange_tokens(self, plan, wait_for_samples, dropped):
         """The tokens of all requests that sample, from the ranks that computed them, without those

@@ -55,15 +55,15 @@ def select(table, chosen):
 
 def ranges(first, counts):
     """Concatenated `arange(first, first + count)`, without a loop: [n], [n] → [sum(counts)]."""
-    first = np.asarray(first, np.int64)
     counts = np.asarray(counts, np.int64)
-    offsets = first - (np.cumsum(counts) - counts)
-    return np.arange(counts.sum()) + np.repeat(offsets, counts)
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + (np.asarray(first, np.int64) - ends + counts).repeat(counts)
 
 
 def starts(lengths):
     """Where each of consecutive stretches begins: [n] → [n]."""
-    return np.cumsum(lengths) - lengths
+    return lengths.cumsum() - lengths
 
 
 def starts_in_groups(lengths, group):
@@ -212,19 +212,21 @@ def find_sets(spans, shareable, R):
     that reads the span of an entry, −1: its reader reads it alone; [spans] whether the entry is the
     first of a span that a set reads. shareable: [spans] bool."""
     candidate = np.flatnonzero(shareable)
+    set_of_entry = np.full(len(shareable), -1)
+    is_first = np.zeros(len(shareable), bool)
     # Spans that begin in one row are the same if their length is, too.
     key = spans.first_row * (spans.length.max(initial=0) + 1) + spans.length
     _, span, num_readers = np.unique(
         key[candidate], return_inverse=True, return_counts=True
     )
     entry = candidate[num_readers[span] > 1]
+    if not len(entry):
+        return np.zeros((0, R), bool), set_of_entry, is_first
     _, first, span = np.unique(key[entry], return_index=True, return_inverse=True)
     reads = np.zeros((len(first), R), bool)
     reads[span, spans.reader[entry]] = True
     set_of_span, example = number_alike(reads)
-    set_of_entry = np.full(len(shareable), -1)
     set_of_entry[entry] = set_of_span[span]
-    is_first = np.zeros(len(shareable), bool)
     is_first[entry[first]] = True
     return reads[example], set_of_entry, is_first
 
