@@ -3416,12 +3416,12 @@ def test_end_of_sequence_in_the_middle_of_a_batch(tmp_path):
 
 def differ(rank, seen):
     """Rank 1 plans the fifth iteration otherwise."""
-    original, calls = run_cluster.plan_digest, []
+    original, calls = run_cluster.digest_with_tokens, []
 
     def digest(*plan):
         calls.append(plan)
         return bytes(16) if rank == 1 and len(calls) == 5 else original(*plan)
-    run_cluster.plan_digest = digest
+    run_cluster.digest_with_tokens = digest
 
 
 def differ_in_rows(rank, seen):

@@ -17,7 +17,14 @@ compare: as all ranks wait for the slowest in each layer, the even split wins.
 
 Every rank plans for all: with the same trace, clock, time predictor and sampled tokens the same
 calls decide the same on each. A digest of the plan and its tokens crosses before the first exchange
-of data, and a rank that has another stops all (`plan_digest`).
+of data, and a rank that has another stops all (`pool.plan_digest`).
+
+May the next iteration be planned before this one's tokens are known? A plan depends on how many tokens
+there are, not on which. Lengths are known when an iteration begins; a segment that it fills consists of
+its inputs, which are known, too; and what it writes is written before the next one reads it. So
+`Scheduler.advance` goes as far as that, the next plan is made while the device computes, and
+`Scheduler.fill` has the tokens when they come. Only an end token comes too late: its request has a row
+too many in the next plan, which is computed and dropped.
 
 Where does a query row go? The balancer says where its segment lives, and proposes to compute it
 there, or, if that instance has rows enough, where the fewest are. The even split makes a part of
