@@ -43,6 +43,8 @@ import kernels
 import model as model_module
 import pool
 import run_cluster
+import engine as engine_module
+import scheduler as scheduler_module
 import tokenlake
 import work as work_module
 from balancer import Balancer, PrefixTree, Request
@@ -51,7 +53,8 @@ from cluster import Cluster
 import oracle as oracle_module
 from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
 from pool import LakeConfig
-from tokenlake import Scheduler, TokenLake
+from scheduler import Scheduler
+from tokenlake import TokenLake
 from work import KVSpans, QueryRows, Work, ranges, to_device
 
 HERE = Path(__file__).parent
@@ -1548,7 +1551,7 @@ def test_random_oracle(tmp_path, seed):
 
 def count_replicas_of_split_rows(rank, seen):
     """Rows over the even share leave their home, however few they are."""
-    tokenlake.FEW_ROWS = 1
+    scheduler_module.FEW_ROWS = 1
     return count_replicas(rank, seen)
 
 
@@ -2085,8 +2088,8 @@ def count_bytes(rank, seen):
 
     def observe(server, finished):
         if not server.options.replicate_factor:
-            windows = [np.sum(seen["reads"][first:first + run_cluster.CV_WINDOW], 0).tolist()
-                       for first in range(0, len(seen["reads"]), run_cluster.CV_WINDOW)]
+            windows = [np.sum(seen["reads"][first:first + engine_module.CV_WINDOW], 0).tolist()
+                       for first in range(0, len(seen["reads"]), engine_module.CV_WINDOW)]
             assert [list(reads) for reads in server.engine.reads] == windows
     return observe
 
@@ -3035,7 +3038,7 @@ def test_dynamic_program_equals_exhaustive_search(seed):
     rng = np.random.default_rng(seed)
     R, N = int(rng.integers(1, 7)), int(rng.integers(1, 5))
     table = rng.integers(1, 1000, size=(R + 1, R + 1, N + 1))
-    table[rng.random(table.shape) < 0.2] = tokenlake.FORBIDDEN
+    table[rng.random(table.shape) < 0.2] = balancer.FORBIDDEN
     slo = int(rng.integers(300, 1200)) if seed % 2 else None
     best = None
     for parts in range(1, min(R, N) + 1):
@@ -3043,7 +3046,7 @@ def test_dynamic_program_equals_exhaustive_search(seed):
             cuts = list(zip((0, *ends), (*ends, R)))
             for dops in product(range(1, N + 1), repeat=parts):
                 times = [int(table[j, i, k]) for (j, i), k in zip(cuts, dops)]
-                if sum(dops) <= N and max(times) <= (slo or tokenlake.FORBIDDEN - 1):
+                if sum(dops) <= N and max(times) <= (slo or balancer.FORBIDDEN - 1):
                     cost = sum((i - j) * t for (j, i), t in zip(cuts, times))
                     best = cost if best is None else min(best, cost)
     found = tokenlake.dynamic_program(lambda i, dop: table[:i, i, dop], R, N, slo)
@@ -3054,7 +3057,7 @@ def test_dynamic_program_equals_exhaustive_search(seed):
     assert sum(dop for *_, dop in found) <= N
     times = [int(table[cut]) for cut in found]
     assert sum((i - j) * t for (j, i, _), t in zip(found, times)) == best
-    assert max(times) <= (slo or tokenlake.FORBIDDEN - 1)
+    assert max(times) <= (slo or balancer.FORBIDDEN - 1)
 
 
 def batches_of(policy, prompts, decodes=0, slo=None, ranks=4, coefficients=None):
@@ -3098,7 +3101,7 @@ def test_policies_form_the_batches_they_promise():
 def test_the_even_split_is_even(monkeypatch, few, most):
     """No instance has more than a sixteenth over the even share; the rows over it leave the home of
     their segment. Where the share is small, whole segments stay together."""
-    monkeypatch.setattr(tokenlake, "FEW_ROWS", few)
+    monkeypatch.setattr(scheduler_module, "FEW_ROWS", few)
     for seed in range(5):
         batches, dops, scheduler = batches_of("even", [23 + seed, 38, 51])
         runs = [run for batch in batches for run in batch]
@@ -3416,12 +3419,12 @@ def test_end_of_sequence_in_the_middle_of_a_batch(tmp_path):
 
 def differ(rank, seen):
     """Rank 1 plans the fifth iteration otherwise."""
-    original, calls = run_cluster.digest_with_tokens, []
+    original, calls = engine_module.digest_with_tokens, []
 
     def digest(*plan):
         calls.append(plan)
         return bytes(16) if rank == 1 and len(calls) == 5 else original(*plan)
-    run_cluster.digest_with_tokens = digest
+    engine_module.digest_with_tokens = digest
 
 
 def differ_in_rows(rank, seen):
@@ -3709,7 +3712,7 @@ def rare_end_token(rank, seen):
 
     def counted(self):
         running = self.scheduler.running
-        seen["ahead"] += any(request.tokens[-1] == tokenlake.UNKNOWN for request in running)
+        seen["ahead"] += any(request.tokens[-1] == scheduler_module.UNKNOWN for request in running)
         seen["plans"] += 1
         return plan(self)
     run_cluster.Engine._plan = counted
@@ -5610,7 +5613,7 @@ class ControlPlane:
         config = LakeConfig(C, -(-(most_segments + spare) // N), **options)
         self.lake = TokenLake(list(range(N)), LlamaConfig(num_kv_heads=kv_heads), config)
         self.lake.exchange_bytes = exchange_bytes
-        tokenlake.FEW_ROWS = few_rows
+        scheduler_module.FEW_ROWS = few_rows
         self.scheduler = Scheduler(self.lake, (END,), policy, slo)
         self.balancer, self.tree = self.lake.balancer, self.lake.get_prefix_tree()
         self.slabs = golden_plans.Slabs(self.lake)
@@ -5848,7 +5851,7 @@ def take_random_steps(monkeypatch, folder, seed) -> Counter:
     from hypothesis.stateful import run_state_machine_as_test
 
     # Each lake sets the first one. A sixteenth of so few slots would be no copies at all.
-    monkeypatch.setattr(tokenlake, "FEW_ROWS", tokenlake.FEW_ROWS)
+    monkeypatch.setattr(scheduler_module, "FEW_ROWS", scheduler_module.FEW_ROWS)
     monkeypatch.setattr(balancer, "REPLICA_SLOTS", 4)
     monkeypatch.setattr(ControlPlane, "happened", Counter())
     # What it notes of the constants in our code does not go into the checkout.

@@ -30,6 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import simulate as sim  # noqa: E402
 from balancer import TRACE_BLOCK, read_trace, variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
+from engine import Engine  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, random_weights  # noqa: E402
 from cluster import Cluster, LakeError  # noqa: E402
 from pool import (  # noqa: E402
@@ -41,7 +42,7 @@ from pool import (  # noqa: E402
 from options import number  # noqa: E402
 from results import CV_WINDOW, sum_bytes  # noqa: E402
 from oracle import verify  # noqa: E402
-from run_cluster import PATH, Engine  # noqa: E402
+from run_cluster import PATH  # noqa: E402
 from workloads import WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput

@@ -26,7 +26,7 @@ import numpy as np
 FILE = Path(__file__).resolve().with_suffix(".json")
 sys.path[:0] = [str(FILE.parent.parent), str(FILE.parent)]
 
-import tokenlake  # noqa: E402
+import scheduler  # noqa: E402
 from balancer import Request  # noqa: E402
 from model import LlamaConfig  # noqa: E402
 from options import Parser  # noqa: E402
@@ -41,7 +41,8 @@ from pool import (  # noqa: E402
     LakeConfig,
     Moves,
 )
-from tokenlake import Scheduler, TokenLake  # noqa: E402
+from scheduler import Scheduler  # noqa: E402
+from tokenlake import TokenLake  # noqa: E402
 
 NUM_SCENES = 320
 ITERATIONS = 60  # of a scene, at most
@@ -240,7 +241,7 @@ def run_scene(seed: int) -> tuple[str, Counter]:
     slabs = Slabs(scene.lake)
     counts = Counter()
     digest = hashlib.blake2b(digest_size=8)
-    tokenlake.FEW_ROWS = scene.few_rows
+    scheduler.FEW_ROWS = scene.few_rows
     for dops, plan, transfer, groups in scene.plans():
         tokens = {run.request.id: identities(run.request) for run in plan.runs}
         slabs.iterate(plan, transfer, tokens)
@@ -279,7 +280,7 @@ def busy_plans(seeds, enough: int):
 
 def scenes(seeds) -> tuple[list[str], Counter]:
     """Digests of scenes, and what came up in all of them."""
-    few = tokenlake.FEW_ROWS
+    few = scheduler.FEW_ROWS
     digests = []
     total = Counter()
     try:
@@ -288,7 +289,7 @@ def scenes(seeds) -> tuple[list[str], Counter]:
             digests.append(digest)
             total += counts
     finally:
-        tokenlake.FEW_ROWS = few
+        scheduler.FEW_ROWS = few
     return digests, total
 
 

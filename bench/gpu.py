@@ -59,7 +59,8 @@ from kernel_speed import copy_bandwidth  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, cut, one_line, random_weights  # noqa: E402
 from options import Parser  # noqa: E402
 from pool import LakeConfig  # noqa: E402
-from tokenlake import Scheduler, TokenLake  # noqa: E402
+from scheduler import Scheduler  # noqa: E402
+from tokenlake import TokenLake  # noqa: E402
 from work import KVSpans, QueryRows, Work  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"

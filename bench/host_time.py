@@ -28,7 +28,8 @@ from cluster import Cluster  # noqa: E402
 from model import Llama, LlamaConfig, random_weights  # noqa: E402
 from options import Parser, number  # noqa: E402
 from pool import LakeConfig, digest_with_tokens, hash_plan  # noqa: E402
-from tokenlake import Scheduler, TokenLake  # noqa: E402
+from scheduler import Scheduler  # noqa: E402
+from tokenlake import TokenLake  # noqa: E402
 
 LAYERS = 32
 SHAPE = LlamaConfig(64, 64, 64, LAYERS, 8, 2, 8, max_positions=1 << 20)
