@@ -162,8 +162,10 @@ class Engine:
         try:
             if isinstance(planned, Exception):
                 raise planned
-            # Where nothing was to run then, something may have come.
-            return (planned, buffers) if planned and planned.plan.runs else (self._plan(), None)
+            if planned and planned.plan.runs:
+                return planned, buffers
+            # Nothing was to run then: something may have come.
+            return self._plan(), None
         except Exception:
             with contextlib.suppress(LakeError):  # the others stop too, and say so
                 self.cluster.announce(THE_END, fault=True)

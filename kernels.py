@@ -106,9 +106,19 @@ class Outputs:
     partial rows behind them, [P, H, D] and [P, H]. Every layer uses the same.
 
     works: all that write here. sections: lengths of sections of rows, whose results are completed
-    at different times. came_rows: rows of which partial rows come from elsewhere: these are the last
-    ones. dtype: of the results."""
-    def __init__(self, works, sections, came_rows, num_heads, head_dim, dtype, device, use_triton):
+    at different times. came_rows: the rows whose partial rows come from elsewhere: these are the
+    last ones. dtype: of the results."""
+    def __init__(
+        self,
+        works,
+        sections,
+        came_rows,
+        num_heads,
+        head_dim,
+        dtype,
+        device,
+        use_triton,
+    ):
         self.use_triton = use_triton
         self.num_rows = sum(sections)
         self.dtype = dtype
@@ -177,8 +187,9 @@ def check_grid(x, y=1):
 
 
 def programs_at_once(device, head_dim, dtype) -> int:
-    """How many programs of `_partial_attention_kernel` with few lanes a device runs at once: as many
-    as shared memory holds, ROOM_OF_MANY_LANES at most. 1: a CPU, which gains nothing by cuts."""
+    """How many programs of `_partial_attention_kernel` with few lanes a device runs at once: as
+    many as shared memory holds, ROOM_OF_MANY_LANES at most. A CPU, which gains nothing by cuts,
+    has 1."""
     if not is_cuda(device):
         return 1
     properties = torch.cuda.get_device_properties(device)
@@ -200,17 +211,21 @@ def suits_triton(device, dtype, head_dim) -> bool:
     return head_dim * dtype.itemsize <= 512
 
 
+def _chooses_triton(backend, x) -> bool:
+    return backend == "triton" or (
+        backend == "auto" and suits_triton(x.device, x.dtype, x.shape[-1])
+    )
+
+
 def partial_attention(q, kv, work, scale, backend: str = "auto"):
     """Attention of query rows over spans of a slab, and its log-sum-exp (natural log), of one Work.
 
     q [T, H, D], kv [slab rows, 2, Hkv, D] → o [T, H, D], lse [T, H], in float32 (float64 for
-    float64 input). Every row is written; without a visible key it is o = 0, lse = −inf. What lies in
-    slab rows outside the spans is never used, NaN included (one inside a reader's spans may reach
-    all of its rows). backend: `torch`, `triton`, or `auto`: see `suits_triton`."""
+    float64 input). Every row is written; without a visible key it is o = 0, lse = −inf. What lies
+    in slab rows outside the spans is never used, NaN included (one inside a reader's spans may
+    reach all of its rows). backend: `torch`, `triton`, or `auto`: see `suits_triton`."""
     T, H, D = q.shape
-    use_triton = backend == "triton"
-    if backend == "auto":
-        use_triton = suits_triton(q.device, q.dtype, D)
+    use_triton = _chooses_triton(backend, q)
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs = Outputs([work], [T], [], H, D, wide, q.device, use_triton)
     outputs.partial_attention(q, kv, work, scale)
@@ -312,11 +327,9 @@ def merge(o, lse, parts, backend: str = "auto"):
     rows = torch.arange(len(parts), device=o.device)
     out = o.new_empty(len(parts), *o.shape[1:])
     out_lse = lse.new_empty(len(parts), lse.shape[1])
-    use_triton = backend == "triton"
-    if backend == "auto":
-        use_triton = suits_triton(o.device, o.dtype, o.shape[-1])
-    merge = _merge_with_triton if use_triton else _merge_with_torch
-    merge(o.contiguous(), lse.contiguous(), MergeTable(rows, parts.contiguous()), out, out_lse)
+    table = MergeTable(rows, parts.contiguous())
+    merge = _merge_with_triton if _chooses_triton(backend, o) else _merge_with_torch
+    merge(o.contiguous(), lse.contiguous(), table, out, out_lse)
     return out, out_lse
 
 
@@ -384,8 +397,8 @@ def rotate(x, cos, sin):
 
 def warm_up(num_heads, num_kv_heads, row_heads, head_dim, dtype, device):
     """Compiles all that can be launched for such heads: else a request waits for it, for seconds.
-    Attention has a variant for each number of lanes, merge has two. row_heads: of a row of what q is
-    a part of."""
+    Attention has a variant for each number of lanes, merge has two. row_heads: of a row of what q
+    is a part of."""
     if not suits_triton(device, dtype, head_dim):
         return
     q = torch.zeros(MAX_LANES, row_heads, head_dim, dtype=dtype, device=device)[:, :num_heads]
@@ -536,11 +549,13 @@ if triton is not None:
         divisor = tl.where(total == 0.0, 1.0, total)
         o = acc / divisor[:, None]
         lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
-        output = tl.load(Outputs + tl.load(piece + PIECE_FIRST_OUTPUT) + row, mask=is_row, other=0)
-        is_result = output < num_rows
-        _store_rows(O, LSE, output, query_head, o, lse, is_row & is_result, H, D, DPAD)
-        partial = output - num_rows
-        _store_rows(PartialO, PartialLSE, partial, query_head, o, lse, is_row & ~is_result, H, D, DPAD)
+        first_output = tl.load(piece + PIECE_FIRST_OUTPUT)
+        output = tl.load(Outputs + first_output + row, mask=is_row, other=0)
+        result = is_row & (output < num_rows)
+        _store_rows(O, LSE, output, query_head, o, lse, result, H, D, DPAD)
+        part = is_row & (output >= num_rows)
+        output -= num_rows
+        _store_rows(PartialO, PartialLSE, output, query_head, o, lse, part, H, D, DPAD)
 
     @triton.jit
     def _store_rows(

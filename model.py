@@ -283,7 +283,7 @@ def tensor_shapes(config) -> dict[str, tuple]:
 
 
 class Layer(NamedTuple):
-    """Weights of a layer. Those that take the same input are one matrix: one product is launched."""
+    """Weights of a layer. Those that take the same input are one matrix, for one product."""
     attention_norm: torch.Tensor  # [hidden]
     qkv: torch.Tensor  # [(H + 2·Hkv)·D, hidden]
     o: torch.Tensor  # [hidden, H·D]

@@ -16,8 +16,8 @@ hide behind attention:
     3  my rows × KV that lies here already (HERE)
     4  others' rows × KV that lies here already. Old KV that my rows read, too, is read here, once
        for all (TOGETHER), if to read it a second time would take longer than the smallest exchange
-    5  what was moved lands; others' rows × that (LATE); merge  ──▶  their (O, LSE) leave. Where none
-       of them reads what was moved, they leave first
+    5  what was moved lands; others' rows × that (LATE); merge  ──▶  their (O, LSE) leave. Where
+       none of them reads what was moved, they leave first
     6  my rows × what was moved (LATE, SIBLING) and pulled (PULLED), while results are on their way
     7  merge: what a row has read here, and at all holders
 
@@ -507,8 +507,8 @@ class QueryBuffer:
     arrive that read here. What is to be read for which, where, when; and what comes of it.
 
     Each Work is over KV of one place. All write into `outputs`: so a row's partial results are
-    merged once, wherever it has read. Results of own rows come back from holders, one after another,
-    as partial rows."""
+    merged once, wherever it has read. What holders have for own rows comes back as partial rows,
+    those of one holder after another's."""
     def __init__(self, plan: QueryPlan, index, pool: "Pool"):
         runs = plan.run_table
         is_own = runs.instance == index
@@ -521,7 +521,8 @@ class QueryBuffer:
         for place in np.unique(spans.place[own]).tolist():
             if place != TOGETHER:
                 there = select(spans, own & (spans.place == place))
-                self._add_work(self.works, place, runs_reading(own_runs, there), there, pool)
+                readers = runs_reading(own_runs, there)
+                self._add_work(self.works, place, readers, there, pool)
         self.works_for_others = {}  # HERE and LATE
         self.active = bool(plan.ships.any())
         leave = [rows_of(own_runs)[:0]]  # own rows, by holder
@@ -616,7 +617,7 @@ class InFlight:
 
 
 def nothing_moves():
-    return None
+    """Waits for what `move` has begun, where that is nothing."""
 
 
 class Pool:
@@ -652,7 +653,8 @@ class Pool:
         self.use_triton = suits_triton(self.device, dtype, self.head_dim)
         self.max_lanes = MAX_LANES if on_gpu else CPU_LANES
         # Pieces that run at once: each is a program for each KV head.
-        self.resident = programs_at_once(self.device, self.head_dim, dtype) // self.num_kv_heads
+        programs = programs_at_once(self.device, self.head_dim, dtype)
+        self.resident = programs // self.num_kv_heads
         self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
         self.in_flight = InFlight()
 
@@ -766,8 +768,10 @@ class Pool:
         """Rows of Q leave for the holders. Returns a function that waits for those that arrive."""
         rows = buffer.q.index_select(0, buffer.leave)
         self.bytes["query"] += rows.nbytes
-        arrive = buffer.q[buffer.num_rows :]
-        return self._exchange(rows, buffer.sends, buffer.receives, self.query_group, arrive)
+        behind = buffer.q[buffer.num_rows :]
+        return self._exchange(
+            rows, buffer.sends, buffer.receives, self.query_group, behind
+        )
 
     def _answer(self, buffer, slab, land) -> Callable:
         """Rows have arrived: their results go back. Returns a function that waits for those of own

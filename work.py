@@ -306,8 +306,8 @@ def cut_blocks(members, tiles, max_rows) -> Blocks:
 
 
 def choose_piece_tiles(num_tiles, resident) -> int:
-    """The most tiles of a piece, for blocks of so many. `resident` pieces run at once, and time goes
-    by in waves of them: a last wave that is nearly empty takes as long as a full one."""
+    """The most tiles of a piece, for blocks of so many. `resident` pieces run at once, and time
+    goes by in waves of them: a last wave that is nearly empty takes as long as a full one."""
     longest = int(num_tiles.max(initial=1))
     if resident <= 1:
         return longest
@@ -370,8 +370,8 @@ class Work:
     A row sees the keys of its reader's spans at positions up to its own. Each piece gives an output
     for each of its rows, so a row has several if it reads in several groups, or its block was cut.
     rows: QueryRows, spans: KVSpans, in the orders that these say (they are not checked). num_heads,
-    num_kv_heads and dtype: of q and the slab. resident: pieces that run at once: long blocks are cut
-    for them. share=False: each reader reads for itself. max_lanes: of a program."""
+    num_kv_heads and dtype: of q and the slab. resident: pieces that run at once: long blocks are
+    cut for them. share=False: each reader reads for itself. max_lanes: of a program."""
     def __init__(
         self,
         rows,
@@ -466,10 +466,11 @@ class Work:
         kv_position = np.where(is_key, kv_position, AFTER_ALL)
         hidden = kv_position[:, None, None] > self.members.position[member][:, None, :, None]
         output = self.outputs[pieces.first_output + row * is_row]
+        output = np.where(is_row, output, self.for_padding)
         arrays = [
             self._by_head(self.members.row[member], self.num_heads, self.num_heads),
             self._by_head(kv_rows, 2 * self.num_kv_heads, self.num_kv_heads),
-            self._by_head(np.where(is_row, output, self.for_padding), self.num_heads, self.num_heads),
+            self._by_head(output, self.num_heads, self.num_heads),
             hidden,
         ]
         batch = Batch(*(torch.from_numpy(x).to(self.tables.members.device) for x in arrays))
