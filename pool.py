@@ -127,8 +127,10 @@ def iteration_bytes(llama, config: LakeConfig, num_instances, dtype) -> int:
     queries = llama.num_heads * llama.head_dim
     keys = llama.num_kv_heads * llama.head_dim
     layer = 3 * llama.hidden_size + 3 * llama.intermediate_size + 2 * (queries + 2 * keys)
-    # A row's partial results of two groups or sources, and merged; its query, and both ways back.
-    attention = (own + others) * queries * (3 * wide + 3 * size)
+    # A row's query, result and partial rows, about two, of this iteration and of the next one, which
+    # may be prepared already; and what travels, both ways.
+    buffers = 2 * (2 * wide + 2 * size)
+    attention = (own + others) * queries * (buffers + 2 * size)
     # Sent and received, those of this layer and of the next.
     moved = config.staging(num_instances) + 2 * config.pull_tokens * (num_instances > 1)
     # As they are, in float32, as log-probabilities, and noise, which is made of 64-bit numbers.

@@ -4637,6 +4637,7 @@ def test_plans_are_as_recorded(part):
 
 @pytest.mark.parametrize("command, said", [
     (["kernel_speed.py"], "merge  tiny"),
+    (["host_time.py", "--requests", 3, "--prompt", 600, "--iterations", 4], "3 decodes, one rank: "),
     (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
     (["simulate.py", "--workload", "toolagent", "--policy", "tokenlake:dp", "--num-requests", 8],
      '"requests": 8'),
