@@ -514,30 +514,49 @@ class QueryBuffer:
     def __init__(self, plan: QueryPlan, index, pool: "Pool"):
         runs = plan.run_table
         is_own = runs.instance == index
-        own_runs = select(runs, is_own)
-        self.num_rows = int(own_runs.rows.sum())
-        spans = plan.spans_read_at(index)
-        own = plan.instance_of_share[spans.share] == index
-        spans = self._find_together(plan, spans, own, pool)
-        self.works = {}  # of own rows, by place
-        for place in np.unique(spans.place[own]).tolist():
-            if place != TOGETHER:
-                there = select(spans, own & (spans.place == place))
-                readers = runs_reading(own_runs, there)
-                self._add_work(self.works, place, readers, there, pool)
-        self.works_for_others = {}  # HERE and LATE
+        own = select(runs, is_own)
+        self.num_rows = int(own.rows.sum())
+        # ships[run, here] holds exactly if the run sees a span here, in the slab. Runs are by
+        # instance, and a sender's are sent in their order: so those that arrive are in order.
+        arrived = select(runs, plan.ships[:, index] & ~is_own)
+        arrived = arrived._replace(first_row=self.num_rows + starts(arrived.rows))
+        self._list_works(plan, index, own, arrived, pool)
         self.active = bool(plan.ships.any())
-        leave = [rows_of(own_runs)[:0]]  # own rows, by holder
-        num_arrived = 0
+        leave = rows_of(own)[:0]  # own rows, by holder
         if self.active:
-            # ships[run, here] holds exactly if the run sees a span here, in the slab. Runs are by
-            # instance, and a sender's are sent in their order: so those that arrive are in order.
-            arrived = select(runs, plan.ships[:, index] & ~is_own)
-            arrived = arrived._replace(first_row=self.num_rows + starts(arrived.rows))
-            num_arrived = int(arrived.rows.sum())
-            self._work_for_others(arrived, own_runs, spans, own, pool)
-            leave = [rows_of(select(runs, is_own & ships)) for ships in plan.ships.T]
-        leave = np.concatenate(leave)
+            by_holder = [rows_of(select(runs, is_own & ships)) for ships in plan.ships.T]
+            leave = np.concatenate(by_holder)
+            (self.leave,) = to_device([leave], pool.device)
+        between = plan.rows_shipped()
+        self.sends = between[index].tolist()
+        self.receives = between[:, index].tolist()
+        self.pulls = InstanceMoves(plan.old.pulls, plan.sizes[0], index, pool.device)
+        self._allocate(plan, int(arrived.rows.sum()), leave, pool)
+
+    def _list_works(self, plan, index, own, arrived, pool):
+        """What own rows read, by place; and what is read for rows that arrive: at once, together
+        with own rows that wait for them, or once moves have landed."""
+        spans = plan.spans_read_at(index)
+        is_own = plan.instance_of_share[spans.share] == index
+        spans = self._find_together(plan, spans, is_own, pool)
+        self.works = {}  # by place
+        self.works_for_others = {}  # HERE and LATE
+        for place in np.unique(spans.place[is_own]).tolist():
+            there = select(spans, is_own & (spans.place == place))
+            if place != TOGETHER:
+                self.works[place] = work_of(runs_reading(own, there), there, pool)
+        for place in np.unique(spans.place[~is_own]).tolist():
+            there = select(spans, ~is_own & (spans.place == place))
+            readers = runs_reading(arrived, there)
+            if place == HERE:
+                together = select(spans, spans.place == TOGETHER)
+                waiting = runs_reading(own, together)
+                there = ReadSpans(*map(np.concatenate, zip(there, together)))
+                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
+            self.works_for_others[place] = work_of(readers, there, pool)
+
+    def _allocate(self, plan, num_arrived, leave, pool):
+        """Queries, and what comes of them: of own rows, then of those that arrive."""
         self.outputs = Outputs(
             [*self.works.values(), *self.works_for_others.values()],
             [self.num_rows, num_arrived],
@@ -548,36 +567,11 @@ class QueryBuffer:
             pool.device,
             pool.use_triton,
         )
-        N = plan.sizes[0]
         # Alone, it reads Q where the model has it.
         self.q = self.all_q = None
-        if N > 1:
+        if plan.sizes[0] > 1:
             shape = self.num_rows + num_arrived, pool.num_heads, pool.head_dim
             self.all_q = torch.empty(shape, dtype=pool.kv.dtype, device=pool.device)
-        if self.active:
-            (self.leave,) = to_device([leave], pool.device)
-        between = plan.rows_shipped()
-        self.sends = between[index].tolist()
-        self.receives = between[:, index].tolist()
-        self.pulls = InstanceMoves(plan.old.pulls, N, index, pool.device)
-
-    def _add_work(self, works, place, readers, spans, pool):
-        """Nothing, where nobody reads."""
-        if len(readers.rows):
-            works[place] = work_of(readers, spans, pool)
-
-    def _work_for_others(self, arrived, own_runs, spans, own, pool):
-        """What is read for rows that arrive: at once, together with own rows that wait for them, or
-        once moves have landed."""
-        for place in HERE, LATE:
-            there = select(spans, ~own & (spans.place == place))
-            readers = runs_reading(arrived, there)
-            if place == HERE:
-                together = select(spans, spans.place == TOGETHER)
-                waiting = runs_reading(own_runs, together)
-                there = ReadSpans(*map(np.concatenate, zip(there, together)))
-                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
-            self._add_work(self.works_for_others, place, readers, there, pool)
 
     @staticmethod
     def _find_together(plan, spans, own, pool):

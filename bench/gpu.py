@@ -52,9 +52,9 @@ if not GPU:
 
 import kernels  # noqa: E402
 import oracle  # noqa: E402
-import run_cluster  # noqa: E402
 from balancer import Request  # noqa: E402
 from cluster import Cluster, LakeError  # noqa: E402
+from engine import Engine  # noqa: E402
 from kernel_speed import copy_bandwidth  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, cut, one_line, random_weights  # noqa: E402
 from options import Parser  # noqa: E402
@@ -258,12 +258,12 @@ class Clock:
         return {name: 1e3 * sum(x) / iterations for name, x in self.seconds.items()}
 
 
-def make_engine(cluster, model, lake_config) -> run_cluster.Engine:
-    """Over all ranks of the job."""
+def make_engine(cluster, model, lake_config) -> Engine:
+    """Over all ranks of the job, as they are served."""
     ranks = [*range(cluster.size)]
     device = torch.device(model.device)
     lake = TokenLake(ranks, model.config, lake_config, cluster, model.dtype, device)
-    return run_cluster.Engine(cluster, lake, Scheduler(lake), model, Sampler())
+    return Engine(cluster, lake, Scheduler(lake), model, Sampler(), plan_ahead=GPU)
 
 
 def decode_scene(cluster, model, batch, prompt, copy) -> dict:
