@@ -694,7 +694,7 @@ STALL = 3
 class TimePredictor:
     """The time of an instance (§6.2), in ps: a + b·rows + c·rows·tokens + e·KiB. Integers, so that
     ranks agree. The coefficients are a roofline's at first; then rank 0 fits them, and its fit
-    is used once all ranks have it (run_cluster.py).
+    is used once all ranks have it (engine.py).
 
     An iteration is planned by an even split of its work. It takes longer: its slowest instance
     has more, and the fit has errors of its own. So times are multiplied by a fifth number, in
@@ -736,8 +736,9 @@ class TimePredictor:
 
     def measured(self, features, seconds, expected=None):
         """Takes an iteration with `features` [N, 3], of which the instance that should be the
-        slowest counts; expected: what it was planned by, if another is planned already. After every 32 it fits the last 256, by least squares with no coefficient
-        below 0; the first 8, which warm up, are left out, and so are stalls."""
+        slowest counts; expected: what it was planned by, if another is planned already. After
+        every 32 it fits the last 256, by least squares with no coefficient below 0; the first 8,
+        which warm up, are left out, and so are stalls."""
         slowest = features[np.argmax(self.time(*features.T))].tolist()
         self.count += 1
         if self.count > 8:

@@ -134,11 +134,11 @@ class Engine:
         self.cluster.announce(digest_with_tokens(planned.hashed, plan))
         # They have ended, and have rows in this plan nevertheless.
         dropped = {request.id for request in self.scheduler.ending}
-        samples = None
+        wait_for_samples = None
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            samples = self._launch(planned, buffers or self._make_buffers(planned))
+            wait_for_samples = self._launch(planned, buffers or self._make_buffers(planned))
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
         # From here until the samples are read the device computes, and nobody waits for the host.
         if plan.runs:
@@ -147,7 +147,7 @@ class Engine:
             if self.plan_ahead:
                 self.scheduler.advance(plan, plan.run_table.request_id[plan.samples].tolist())
                 self._plan_next()
-        sampled = self._exchange_tokens(plan, samples, dropped)
+        sampled = self._exchange_tokens(plan, wait_for_samples, dropped)
         if plan.runs:
             self._measure(features, self.clock - before, planned.expected)
         if self.plan_ahead:

@@ -18,7 +18,7 @@ that has no other part. Else it is a *partial row*, and `merge` joins those of o
 come from pieces, from groups, or from another GPU. `Outputs` has both:
 
     0 … T − 1      results of the rows of q, in the model's type ◀──────┐ merge
-    T … T + P − 1  partial rows, in float32 ────────────────────────────┘
+    T … T + P − 1  partial rows, in float32 at least ───────────────────┘
 
 Two implementations: Triton, and PyTorch for CPUs and float64. A slab has a token's key and value
 side by side, as one row. Left out: Hopper's copy engine (TMA).
@@ -42,8 +42,8 @@ except ImportError:  # no wheel for this platform: PyTorch serves
 from work import (
     MAX_LANES,
     MIN_LANES,
-    ROOM_OF_MANY_LANES,
     TILE,
+    AtOnce,
     Column,
     KVSpans,
     Members,
@@ -59,8 +59,12 @@ from work import (
     tables_to_device,
 )
 
-# Rows from which on a program merges eight heads of one, else one: a GPU is busy with either.
+# A program merges eight heads of a row where rows are at least so many, else one: so few rows keep
+# a GPU busy, too.
 MANY_MERGED_ROWS = 128
+# Registers of a multiprocessor hold so many attention programs with few lanes; one with many takes
+# them all.
+FEW_LANES_IN_REGISTERS = 3
 
 
 # ── outputs: results and partial rows ────────────────────────────────────────────────────────────
@@ -74,9 +78,10 @@ class MergeTable(NamedTuple):
 
 
 def number_outputs(output_rows, num_came, num_rows):
-    """What is a result, and what a partial row, of outputs of these rows; the last num_came come
-    from elsewhere, and are partial rows. → [outputs] its number; [P] the row of each partial row;
-    the rows that have no result yet, ascending."""
+    """Where each output goes: below num_rows it is the result of its row, which has no other;
+    else, less num_rows, a partial row. output_rows: [outputs] the row of q of each; the last
+    num_came come from elsewhere, and are partial rows always. → [outputs] its number; [P] the row
+    of q of each partial row; the rows that have no result yet, ascending."""
     is_result = np.bincount(output_rows, minlength=num_rows)[output_rows] == 1
     is_result[len(output_rows) - num_came :] = False
     number = num_rows + np.cumsum(~is_result) - 1
@@ -106,8 +111,8 @@ class Outputs:
     partial rows behind them, [P, H, D] and [P, H]. Every layer uses the same.
 
     works: all that write here. sections: lengths of sections of rows, whose results are completed
-    at different times. came_rows: the rows whose partial rows come from elsewhere: these are the
-    last ones. dtype: of the results."""
+    at different times. came_rows: the row of each partial row that comes from elsewhere, once for
+    each holder; these are the last ones. dtype: of the results."""
     def __init__(
         self,
         works,
@@ -134,7 +139,7 @@ class Outputs:
         self.is_complete = [not len(rows) for rows in by_section]
         num_outputs = self.num_rows + len(partial_rows)
         numbers = np.split(number, np.cumsum(list(map(len, rows)))[:-1])
-        tables = [work.place(its, num_outputs) for work, its in zip(works, numbers)]
+        tables = [work.number_outputs(its, num_outputs) for work, its in zip(works, numbers)]
         on_device = tables_to_device([*tables, *merges], device)
         self.merges = on_device[len(works) :]
         self._allocate(num_outputs, num_heads, head_dim, device)
@@ -186,18 +191,18 @@ def check_grid(x, y=1):
         raise ValueError(f"{x:,} × {y:,} programs, a GPU takes 2**31 - 1 × 65,535")
 
 
-def programs_at_once(device, head_dim, dtype) -> int:
-    """How many programs of `_partial_attention_kernel` with few lanes a device runs at once: as
-    many as shared memory holds, ROOM_OF_MANY_LANES at most. A CPU, which gains nothing by cuts,
-    has 1."""
+def programs_at_once(device, head_dim, dtype) -> AtOnce:
+    """Programs of `_partial_attention_kernel`. Those with few lanes are as many as shared memory
+    and registers hold."""
     if not is_cuda(device):
-        return 1
+        return AtOnce()
     properties = torch.cuda.get_device_properties(device)
     config = attention_config(MIN_LANES, 1, 1, head_dim, dtype.itemsize)
     tiles = 2 * (config["num_stages"] - 1)
     tile_bytes = TILE * config["DPAD"] * dtype.itemsize
     fit = properties.shared_memory_per_multiprocessor // (tiles * tile_bytes)
-    return properties.multi_processor_count * max(1, min(fit, ROOM_OF_MANY_LANES))
+    processors = properties.multi_processor_count
+    return AtOnce(processors * max(1, min(fit, FEW_LANES_IN_REGISTERS)), processors)
 
 
 # ── partial attention ────────────────────────────────────────────────────────────────────────────
@@ -265,7 +270,7 @@ def _attend_with_triton(q, kv, work, scale, outputs):
             work.tables.members,
             launch.pieces,
             work.tables.tiles,
-            work.tables.outputs,
+            work.tables.numbers,
             outputs.o,
             outputs.lse,
             outputs.partial_o,
@@ -282,7 +287,7 @@ def _attend_with_torch(q, kv, work, scale, outputs):
     _, _, D = q.shape
     query = (q.to(outputs.all_o.dtype) * scale).reshape(-1, D)
     for batch in work.batches:
-        rows = batch.output_rows.flatten()
+        rows = batch.target_rows.flatten()
         batch_o, batch_lse = _attend_batch(query, kv, batch)
         outputs.all_o.view(-1, D).index_copy_(0, rows, batch_o.view(-1, D))
         outputs.all_lse.view(-1).index_copy_(0, rows, batch_lse.flatten())
@@ -482,7 +487,7 @@ if triton is not None:
         Members,
         Pieces,
         Tiles,
-        Outputs,
+        Numbers,
         O,
         LSE,
         PartialO,
@@ -521,7 +526,7 @@ if triton is not None:
         ROW: tl.constexpr = 2 * HKV * D
         VALUES: tl.constexpr = HKV * D
         kv_at = n[:, None] * ROW + head * D + d
-        d_mask = (n < N)[:, None] & (d < D)
+        d_mask = (n < N)[:, None] & (d < D)  # (n < N for the shape)
         # First those tiles that are whole, and that all rows see.
         first_tile = tl.load(piece + PIECE_FIRST_TILE)
         first_masked = tl.load(piece + PIECE_FIRST_MASKED)
@@ -550,7 +555,7 @@ if triton is not None:
         o = acc / divisor[:, None]
         lse = (top + tl.log2(divisor)) * LN2  # an empty part: top is −inf, and so is this
         first_output = tl.load(piece + PIECE_FIRST_OUTPUT)
-        output = tl.load(Outputs + first_output + row, mask=is_row, other=0)
+        output = tl.load(Numbers + first_output + row, mask=is_row, other=0)
         result = is_row & (output < num_rows)
         _store_rows(O, LSE, output, query_head, o, lse, result, H, D, DPAD)
         part = is_row & (output >= num_rows)

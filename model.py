@@ -11,8 +11,8 @@ supplies it. That is the whole seam that the pool needs: on one side a model tha
 where its keys and values live, on the other a pool that knows of the model only how many layers and
 heads it has.
 
-`causal_attend` is the attend of one sequence alone. With it the tests recompute everything for each
-token, without any cache: slow, obvious, and the oracle of all that is distributed.
+`causal_attend` is the attend of one sequence alone. With it `--verify` and the tests recompute
+whole requests, without any cache: slow, obvious, and the oracle of all that is distributed.
 
 Left out, and refused by name: tensor parallelism, quantisation, attention biases, sliding windows.
 

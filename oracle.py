@@ -158,7 +158,7 @@ def judge(by_rank: list[dict[int, Recomputed]], dtype) -> Verdict:
 
 def verify(engine, requests: list[Request], on_progress) -> Verdict:
     """Each request is recomputed by one rank; after a signal, there are those done by then.
-    Collective. engine: run_cluster.Engine."""
+    Collective. engine: engine.Engine."""
     cluster = engine.cluster
     cluster.doing = "verifying"
     done = {}

@@ -48,6 +48,7 @@ from kernels import Outputs, programs_at_once, suits_triton
 from work import (
     CPU_LANES,
     MAX_LANES,
+    AtOnce,
     Column,
     KVSpans,
     QueryRows,
@@ -98,7 +99,7 @@ class LakeConfig:
     pull_tokens: int = 16_384  # of old KV that an instance pulls per iteration, at most
     chunk_tokens: int = 64  # mean prompt rows per instance in an iteration, at most
     max_batch: int = 32  # running requests in the whole lake
-    # What rows of several requests read at an instance; if not, each request reads for itself.
+    # Read once what rows of several requests read at an instance; or each request for itself.
     read_once: bool = True
     # Queries and moves share a communicator, and so wait for each other.
     one_communicator: bool = False
@@ -127,8 +128,8 @@ def iteration_bytes(llama, config: LakeConfig, num_instances, dtype) -> int:
     queries = llama.num_heads * llama.head_dim
     keys = llama.num_kv_heads * llama.head_dim
     layer = 3 * llama.hidden_size + 3 * llama.intermediate_size + 2 * (queries + 2 * keys)
-    # A row's query, result and partial rows, about two, of this iteration and of the next one, which
-    # may be prepared already; and what travels, both ways.
+    # A row's query, result and partial rows, about two, of this iteration and of the next one,
+    # which may be prepared already; and what travels, both ways.
     buffers = 2 * (2 * wide + 2 * size)
     attention = (own + others) * queries * (buffers + 2 * size)
     # Sent and received, those of this layer and of the next.
@@ -293,7 +294,8 @@ class QueryPlan:
 
     @cached_property
     def samples(self) -> Column:
-        """[B] whether a run's last row is its request's last, which gives the next token."""
+        """[B] whether a run's last row is its request's last, which gives the next token. (It is
+        asked for when the plan is hashed: later the request is longer.)"""
         return np.fromiter((run.samples for run in self.runs), bool, len(self.runs))
 
     @cached_property
@@ -534,31 +536,33 @@ class QueryBuffer:
         self._allocate(plan, int(arrived.rows.sum()), leave, pool)
 
     def _list_works(self, plan, index, own, arrived, pool):
-        """What own rows read, by place; and what is read for rows that arrive: at once, together
-        with own rows that wait for them, or once moves have landed."""
+        """What own rows read, by place; and what is read once others' rows have arrived: at once,
+        together with own rows that wait for them, or when moves have landed."""
         spans = plan.spans_read_at(index)
         is_own = plan.instance_of_share[spans.share] == index
         spans = self._find_together(plan, spans, is_own, pool)
         self.works = {}  # by place
-        self.works_for_others = {}  # HERE and LATE
+        self.works_after_arrival = {}  # HERE and LATE
         for place in np.unique(spans.place[is_own]).tolist():
             there = select(spans, is_own & (spans.place == place))
             if place != TOGETHER:
                 self.works[place] = work_of(runs_reading(own, there), there, pool)
-        for place in np.unique(spans.place[~is_own]).tolist():
-            there = select(spans, ~is_own & (spans.place == place))
-            readers = runs_reading(arrived, there)
-            if place == HERE:
-                together = select(spans, spans.place == TOGETHER)
-                waiting = runs_reading(own, together)
-                there = ReadSpans(*map(np.concatenate, zip(there, together)))
-                readers = RunTable(*map(np.concatenate, zip(readers, waiting)))
-            self.works_for_others[place] = work_of(readers, there, pool)
+        here = select(spans, ~is_own & (spans.place == HERE))
+        if len(here.share):
+            together = select(spans, spans.place == TOGETHER)
+            readers = runs_reading(arrived, here), runs_reading(own, together)
+            readers = RunTable(*map(np.concatenate, zip(*readers)))
+            both = ReadSpans(*map(np.concatenate, zip(here, together)))
+            self.works_after_arrival[HERE] = work_of(readers, both, pool)
+        late = select(spans, ~is_own & (spans.place == LATE))
+        if len(late.share):
+            readers = runs_reading(arrived, late)
+            self.works_after_arrival[LATE] = work_of(readers, late, pool)
 
     def _allocate(self, plan, num_arrived, leave, pool):
         """Queries, and what comes of them: of own rows, then of those that arrive."""
         self.outputs = Outputs(
-            [*self.works.values(), *self.works_for_others.values()],
+            [*self.works.values(), *self.works_after_arrival.values()],
             [self.num_rows, num_arrived],
             leave,
             pool.num_heads,
@@ -650,7 +654,7 @@ class Pool:
         self.max_lanes = MAX_LANES if on_gpu else CPU_LANES
         # Pieces that run at once: each is a program for each KV head.
         programs = programs_at_once(self.device, self.head_dim, dtype)
-        self.resident = programs // self.num_kv_heads
+        self.resident = AtOnce(*(n // self.num_kv_heads for n in programs))
         self.bytes = dict.fromkeys(("query", *MOVE_KINDS), 0)
         self.in_flight = InFlight()
 
@@ -774,7 +778,7 @@ class Pool:
         rows. What was moved lands only if rows that arrived read it. O travels in the model's type,
         as the sum that it becomes part of is rounded to that, too; an error of LSE would count for
         all of a part, so it stays wide, as a value or two of that type."""
-        works = buffer.works_for_others
+        works = buffer.works_after_arrival
         outputs = buffer.outputs
         self._attend(buffer, works, HERE, slab)
         if LATE in works:

@@ -282,6 +282,11 @@ def tokens(count, seed):
     return np.random.default_rng(seed).integers(512, size=count).tolist()
 
 
+def at_once(few_lanes):
+    """A third as many with many lanes, as on an H200."""
+    return work_module.AtOnce(few_lanes, few_lanes // 3)
+
+
 def make_work(runs, spans, *args, **options):
     """Work from query runs (first row of q, rows, position), each a reader, KV spans (reader, first
     row of the slab, length, position), and what else it takes."""
@@ -349,7 +354,7 @@ def test_what_a_kernel_reads_is_aligned(monkeypatch):
         lengths = rng.integers(1, 400, size=3)
         runs = zip([0, 2, 5], [2, 3, rng.integers(1, 40)], lengths)
         spans = zip([0, 1, 2], [0, 500, 1000], lengths, [0, 0, 0])
-        work = make_work([*runs], [*spans], 8, 8, resident=int(rng.integers(1, 30)))
+        work = make_work([*runs], [*spans], 8, 8, resident=at_once(int(rng.integers(1, 30))))
         outputs = kernels.Outputs([work], [45, 3], [46], 8, 5, torch.float32, "cpu", True)
         tables = [tensor for table in (work.tables, *outputs.merges) for tensor in table]
         written = outputs.o, outputs.lse, outputs.partial_o, outputs.partial_lse
@@ -390,7 +395,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
         used[slab:slab + length] = True
     k[~used] = v[~used] = math.nan
     device = DEVICE[backend]
-    work = make_work(RUNS, SPANS, H, Hkv, q.dtype, programs)
+    work = make_work(RUNS, SPANS, H, Hkv, q.dtype, at_once(programs))
     if programs != 8:
         assert (len(work.output_rows) > len(rows_of(RUNS))) == (programs > 1)
     found = partial_attention(q.to(device), side_by_side(k, v).to(device), work, D ** -0.5, backend)
@@ -414,7 +419,7 @@ def test_partial_attention_of_nothing(backend):
     nothing = make_work([], [], 8, 4)
     o, lse = partial_attention(q[:0], kv, nothing, 1.0, backend)
     assert o.shape == (0, 8, 16) and lse.shape == (0, 8)
-    unread = make_work([(0, 5, 0)], [], 8, 4, resident=1000)
+    unread = make_work([(0, 5, 0)], [], 8, 4, resident=at_once(1000))
     o, lse = partial_attention(q, kv, unread, 1.0, backend)
     assert not o.any() and (lse == -math.inf).all()
 
@@ -463,7 +468,7 @@ def test_long_blocks_are_cut_evenly():
     whole = make_work(runs, spans, 8, 4)
     assert whole.output_rows.tolist() == [0, *range(21, 24), *range(1, 21)]
     for resident, counts in ((2, [3, 1, 1]), (6, [5, 1, 1]), (10**6, [10, 1, 1])):
-        work = make_work(runs, spans, 8, 4, resident=resident)
+        work = make_work(runs, spans, 8, 4, resident=at_once(resident))
         pieces = work.pieces
         lengths = pieces.end_tile - pieces.first_tile
         few = work.num_few
@@ -516,7 +521,7 @@ def test_masks_where_they_are_needed():
     plain = 0
     for _ in range(60):
         rows, spans, num_rows, _ = random_readers(rng)
-        work = Work(rows, spans, 4, 2, resident=int(rng.choice([1, 50])))
+        work = Work(rows, spans, 4, 2, resident=at_once(int(rng.choice([1, 50]))))
         pieces, tiles = work.pieces, work.tiles
         for first, count, begin, end, masked in zip(*pieces[:5]):
             assert begin <= masked <= end
@@ -553,7 +558,7 @@ def test_what_is_shared_is_read_once(backend, dtype, limit, programs, monkeypatc
     q, k, v = (torch.randn(*shape).to(dtype) for shape in ((98, 4, 16), (800, 2, 16), (800, 2, 16)))
     found = {}
     for share in (True, False):
-        work = make_work(SHARED_RUNS, SHARED_SPANS, 4, 2, dtype, programs, share)
+        work = make_work(SHARED_RUNS, SHARED_SPANS, 4, 2, dtype, at_once(programs), share)
         members, tiles = work.members, work.tiles
         groups = [members.row[members.group == g].tolist() for g in np.unique(members.group)]
         alone = [*([i] for i in range(6)), [*range(6, 96)], [96, 97]]
@@ -619,7 +624,7 @@ def test_any_readers_of_any_spans(backend, monkeypatch):
         rows, spans, num_rows, slab_rows = random_readers(rng)
         torch.manual_seed(int(rng.integers(1000)))
         q, k, v = (torch.randn(n, h, 16) for n, h in ((num_rows, 4), (slab_rows, 2), (slab_rows, 2)))
-        work = Work(rows, spans, 4, 2, resident=int(rng.choice([1, 50])))
+        work = Work(rows, spans, 4, 2, resident=at_once(int(rng.choice([1, 50]))))
         shared += work.members.group.max(initial=0) > rows.reader[-1]
         found = partial_attention(*(x.to(DEVICE[backend]) for x in (q, side_by_side(k, v))), work, 0.3, backend)
         found = in_work(rows.row, *found)
@@ -678,7 +683,7 @@ def test_kernels_on_a_gpu_at_real_shapes(H, Hkv, D, dtype):
     lengths = 20_001, 701, 10_012
     spans = [(run, int(slots[run * 50 + i]) * C, min(C, n - i * C), i * C)
              for run, n in enumerate(lengths) for i in range(-(-n // C))]
-    work = make_work(runs, spans, H, Hkv, q.dtype, 64)
+    work = make_work(runs, spans, H, Hkv, q.dtype, at_once(64))
     assert len(work.output_rows) > 514
     kv = side_by_side(k, v)
     found = in_work(slice(514), *partial_attention(2 * q, kv, work, D ** -0.5, "triton"))
@@ -807,7 +812,7 @@ def widths(built):
 shapes = [("bf16", 128, 32, 8, n) for n in (16, 32, 64, 128)]  # Llama-3.1-8B
 shapes += [("fp16", 128, 32, 8, 16), ("fp16", 128, 32, 8, 128), ("bf16", 128, 32, 32, 16),
            ("bf16", 128, 32, 32, 128), ("bf16", 128, 64, 8, 16), ("bf16", 64, 32, 8, 128)]
-OTHERS = {n: "*i64" for n in ("Members", "Pieces", "Tiles", "Outputs")} | {
+OTHERS = {n: "*i64" for n in ("Members", "Pieces", "Tiles", "Numbers")} | {
     n: "*fp32" for n in ("LSE", "PartialO", "PartialLSE")} | dict(num_rows="i32", scale="fp32")
 def check(case):
     arch, (dtype, D, H, Hkv, lanes) = case
@@ -1647,7 +1652,7 @@ class Launches(TorchDispatchMode):
             monkeypatch.setattr(kernels, name, self.stub(name))
         for module in (kernels, pool, model_module):
             monkeypatch.setattr(module, "suits_triton", lambda *_: True)
-        monkeypatch.setattr(pool, "programs_at_once", lambda *_: 16)
+        monkeypatch.setattr(pool, "programs_at_once", lambda *_: at_once(16))
         monkeypatch.setattr(pool.Pool, "_exchange", self.exchange)
         monkeypatch.setattr(model_module.F, "rms_norm", lambda x, *_: x.neg())
 
@@ -1798,7 +1803,7 @@ def slow_moves(rank, seen):
         return merge(self, section)
 
     def begun(self, buffer):
-        late = pool.LATE in buffer.works_for_others
+        late = pool.LATE in buffer.works_after_arrival
         seen["events"].append("late" if late else "early")
         return query(self, buffer)
 

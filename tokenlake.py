@@ -11,7 +11,7 @@ lake never communicates: then it is a conventional, private cache.
 
 Every rank plans for all: with the same trace, clock, time predictor and sampled tokens the same
 calls decide the same on each. A digest of the plan and its tokens crosses before the first exchange
-of data, and a rank that has another stops all (`pool.plan_digest`).
+of data, and a rank that has another stops all (`pool.hash_plan`).
 
 Where does a query row go? The balancer says where its segment lives, and proposes to compute it
 there, or, if that instance has rows enough, where the fewest are. The even split makes a part of

@@ -24,16 +24,13 @@ import numpy as np
 import torch
 
 TILE = 64  # KV rows of a tile, at most
-# What a piece costs besides its tiles, in tiles: no block is cut into shorter ones.
+# What a piece costs besides its tiles, in tiles. The longest block is not cut below that.
 PIECE_COST = 4
 # A program has a lane for each (row, head of a KV head). A dot takes 16 at least; 128 take up to
 # 202 of 255 registers. On a CPU twice as many are a fifth faster, and more are not.
 MIN_LANES = 16
 MAX_LANES = 128
 CPU_LANES = 256
-# A multiprocessor has registers for one program with many lanes, and for three with few, of which
-# its shared memory holds as many.
-ROOM_OF_MANY_LANES = 3
 # KV rows that PyTorch gathers at a time, so that they are still in the cache when they are used.
 MAX_BATCH_KEYS = 1024
 MIN_VIEW_KEYS = 256  # of a piece that PyTorch reads where it lies, and so by itself
@@ -115,6 +112,13 @@ def is_cuda(device) -> bool:
 # ── what is to be done ───────────────────────────────────────────────────────────────────────────
 
 
+class AtOnce(NamedTuple):
+    """How many run at once on a device: programs; or pieces, each of which is a program for each KV
+    head. One at a time, as on a CPU, gains nothing by cuts."""
+    few_lanes: int = 1
+    many_lanes: int = 1
+
+
 class QueryRows(NamedTuple):
     """An entry is a query row. By reader, one's by position."""
     reader: Column  # 0 to R − 1: rows of one reader read the same spans
@@ -140,8 +144,8 @@ class KVSpans(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """An entry is a tile: slab rows that a group reads, TILE at most once they are cut. By group,
-    then position."""
+    """An entry is a tile: slab rows that a group reads; at most TILE each, once they are cut. By
+    group, then position."""
     group: Column
     first_row: Column  # of the slab
     length: Column
@@ -171,19 +175,18 @@ class Pieces(NamedTuple):
     rows: Column  # how many members
     first_tile: Column
     end_tile: Column  # the one behind its last
-    first_masked: Column  # from here on masks are needed
-    first_output: Column  # index of what its first member gives in `Work.outputs`
+    first_masked: Column  # from here on tiles are masked
+    first_output: Column  # index of what its first member gives in `WorkTables.numbers`
 
 
 # ── groups: what is read once for all who want it ────────────────────────────────────────────────
 
 
 def saves_bytes(readers, rows, tokens, max_rows, partial_tokens):
-    """Whether sets of readers, with so many rows and tokens that they all read, read them once.
+    """Whether to read the tokens that sets of readers share once for all rows of a set.
 
-    Each reader would have a block of its own; together they fill fewer. It costs each row a partial
-    more, which weighs like reading `partial_tokens` tokens, and a piece, for which costs
-    PIECE_COST tiles."""
+    Alone, each reader has a block; together, they fill fewer. In return each row has a partial row
+    more, which weighs like reading `partial_tokens` tokens, and there is one more piece."""
     reads_saved = readers - -(-rows // max_rows)
     return reads_saved * tokens > rows * partial_tokens + PIECE_COST * TILE
 
@@ -323,13 +326,13 @@ def choose_piece_tiles(num_tiles, resident) -> int:
 
 def cut_pieces(blocks, has_many_lanes, resident) -> Pieces:
     """Pieces of blocks, those with few lanes first, of either the longest first: so the last to
-    begin are short. Those of one block differ by a tile at most. resident: how many with few lanes
-    run at once."""
+    begin are short. Those of one block differ by a tile at most: of as many, the longest is then
+    shortest. resident: AtOnce, of pieces."""
     num_tiles = blocks.end_tile - blocks.first_tile
     counts = np.zeros_like(num_tiles)
     for alike, at_once in (
-        (~has_many_lanes, resident),
-        (has_many_lanes, resident // ROOM_OF_MANY_LANES),
+        (~has_many_lanes, resident.few_lanes),
+        (has_many_lanes, resident.many_lanes),
     ):
         counts[alike] = -(-num_tiles[alike] // choose_piece_tiles(num_tiles[alike], at_once))
     block, offset, length = cut_evenly(num_tiles, counts)
@@ -350,7 +353,7 @@ class Batch(NamedTuple):
     # keys); or a stretch of the slab as a slice.
     kv_rows: torch.Tensor | slice
     # [Hkv · b, G · m] of the outputs' [(T + P + 1) · H, D]: the last row is for what padding gives.
-    output_rows: torch.Tensor
+    target_rows: torch.Tensor
     # [b, 1, m, n] what a query row does not see, the same for all heads; None: it sees all.
     hidden: torch.Tensor | None
 
@@ -359,7 +362,7 @@ class WorkTables(NamedTuple):
     """What a kernel reads of a Work."""
     members: torch.Tensor  # [members, columns of Members]
     tiles: torch.Tensor  # [tiles + 1, columns of Tiles]
-    outputs: torch.Tensor  # [outputs] number of the result or partial row
+    numbers: torch.Tensor  # [outputs] which result or partial row each is: see kernels.Outputs
     few: torch.Tensor  # [pieces, columns of Pieces] with at most MIN_LANES lanes
     many: torch.Tensor  # and with more: in programs with more lanes the others' would idle
 
@@ -369,9 +372,10 @@ class Work:
 
     A row sees the keys of its reader's spans at positions up to its own. Each piece gives an output
     for each of its rows, so a row has several if it reads in several groups, or its block was cut.
-    rows: QueryRows, spans: KVSpans, in the orders that these say (they are not checked). num_heads,
-    num_kv_heads and dtype: of q and the slab. resident: pieces that run at once: long blocks are
-    cut for them. share=False: each reader reads for itself. max_lanes: of a program."""
+    It can be done once there are kernels.Outputs for it. rows: QueryRows, spans: KVSpans, in the
+    orders that these say (they are not checked). num_heads, num_kv_heads and dtype: of q and the
+    slab. resident: AtOnce, pieces: long blocks are cut for them. share=False: each reader reads for
+    itself. max_lanes: of a program."""
     def __init__(
         self,
         rows,
@@ -379,7 +383,7 @@ class Work:
         num_heads,
         num_kv_heads,
         dtype=torch.float32,
-        resident=1,
+        resident=AtOnce(),
         share=True,
         max_lanes=MAX_LANES,
     ):
@@ -402,19 +406,19 @@ class Work:
         lanes = pieces.rows * heads_per_kv
         self.num_few = int((lanes <= MIN_LANES).sum())
         self.many_lanes = next_power_of_2(max(MIN_LANES, int(lanes.max(initial=0))))
-        # [outputs] the row of each.
+        # [outputs] the row of q of each.
         self.output_rows = members.row[ranges(pieces.first_member, pieces.rows)]
 
-    def place(self, outputs, num_outputs) -> WorkTables:
-        """Says where outputs are written, of so many in all: [outputs] numbers, see
-        kernels.Outputs. → What is to be sent to the device, and to be kept as `tables`."""
-        self.outputs = outputs
+    def number_outputs(self, numbers, num_outputs) -> WorkTables:
+        """numbers: [outputs] see WorkTables, of so many in all. → What is to be sent to the device,
+        and to be kept as `tables`."""
+        self.numbers = numbers
         self.for_padding = num_outputs
         pieces = np.stack(self.pieces, 1)
         # The kernel loads a tile ahead: there is an empty one behind the last.
         tiles = np.append(np.stack(self.tiles, 1), np.zeros((1, len(Tiles._fields)), np.int64), 0)
         few, many = np.split(pieces, [self.num_few])
-        return WorkTables(np.stack(self.members, 1), tiles, outputs, few, many)
+        return WorkTables(np.stack(self.members, 1), tiles, numbers, few, many)
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -465,12 +469,12 @@ class Work:
         kv_rows, kv_position = (column[key] for column in self._keys)
         kv_position = np.where(is_key, kv_position, AFTER_ALL)
         hidden = kv_position[:, None, None] > self.members.position[member][:, None, :, None]
-        output = self.outputs[pieces.first_output + row * is_row]
-        output = np.where(is_row, output, self.for_padding)
+        target = self.numbers[pieces.first_output + row * is_row]
+        target = np.where(is_row, target, self.for_padding)
         arrays = [
             self._by_head(self.members.row[member], self.num_heads, self.num_heads),
             self._by_head(kv_rows, 2 * self.num_kv_heads, self.num_kv_heads),
-            self._by_head(output, self.num_heads, self.num_heads),
+            self._by_head(target, self.num_heads, self.num_heads),
             hidden,
         ]
         batch = Batch(*(torch.from_numpy(x).to(self.tables.members.device) for x in arrays))

@@ -61,7 +61,7 @@ from options import Parser  # noqa: E402
 from pool import LakeConfig  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
-from work import KVSpans, QueryRows, Work  # noqa: E402
+from work import AtOnce, KVSpans, QueryRows, Work  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 TOTAL_SECONDS = 470  # of all steps
@@ -216,7 +216,7 @@ def ragged():
             KVSpans(*np.array([[0, 0], [7, 99], [50, context - 50], [0, 50]])),
             heads,
             kv_heads,
-            resident=64,
+            resident=AtOnce(64, 21),
         )
         o, lse = kernels.partial_attention(q, kv, work, 0.1, "triton")
         if not (o.isfinite().all() and lse[:-1].isfinite().all()):
@@ -289,7 +289,7 @@ def decode_scene(cluster, model, batch, prompt, copy) -> dict:
     synchronize()
     prefill = time.perf_counter() - started
     parts = Clock(
-        *[(Scheduler, name) for name in ("schedule", "update")],
+        *[(Scheduler, name) for name in ("schedule", "advance", "fill")],
         *[(TokenLake, name) for name in ("gen_plans", "init_query", "put", "query")],
         (Llama, "forward"),
     )

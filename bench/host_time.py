@@ -30,11 +30,12 @@ from options import Parser, number  # noqa: E402
 from pool import LakeConfig, digest_with_tokens, hash_plan  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
+from work import AtOnce  # noqa: E402
 
 LAYERS = 32
 SHAPE = LlamaConfig(64, 64, 64, LAYERS, 8, 2, 8, max_positions=1 << 20)
 C = 512  # tokens of a segment
-AT_ONCE = 132 * 3  # programs, as on an H200
+AT_ONCE = AtOnce(3 * 132, 132)  # programs, as on an H200
 WARM_UP = 5  # iterations
 
 

@@ -50,7 +50,7 @@ import kernels  # noqa: E402
 from kernels import Outputs, merge, programs_at_once  # noqa: E402
 from model import cut, one_line, shown  # noqa: E402
 from options import Parser  # noqa: E402
-from work import KVSpans, QueryRows, Work  # noqa: E402
+from work import AtOnce, KVSpans, QueryRows, Work  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -151,6 +151,7 @@ def attention_work(case: AttentionCase, slots: np.ndarray, dtype, share=True) ->
     """A reader for each sequence, a span for each of its segments."""
     shape = MODELS[case.model]
     batch, segments = slots.shape
+    programs = programs_at_once(DEVICE, shape.head_dim, dtype) if GPU else (32, 16)
     position = np.arange(segments) * case.segment
     length = np.minimum(case.context - position, case.segment)
     rows = QueryRows.of_runs(
@@ -171,7 +172,7 @@ def attention_work(case: AttentionCase, slots: np.ndarray, dtype, share=True) ->
         shape.heads,
         shape.kv_heads,
         dtype,
-        programs_at_once(DEVICE, shape.head_dim, dtype) // shape.kv_heads if GPU else 8,
+        AtOnce(*(n // shape.kv_heads for n in programs)),
         share,
     )
 
