@@ -138,14 +138,16 @@ class Engine:
         if not plan.runs:  # signals are looked at in between
             time.sleep(max(0.0, min(0.05, pause)))
         elif self.lake.pool:
-            wait_for_samples = self._launch(planned, buffers or self._make_buffers(planned))
+            buffers = buffers or self._make_buffers(planned)
+            wait_for_samples = self._launch(plan, buffers, dropped)
         self.cluster.confirm()  # for ranks that have not computed: the others have done so there
         # From here until the samples are read the device computes, and nobody waits for the host.
         if plan.runs:
             self._count(plan, dropped)
             features = self.lake.features(plan, planned.transfer_plan)
             if self.plan_ahead:
-                self.scheduler.advance(plan, plan.run_table.request_id[plan.samples].tolist())
+                sampling = plan.run_table.request_id[plan.samples]
+                self.scheduler.advance(plan, set(sampling.tolist()))
                 self._plan_next()
         sampled = self._exchange_tokens(plan, wait_for_samples, dropped)
         if plan.runs:
@@ -198,11 +200,10 @@ class Engine:
         q_buf = lake.init_query(batch, group, planned.plan)
         return q_buf, lake.init_transfer(batch, planned.transfer_plan)
 
-    def _launch(self, planned, buffers) -> Callable:
+    def _launch(self, plan, buffers, dropped) -> Callable:
         """This rank's rows go through the model. Returns a function that waits for what they give:
         see `_read_samples`."""
         lake = self.lake
-        plan = planned.plan
         q_buf, kv_buf = buffers
 
         def attend(layer, q, kv):
@@ -231,20 +232,24 @@ class Engine:
         on_device = torch.cat(
             (tokens.double(), logprobs.double(), lake.pool.sum_of_new(kv_buf))
         )
-        return lambda: self._read_samples(on_device, requests, kv_buf, table)
+        own_runs = select(table, own)
+        return lambda: self._read_samples(on_device, requests, kv_buf, own_runs, dropped)
 
-    def _read_samples(self, on_device, requests, kv_buf, table):
+    def _read_samples(self, on_device, requests, kv_buf, own_runs, dropped):
         """→ By request id token and log-probability; and, if new KV is not finite, its layer and
         request. The device is waited for here, once."""
         *drawn, kv_sum = on_device.tolist()
         tokens, logprobs = np.split(np.array(drawn), 2)
         samples = zip(tokens.astype(int).tolist(), logprobs.tolist())
-        nonfinite = None if math.isfinite(kv_sum) else self.lake.pool.first_nonfinite(kv_buf)
+        nonfinite = None
+        if not math.isfinite(kv_sum):
+            late = select(own_runs, np.isin(own_runs.request_id, list(dropped)))
+            ignored = ranges(late.first_row, late.rows).tolist()
+            nonfinite = self.lake.pool.first_nonfinite(kv_buf, ignored)
         if nonfinite:
             layer, row = nonfinite
-            own = np.flatnonzero(table.instance == self.lake.index)
-            run = own[np.searchsorted(table.first_row[own], row, "right") - 1]
-            nonfinite = layer, int(table.request_id[run])
+            run = np.searchsorted(own_runs.first_row, row, "right") - 1
+            nonfinite = layer, int(own_runs.request_id[run])
         return {r.id: sample for r, sample in zip(requests, samples)}, nonfinite
 
     def _count(self, plan, dropped):

@@ -146,7 +146,7 @@ class Outputs:
         self.results = [*zip(self.o.split(sections), self.lse.split(sections))]
         for work, tables in zip(works, on_device):
             work.tables = tables
-            work.launches = launches_of(work, head_dim, dtype) if use_triton else None
+            work.launches = launches_of(work, head_dim) if use_triton else None
 
     def _allocate(self, num_outputs, H, D, device):
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -244,7 +244,7 @@ class Launch(NamedTuple):
     config: dict  # see `attention_config`
 
 
-def launches_of(work, head_dim, dtype) -> list[Launch]:
+def launches_of(work, head_dim) -> list[Launch]:
     """Those of a Work: pieces with few lanes, and with many."""
     launches = []
     for lanes, pieces in (MIN_LANES, work.tables.few), (work.many_lanes, work.tables.many):
@@ -252,7 +252,7 @@ def launches_of(work, head_dim, dtype) -> list[Launch]:
             grid = len(pieces), work.num_kv_heads
             check_grid(*grid)
             heads = work.num_heads, work.num_kv_heads, head_dim
-            config = attention_config(lanes, *heads, dtype.itemsize)
+            config = attention_config(lanes, *heads, work.dtype.itemsize)
             launches.append(Launch(grid, pieces, config))
     return launches
 

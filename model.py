@@ -437,7 +437,7 @@ def load_weights(folder: Path, config, dtype, device) -> Weights:
     or unknown tensor, values that are not finite, a damaged file."""
     weights = Weights.empty(config, dtype, device)
     views = weights.by_name(config)
-    missing = list(views)
+    missing = dict.fromkeys(views)
     for file in weight_files(folder):
         try:
             tensors = load_file(file)
@@ -447,14 +447,14 @@ def load_weights(folder: Path, config, dtype, device) -> Weights:
         for key, tensor in tensors.items():
             if key in views:
                 _fill(views[key], tensor, f"{file}: {key}")
-                missing.remove(key)
+                missing.pop(key, None)  # it may be in two files
             else:
                 # The head of a model with tied embeddings, and angles that are computed here.
                 unused = key == HEAD or key.endswith("rotary_emb.inv_freq")
                 require(unused, file, f"{cut(key)} is not a tensor of a Llama")
     if missing:
         raise ValueError(
-            f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)"
+            f"{folder}: {next(iter(missing))} is missing ({len(missing)} tensors are)"
         )
     return weights
 
@@ -547,12 +547,13 @@ class Llama:
         self.rope = rotate if use_triton else rope
 
     @torch.inference_mode()
-    def forward(self, tokens, positions, attend, wanted=None):
+    def forward(self, tokens, positions, attend, wanted=None, rope=None):
         """tokens, positions [T] int64 → logits [T, V], or [len(wanted), V] for the wanted rows.
 
         `attend(layer, q [T, H, D], kv [T, 2, Hkv, D]) -> [T, H, D]` is called once per layer, also
         when T is 0: a rank without rows still holds cache that others read. kv is a row's key and
-        value side by side, as a slab has them."""
+        value side by side, as a slab has them. rope: in place of what is fastest here."""
+        rope = rope or self.rope
         weights = self.weights
         config = self.config
         H = config.num_heads
@@ -565,7 +566,7 @@ class Llama:
         for number, layer in enumerate(weights.layers):
             h = self._norm(x, layer.attention_norm)
             qkv = F.linear(h, layer.qkv).view(shape)
-            self.rope(qkv[:, : H + Hkv], cos, sin)
+            rope(qkv[:, : H + Hkv], cos, sin)
             kv = qkv[:, H:].unflatten(1, (2, Hkv))
             out = attend(number, qkv[:, :H], kv)
             x = x + F.linear(out.flatten(1), layer.o)
@@ -580,10 +581,11 @@ class Llama:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
     def forward_alone(self, tokens: list[int], rows=None):
-        """Logits of one sequence from nothing: no cache, no neighbours. The oracle's forward."""
+        """Logits of one sequence from nothing: no cache, no neighbours, no kernel of ours. The
+        oracle's forward."""
         ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
         positions = torch.arange(len(tokens), device=self.device)
-        return self.forward(ids, positions, causal_attend, rows)
+        return self.forward(ids, positions, causal_attend, rows, rope)
 
 
 @dataclass(frozen=True)

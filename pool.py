@@ -722,16 +722,18 @@ class Pool:
             total += layers.index_select(1, buffer.slab_rows).sum(dtype=wide)
         return total
 
-    def first_nonfinite(self, buffer) -> tuple[int, int] | None:
+    def first_nonfinite(self, buffer, ignored=()) -> tuple[int, int] | None:
         """The first layer in which new KV of this instance is not finite, and the lowest such row
-        among those that the instance computes. It looks at each value."""
+        among those that the instance computes, but for those that are ignored. It looks at each
+        value."""
         new = self.kv.index_select(1, buffer.slab_rows)
         finite = new.isfinite().flatten(2).all(2)  # [L, n]
+        rows = torch.arange(len(buffer.kv), device=self.device)[buffer.rows]
+        finite |= torch.isin(rows, torch.tensor(list(ignored), device=self.device))
         layers = (~finite).any(1).nonzero()
         if not len(layers):
             return None
         layer = int(layers[0])
-        rows = torch.arange(len(buffer.kv), device=self.device)[buffer.rows]
         return layer, int(rows[~finite[layer]].min())
 
     def query(self, buffer):

@@ -325,14 +325,14 @@ def summarise_pool(server) -> dict:
     counters = scheduler.counters
     # The last, shorter one counts only if there is no other.
     whole = engine.iterations // CV_WINDOW
-    unfinished = sum(r.peak for r in scheduler.waiting + scheduler.running)
+    unfinished = [r for r in scheduler.waiting + scheduler.running if r not in scheduler.ending]
     longest = engine.busy[1]
     return dict(
         iterations=engine.iterations,
         computed_tokens=counters["computed_tokens"],
         recomputed_tokens=counters["recomputed_tokens"],
         dropped_rows=counters["dropped_rows"],
-        asked_tokens=server.asked_tokens + unfinished,
+        asked_tokens=server.asked_tokens + sum(request.peak for request in unfinished),
         preemptions=counters["preemptions"],
         evictions=lake.balancer.evictions,
         replicas_max=lake.balancer.replicas_max,

@@ -381,13 +381,16 @@ class Server:
             self.lake, results.eos, options.scheduler, options.tbt_slo_ms
         )
         sampler = Sampler(options.temperature, options.seed)
-        ahead = options.plan_ahead
-        if ahead is None:
-            ahead = model.device.type == "cuda"
         # The clock goes on from where the earlier run is known to have been.
         clock = max((answer.ended_ns for answer in earlier.values()), default=0)
         self.engine = Engine(
-            cluster, self.lake, self.scheduler, model, sampler, ahead, clock
+            cluster,
+            self.lake,
+            self.scheduler,
+            model,
+            sampler,
+            options.plan_ahead,
+            clock,
         )
         self.is_finished = np.zeros(len(lines), bool)
         self.is_finished[list(earlier)] = True
@@ -593,6 +596,8 @@ def set_up(arguments, cluster) -> "Server":
     set_threads(options, cluster)
     device, memory = cluster.together(cluster.choose_device, options.device)
     memory = min(cluster.gather_objects(memory))
+    if options.plan_ahead is None:
+        options.plan_ahead = all(cluster.gather_objects(device.type == "cuda"))
     prepared = cluster.together(prepare, options, cluster, device, memory)
     lines, lake_config, model = prepared
     made = vars(options), lines, lake_config, model.config, model.dtype

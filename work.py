@@ -389,6 +389,7 @@ class Work:
     ):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
+        self.dtype = dtype
         heads_per_kv = num_heads // num_kv_heads
         max_rows = rows_of_a_block(heads_per_kv, max_lanes)
         # A partial row has H·D values in float32 at least, which are written and read again; a
