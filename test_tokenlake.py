@@ -368,7 +368,7 @@ def error(found, expected):
 
 # A run that reads two spans, one of a prompt with causal tiles, one without keys, one whose keys
 # all lie after it, and one that sees a single key.
-RUNS = [(0, 1, 100), (3, 20, 30), (25, 7, 3), (40, 3, 2), (50, 1, 0)]
+RUNS = [(0, 1, 100), (3, 20, 30), (23, 7, 3), (30, 3, 2), (33, 1, 0)]
 SPANS = [(0, 0, 70, 0), (0, 100, 31, 70), (1, 200, 16, 0), (1, 232, 16, 16), (1, 300, 19, 32),
          (3, 400, 9, 5), (4, 450, 1, 0)]
 
@@ -388,7 +388,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
     few_programs(monkeypatch)
     generator = torch.Generator().manual_seed(H * D)
     q, k, v = (torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
-               for shape in ((60, H, D), (500, Hkv, D), (500, Hkv, D)))
+               for shape in ((34, H, D), (500, Hkv, D), (500, Hkv, D)))
     q = q * peak
     used = torch.zeros(500, dtype=torch.bool)
     for _, slab, length, _ in SPANS:
@@ -400,7 +400,7 @@ def test_partial_attention(backend, H, Hkv, D, dtype, limit, peak, programs, mon
         assert (len(work.output_rows) > len(rows_of(RUNS))) == (programs > 1)
     found = partial_attention(q.to(device), side_by_side(k, v).to(device), work, D ** -0.5, backend)
     o, lse = in_work(rows_of(RUNS), *found)
-    others = [row for row in range(60) if row not in rows_of(RUNS)]
+    others = [1, 2]
     assert not found[0][others].any() and (found[1][others] == -math.inf).all()
     expected, expected_lse = reference_attention(q, k, v, RUNS, SPANS, D ** -0.5)
     assert o.dtype == lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
@@ -3797,7 +3797,7 @@ def infinite_when_dropped(rank, seen):
     run_cluster.Engine._launch = poisoned
 
 
-@pytest.mark.parametrize("ranks, C", [(1, 4), (2, 3), (3, 1)])
+@pytest.mark.parametrize("ranks, C", [(1, 4), (2, 3), (2, 1)])
 def test_end_tokens_come_an_iteration_late(tmp_path, ranks, C):
     """An answer ends with the first one, at every place of a segment, though a row more was planned:
     that is computed, dropped and counted. Its session goes on from there."""
