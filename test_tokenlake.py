@@ -3101,7 +3101,7 @@ def test_dynamic_program_equals_exhaustive_search(seed):
                 if sum(dops) <= N and max(times) <= (slo or balancer.FORBIDDEN - 1):
                     cost = sum((i - j) * t for (j, i), t in zip(cuts, times))
                     best = cost if best is None else min(best, cost)
-    found = tokenlake.dynamic_program(lambda i, dop: table[:i, i, dop], R, N, slo)
+    found = balancer.dynamic_program(lambda i, dop: table[:i, i, dop], R, N, slo)
     if best is None:
         assert found is None
         return
