@@ -1492,8 +1492,9 @@ def test_tokens_do_not_depend_on_how_they_are_served(tmp_path, ranks, arguments)
 AHEAD = pytest.mark.parametrize("ahead", ["--no-plan-ahead", "--plan-ahead"])
 
 
-@AHEAD
-@pytest.mark.parametrize("ranks, placement", [(1, "stripe"), (2, "hash"), (3, "stripe")])
+@pytest.mark.parametrize("ranks, placement, ahead", [
+    (1, "stripe", "--no-plan-ahead"), (2, "hash", "--no-plan-ahead"),
+    (3, "stripe", "--no-plan-ahead"), (2, "stripe", "--plan-ahead")])
 def test_smallest_pool_evicts_and_preempts(tmp_path, ranks, placement, ahead):
     """Down to the smallest pool that admits the longest request: the same tokens, with evictions
     and preemptions; one slot less is refused with both numbers."""
