@@ -27,10 +27,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from balancer import Request  # noqa: E402
+from balancer import FORBIDDEN, Request  # noqa: E402
 from model import cut  # noqa: E402
 from pool import LakeConfig  # noqa: E402
-from scheduler import FORBIDDEN, Scheduler  # noqa: E402
+from scheduler import Scheduler  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 
 
