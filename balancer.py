@@ -29,8 +29,8 @@ Rows are *committed* after the iteration that wrote all their layers. Then the s
 fill are published: from the next iteration on others can hit them. A segment is evicted only when
 nobody pins it, children first: see `PrefixTree`.
 
-At the end stand three things that need no tensors either: the paper's dynamic program, the time
-model, and the reader of traces.
+At the end stand two things that need no tensors either: the paper's dynamic program, and the time
+model.
 
 Notation: N instances · S slots per instance · C tokens per segment. A *global slot* is
 instance · S + slot; a *run* is consecutive rows of one request within one segment.
@@ -38,7 +38,6 @@ instance · S + slot; a *run* is consecutive rows of one request within one segm
 
 import hashlib
 import heapq
-import json
 import math
 import os
 import sys
@@ -47,7 +46,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -774,195 +773,6 @@ class TimePredictor:
         fair = times <= STALL * (slowest @ solution)
         even = even @ solution
         return float(times[fair].sum() / even[fair].sum()) if fair.any() else 1.0
-
-
-# ── traces: the requests that come ───────────────────────────────────────────────────────────────
-
-TRACE_BLOCK = 512  # tokens per hash id
-
-
-class Field(NamedTuple):
-    """What a field of a trace line must be, as a function and in words, and what it is if
-    absent."""
-    allows: Callable
-    expected: str
-    default: object = None
-
-
-def _is_integer(value, lowest, end):
-    return type(value) is int and lowest <= value < end
-
-
-def _is_time(value):
-    return type(value) in (int, float) and 0 <= value < 2**53
-
-
-def _are_ids(value):
-    return (
-        isinstance(value, list) and value and all(_is_integer(i, 0, 2**63) for i in value)
-    )
-
-
-MILLISECONDS = Field(_is_time, "a number of ms from 0 to 2**53")
-LENGTH = Field(
-    lambda value: _is_integer(value, 1, 2**53), "a positive integer below 2**53"
-)
-IDS = Field(_are_ids, "a list of integers from 0 up to 2**63 - 1")
-# A prompt is given by its length and the ids of its blocks, or by the ids of its tokens.
-BY_BLOCKS = {"input_length": LENGTH, "hash_ids": IDS}
-BY_TOKENS = {"input_ids": IDS}
-FIELDS = {
-    "session_id": Field(
-        lambda value: value is None or type(value) in (str, int),
-        "a string or an integer",
-    ),
-    "timestamp": MILLISECONDS,
-    "output_length": LENGTH,
-    "think_ms": MILLISECONDS._replace(default=0),
-    "salt": Field(lambda value: type(value) is str, "a string", ""),
-}
-KNOWN = (*FIELDS, *BY_BLOCKS, *BY_TOKENS)
-
-
-@dataclass
-class TraceLine:
-    """A request of a trace, lengths scaled, and what became of it."""
-    index: int  # request id: which request of the trace, from 0
-    where: str  # file:line
-    previous: "TraceLine | None" = field(repr=False)  # of the session
-    session_id: str | int | None
-    timestamp: float  # ms since the first line's
-    think_ms: float
-    salt: str
-    input_length: int  # with a session, an upper bound until it is sent
-    output_length: int
-    input_ids: list[int] | None = None  # its own; with a session, behind all before
-    hash_ids: list[int] | None = None
-    request: Request | None = None  # from its arrival on
-
-    @property
-    def total(self) -> int:
-        """Tokens of prompt and answer."""
-        return self.input_length + self.output_length
-
-    def arrive(self, vocab_size, block, seed) -> Request:
-        """Makes its request. A hash id's block of tokens comes from a generator seeded by
-        (seed, id)."""
-        if self.input_ids is not None:
-            earlier = self.previous.request.tokens if self.previous else []
-            prompt = earlier + self.input_ids
-        else:
-            prompt = []
-            for id in self.hash_ids:
-                rng = np.random.default_rng((seed, id))
-                prompt += rng.integers(vocab_size, size=block).tolist()
-            prompt = prompt[: self.input_length]
-        self.request = Request(
-            self.index, prompt, len(prompt) + self.output_length, self.salt
-        )
-        return self.request
-
-
-def read_trace(
-    source, name: str, scale: int = 1, limit: int | None = None, warn=None
-) -> list[TraceLine]:
-    """The first `limit` requests of a trace, checked; `source` yields its lines, bytes or text.
-    Lengths are divided by `scale`, and time begins with the first line's timestamp: a trace may be
-    a slice of another, or have Unix times. Raises ValueError: file:line, what is wrong, what is
-    right; `warn`, if there is one, is told of what is ignored."""
-    lines = []
-    # By salt and session id: tenants do not know of each other's.
-    last_of_session = {}
-    unknown = set()
-    texts = ((number, text) for number, text in enumerate(source, 1) if text.strip())
-    for number, text in islice(texts, limit):
-        where = f"{name}:{number}"
-        raw = _parse(text, where)
-        fields = _read_fields(raw, where)
-        if warn:
-            _warn_of_unknown(raw, where, unknown, warn)
-        session = fields["salt"], fields["session_id"]
-        previous = last_of_session.get(session)
-        line = _make_line(len(lines), where, fields, previous, scale)
-        if lines and line.timestamp < lines[-1].timestamp:
-            said = f"timestamp {line.timestamp} is before the previous line's "
-            said += f"{lines[-1].timestamp}; lines in order of time are expected"
-            raise ValueError(f"{where}: {said}")
-        if line.session_id is not None:
-            last_of_session[session] = line
-        lines.append(line)
-    if not lines:
-        raise ValueError(f"{name}: is empty; one JSON object per line is expected")
-    start = lines[0].timestamp
-    for line in lines:
-        line.timestamp -= start
-    return lines
-
-
-def _parse(text, where) -> dict:
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        said = f"not JSON ({error}); one object per line is expected"
-        raise ValueError(f"{where}: {said}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where}: a JSON object is expected")
-    return raw
-
-
-def _read_fields(raw, where):
-    """The known fields of a line, each as it must be."""
-    form = BY_BLOCKS
-    if "input_ids" in raw:
-        form = BY_TOKENS
-        if "hash_ids" in raw or "input_length" in raw:
-            said = "input_ids stands in place of input_length and hash_ids"
-            raise ValueError(f"{where}: {said}; one or the other is expected")
-    elif "prompt" in raw and "hash_ids" not in raw:
-        said = "prompt is text, and there is no tokenizer; token ids (input_ids) are expected"
-        raise ValueError(f"{where}: {said}")
-    fields = {}
-    for key, rule in (form | FIELDS).items():
-        value = fields[key] = raw.get(key, rule.default)
-        if not rule.allows(value):
-            found = f"is {_shown(value)}" if key in raw else "is missing"
-            raise ValueError(f"{where}: {key} {found}; {rule.expected} is expected")
-    return fields
-
-
-def _warn_of_unknown(raw, where, unknown, warn):
-    """Says once of each key that nothing is done with it: public traces have keys of their own, and
-    others are misspelt. unknown: those that were said."""
-    for key in raw:
-        if key not in KNOWN and key not in unknown:
-            unknown.add(key)
-            known = ", ".join(KNOWN)
-            warn(f"{where}: unknown key {_shown(key)} is ignored (known are {known})")
-
-
-def _shown(value) -> str:
-    """A value as JSON, in at most 80 characters, and no more of it is looked at."""
-    text = "".join(islice(json.JSONEncoder().iterencode(value), 81))
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _make_line(index, where, fields, previous, scale):
-    """A line from its fields. hash_ids has to fit input_length; input_ids cannot be scaled."""
-    if "hash_ids" in fields:
-        length = fields["input_length"]
-        given = len(fields["hash_ids"])
-        blocks = -(-length // TRACE_BLOCK)
-        if given != blocks:
-            said = f"hash_ids lists {given} blocks; input_length {length} makes {blocks}"
-            raise ValueError(f"{where}: {said} of {TRACE_BLOCK} tokens")
-    elif scale > 1:
-        raise ValueError(f"{where}: input_ids cannot be scaled; drop --trace-scale")
-    else:
-        earlier = previous.total if previous else 0
-        fields["input_length"] = earlier + len(fields["input_ids"])
-    for name in ("input_length", "output_length"):
-        fields[name] = -(-fields[name] // scale)
-    return TraceLine(index, where, previous, **fields)
 
 
 # What placement, replication and choice are worth on a trace: options and counting are there.

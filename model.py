@@ -619,3 +619,48 @@ def logprobs(logits, tokens):
     """The log-probability of a token for each row: [n, V], [n] → [n], in float32 at least."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+# ── text ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Text:
+    """Prompts and answers as text, by the tokenizer of a model's folder: it is loaded when a trace
+    first asks for it, and the package `tokenizers` is needed only then. No chat templates."""
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._tokenizer = None
+
+    @property
+    def is_used(self) -> bool:
+        return self._tokenizer is not None
+
+    def encode(self, text: str, begins: bool) -> list[int]:
+        """Token ids; with the special ones of a beginning where a session begins. Raises ValueError
+        if there is no tokenizer."""
+        self._tokenizer = self._tokenizer or self._load()
+        return self._tokenizer.encode(text, add_special_tokens=begins).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text, without special tokens."""
+        return self._tokenizer.decode(ids)
+
+    def _load(self):
+        expected = "token ids (input_ids) are expected"
+        said = f"prompt is text, and the built-in model has no tokenizer; {expected}"
+        require(self.folder, said)
+        file = self.folder / "tokenizer.json"
+        require(os.path.isfile(file), f"prompt is text, and there is no {file}; {expected}")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            said = "prompt is text; `pip install tokenizers`, or token ids (input_ids),"
+            raise ValueError(f"{said} are expected") from None
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package has no type of its own
+            raise ValueError(f"{file}: not a tokenizer: {cut(str(error))}") from None
+        # Files have these for training.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer

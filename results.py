@@ -237,14 +237,15 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     fields = "session_id timestamp think_ms salt input_length output_length"
     fields = [*fields.split(), "input_ids", "hash_ids"]
     asked = [attrgetter(*fields)(line) for line in lines]
-    names = "trace_scale", "seed", "temperature", "stop_at_eos"
+    follows = [line.previous and line.previous.index for line in lines]
+    names = "trace_scale", "trace_block", "seed", "temperature", "stop_at_eos"
     return {
         "number of requests": len(lines),
         "--dtype": dtype_name(model.dtype),
         "generator of noise": GENERATOR,
         **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
         # What depends on these comes last, so that they are named.
-        "trace": digest(asked),
+        "trace": digest((asked, follows)),
         "model": digest((model.config, sums)),
     }
 

@@ -38,12 +38,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from balancer import TRACE_BLOCK, Request, TraceLine, read_trace
 from engine import Engine
 from model import (
     Llama,
     LlamaConfig,
     Sampler,
+    Text,
     checksums,
     cut,
     dtype_name,
@@ -60,10 +60,20 @@ from results import Outcome, Results, answers_basis, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from scheduler import Policy, Scheduler
 from tokenlake import TokenLake
+from traces import (
+    TIME_UNITS,
+    RandomTokens,
+    TraceForm,
+    TraceLine,
+    demo_trace,
+    open_trace,
+    read_trace,
+)
 
 DTYPES = [dtype_name(dtype) for dtype in WIDER]
 # Bytes of a GPU for the contexts of CUDA, cuBLAS and NCCL, for each rank.
 GPU_RESERVE = 1 << 30
+SHOWN_PAUSE = 2  # seconds without anything to do, from which on they are shown
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -98,9 +108,6 @@ def one_of(*names) -> OptionType:
 PATH = OptionType(Path, _is_path, "a path")
 COUNT = OptionType(int, lambda x: 0 < x < 2**48, "a positive integer below 2**48")
 NATURAL = OptionType(int, lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1")
-DIVISOR = OptionType(
-    int, lambda x: x > 0 and TRACE_BLOCK % x == 0, f"a divisor of {TRACE_BLOCK}"
-)
 UP_TO_A_MILLION = OptionType(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6")
 POSITIVE = OptionType(float, lambda x: x >= 1e-6, "a positive number")  # or inf
 SECONDS = OptionType(float, lambda x: 1 <= x < 1e9, "a number from 1")
@@ -110,37 +117,108 @@ POLICY = OptionType(
     "auto, even, dp or pd:PxD",
 )
 FLAG = None  # given or not
+SWITCH = argparse.BooleanOptionalAction  # --name or --no-name; neither: what suits
 CHOICES = None  # --help names them
 
 # fmt: off
-# Name, type, what a value is called in --help, help, default.
-OPTIONS = [
-    ("--trace", PATH, "FILE", "JSON lines; default: a multi-turn demo", None),
-    ("--num-requests", COUNT, "K", "serve the first K lines (demo: 48)", None),
-    ("--seed", NATURAL, "N", "of the weights, the demo, a trace's tokens, and sampling", 0),
-    ("--trace-scale", DIVISOR, "F", "divide a trace's lengths and its 512-token block by F", None),
-    ("--model", PATH, "DIR", "Hugging Face folder of a Llama", None),
-    ("--random-weights", FLAG, None, "with --model: read config.json alone", False),
-    ("--dtype", one_of(*DTYPES), CHOICES, "default: float32; on a GPU what --model says", None),
-    ("--device", one_of("auto", "cpu", "cuda"), CHOICES, "default: a GPU if any", "auto"),
-    ("--temperature", UP_TO_A_MILLION, "T", "0 (the default) is greedy", 0.0),
-    ("--stop-at-eos", FLAG, None, "the model's end token ends a request early", False),
-    ("--segment-tokens", COUNT, "C", "default: 16; --model on a GPU: 512", None),
-    ("--slots", COUNT, "S", "segments per instance; default: what fits (CPU: 32k tokens)", None),
-    ("--placement", one_of("stripe", "hash"), CHOICES, "homes of segments", "stripe"),
-    ("--replicate-factor", UP_TO_A_MILLION, "c", "of c·N·ln N hot segments (3; 0: none)", 3.0),
-    ("--pull-tokens", NATURAL, "T", "of old KV that an instance pulls an iteration (16384)", 16384),
-    ("--chunk-tokens", COUNT, "T", "prompt rows per instance and iteration (4 segments)", None),
-    ("--max-batch", COUNT, "R", "running requests in the whole lake (32; GPUs: 64 each)", None),
-    ("--scheduler", POLICY, "NAME", "auto (even split), even, dp (§6.2) or pd:PxD", "auto"),
-    ("--tbt-slo-ms", POSITIVE, "MS", "time between tokens to keep, by fewer prompt rows", None),
-    ("--one-communicator", FLAG, None, "queries and moves share it (if two do not get on)", False),
-    ("--speed", POSITIVE, "X", "arrivals and think times X times faster; inf: all at once", 1.0),
-    ("--timeout", SECONDS, "SECONDS", "after which a silent rank counts as lost (300)", 300.0),
-    ("--output", PATH, "DIR", "write requests.jsonl and summary.json", None),
-    ("--resume", FLAG, None, "go on with what --output holds, if it holds anything", False),
-]
+# By group: name, type, what a value is called in --help, default, help.
+OPTIONS = {
+    "what is served": [
+        ("--trace", PATH, "FILE", None,
+         "a request per line, as JSON (README: Traces); default: a demo of chat sessions"),
+        ("--num-requests", COUNT, "K", None,
+         "only the first K requests (the demo has 48)"),
+        ("--trace-block", COUNT, "B", None,
+         "tokens that a hash id of the trace stands for (Mooncake: 512, the default; Bailian: "
+         "16)"),
+        ("--trace-time-unit", one_of(*TIME_UNITS), CHOICES, None,
+         "of the trace's timestamps; default: ms"),
+        ("--trace-scale", COUNT, "F", None,
+         "make a trace smaller: divide its lengths, and its blocks, by F"),
+        ("--speed", POSITIVE, "X", 1.0,
+         "requests come, and users think, X times faster; inf: all at once"),
+    ],
+    "the model": [
+        ("--model", PATH, "DIR", None,
+         "Hugging Face folder of a Llama; default: a tiny one with random weights"),
+        ("--random-weights", FLAG, None, False,
+         "with --model: read config.json alone, and draw the weights"),
+        ("--dtype", one_of(*DTYPES), CHOICES, None,
+         "default: float32; on a GPU what config.json says"),
+        ("--device", one_of("auto", "cpu", "cuda"), CHOICES, "auto",
+         "default: a GPU if there is one"),
+        ("--temperature", UP_TO_A_MILLION, "T", 0.0,
+         "of sampling; 0, the default, takes the likeliest token"),
+        ("--stop-at-eos", FLAG, None, False,
+         "the model's end token ends an answer early"),
+        ("--seed", NATURAL, "N", 0,
+         "of random weights, the demo, tokens for hash ids, and sampling (0)"),
+    ],
+    "the pool": [
+        ("--segment-tokens", COUNT, "C", None,
+         "tokens of a segment, which is cached, found and moved as a whole; default: 16, with "
+         "--model on a GPU 512"),
+        ("--slots", COUNT, "S", None,
+         "segments that an instance holds; default: what fits into its memory, on a CPU 32k "
+         "tokens"),
+        ("--placement", one_of("stripe", "hash"), CHOICES, "stripe",
+         "where segments live: those of a prompt on one instance after the other (the "
+         "default), or wherever a hash says"),
+        ("--replicate-factor", UP_TO_A_MILLION, "c", 3.0,
+         "how many of the most read segments may be copied to further instances: c·N·ln N, "
+         "with N instances (3; 0: none)"),
+        ("--pull-tokens", NATURAL, "T", 16384,
+         "cached tokens that an instance fetches per iteration, where that is less than "
+         "sending queries (16384)"),
+        ("--one-communicator", FLAG, None, False,
+         "queries and moves of cache share one (if two do not get on)"),
+    ],
+    "scheduling": [
+        ("--chunk-tokens", COUNT, "T", None,
+         "prompt tokens per instance and iteration; default: 4 segments"),
+        ("--max-batch", COUNT, "R", None,
+         "requests that run at once, on all instances together; default: 32, on GPUs 64 each"),
+        ("--scheduler", POLICY, "NAME", "auto",
+         "who computes what: auto and even split all work evenly, dp forms batches for some "
+         "instances each, pd:PxD keeps P instances for prompts and D for answers"),
+        ("--tbt-slo-ms", POSITIVE, "MS", None,
+         "keep the time between an answer's tokens below this, by fewer prompt tokens beside "
+         "them"),
+        ("--plan-ahead", SWITCH, None, None,
+         "plan an iteration while the device computes the one before; default: on GPUs"),
+    ],
+    "results, and what may go wrong": [
+        ("--output", PATH, "DIR", None,
+         "write requests.jsonl and summary.json there"),
+        ("--resume", FLAG, None, False,
+         "go on with what --output holds, if it holds anything"),
+        ("--verify", SWITCH, None, None,
+         "compute every answer again, without a cache, and compare; default: for the demo"),
+        ("--timeout", SECONDS, "SECONDS", 300.0,
+         "after which a silent rank counts as lost (300)"),
+    ],
+}
 # fmt: on
+# Not as the others: its value may be left out.
+PROFILE = dict(
+    type=NATURAL,
+    metavar="K",
+    nargs="?",
+    const=0,
+    help="with --output: rank 0 writes profile.json.gz, of 8 iterations after the first K (0)",
+)
+DESCRIPTION = """\
+Serve a trace with one pool of KV cache over all ranks. Each rank is an instance: it computes, and
+holds a part of the pool, in segments of a few tokens. Prompts that begin alike share segments,
+wherever these are."""
+EXAMPLES = """\
+examples:
+  torchrun --standalone --nproc-per-node=4 run_cluster.py
+      serves the demo on four ranks of this machine, with or without GPUs
+  torchrun --standalone --nproc-per-node=8 run_cluster.py \\
+      --model DIR --trace FILE.jsonl --output out
+      serves a trace on eight GPUs, and writes answers and times into out/
+"""
 
 
 def refuse_options(message):
@@ -149,46 +227,51 @@ def refuse_options(message):
     require(False, cut(" ".join(map(cut, words)), 200))
 
 
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Raises ValueError naming the option."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "run_cluster.py", description="Serve a trace on a pool."
+        "run_cluster.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = refuse_options
-    add = parser.add_argument
-    for name, type, metavar, help, default in OPTIONS:
-        if type is FLAG:
-            add(name, action="store_true", help=help)
-        else:
-            metavar = metavar or "{" + type.expected.removeprefix("one of ") + "}"
-            add(name, type=type, metavar=metavar, help=help, default=default)
-    add(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        help="recompute every answer without a cache; default: for the built-in demo",
-    )
-    add(
-        "--plan-ahead",
-        action=argparse.BooleanOptionalAction,
-        help="plan an iteration while the device computes the one before (default: on a GPU)",
-    )
-    add(
-        "--profile",
-        type=NATURAL,
-        metavar="K",
-        nargs="?",
-        const=0,
-        help="with --output: rank 0 writes profile.json.gz, of 8 iterations after K (0)",
-    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, type, metavar, default, help in options:
+            if type is FLAG:
+                group.add_argument(name, action="store_true", help=help)
+            elif type is SWITCH:
+                group.add_argument(name, action=SWITCH, help=help)
+            else:
+                choices = type.expected.removeprefix("one of ")
+                group.add_argument(
+                    name,
+                    type=type,
+                    metavar=metavar or "{" + choices + "}",
+                    help=help,
+                    default=default,
+                )
+    group.add_argument("--profile", **PROFILE)
+    return parser
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """The command line. Raises ValueError naming the option."""
     for text in arguments:
         # argparse takes that for no value at all.
         require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     require(
         options.model or not options.random_weights,
         "--random-weights needs --model DIR (the built-in model is random)",
     )
-    require(options.trace or not options.trace_scale, "--trace-scale needs --trace FILE")
+    for name in ("trace_block", "trace_time_unit", "trace_scale"):
+        said = f"--{name.replace('_', '-')} needs --trace FILE"
+        require(options.trace or not getattr(options, name), said)
+    form = trace_form(options)
+    options.trace_block = form.block
+    said = f"a divisor of {form.block} is expected (the tokens of a hash id)"
+    require(form.block % form.scale == 0, f"--trace-scale: '{form.scale}': {said}")
     require(options.output or options.profile is None, "--profile needs --output DIR")
     require(options.output or not options.resume, "--resume needs --output DIR")
     if options.verify is None:
@@ -196,38 +279,29 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def trace_form(options) -> TraceForm:
+    """What the options say of the trace, where its lines do not."""
+    usual = TraceForm()
+    return TraceForm(
+        block=options.trace_block or usual.block,
+        unit_ms=TIME_UNITS[options.trace_time_unit or "ms"],
+        scale=options.trace_scale or usual.scale,
+    )
+
+
 # ── set-up: what the user gave is checked, and made ──────────────────────────────────────────────
 
 
-def demo_trace(num_requests, vocab_size, seed):
-    """Sessions of three turns behind three system prompts, some more popular than others."""
-    rng = np.random.default_rng((seed, 1))
-    start = 0.0
-    systems = [rng.integers(vocab_size, size=n).tolist() for n in (208, 144, 96)]
-    for index in range(num_requests):
-        ids = rng.integers(vocab_size, size=rng.integers(24, 72)).tolist()
-        if index % 3 == 0:
-            start += rng.exponential(100)
-            ids = systems[rng.choice(3, p=(0.6, 0.3, 0.1))] + ids
-        line = dict(
-            timestamp=round(start, 1),
-            session_id=index // 3,
-            input_ids=ids,
-            output_length=int(rng.integers(8, 25)),
-            think_ms=100,
-        )
-        yield json.dumps(line)
-
-
 def prepare(options, cluster, device, memory):
-    """Checks what the user gave → (lines, LakeConfig, Llama). memory: bytes of the smallest device.
-    (`said`, here and elsewhere: the message if what follows is not so.)"""
+    """Checks what the user gave → (lines, Text, LakeConfig, Llama). memory: bytes of the smallest
+    device. (`said`, here and elsewhere: the message if what follows is not so.)"""
     if options.output and cluster.rank == 0 and not resumes(options):
         require_unused(options.output)
     config = load_config(options.model) if options.model else LlamaConfig()
     said = "--stop-at-eos: the model's config.json has no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
-    lines = open_trace(options, config, warn if cluster.rank == 0 else None)
+    text = Text(options.model)
+    lines = read_lines(options, config, text, cluster.rank)
     check_policy(options.scheduler, cluster.size)
     dtype = choose_dtype(options, config, device)
     check_weights(options, config, dtype, device, cluster, memory)
@@ -237,25 +311,27 @@ def prepare(options, cluster, device, memory):
         weights = load_weights(options.model, config, dtype, device)
     else:
         weights = random_weights(config, options.seed, dtype, device)
-    return lines, lake_config, Llama(config, weights)
+    return lines, text, lake_config, Llama(config, weights)
 
 
 def warn(said):
-    """Of what is ignored."""
-    print(f"run_cluster.py: {one_line(said)}", file=sys.stderr, flush=True)
+    """Of what is ignored, or may surprise."""
+    print(f"run_cluster.py: {one_line(said)}", file=Forgiving(sys.stderr), flush=True)
 
 
-def open_trace(options, config, warn) -> list[TraceLine]:
-    scale = options.trace_scale or 1
+def read_lines(options, config, text, rank) -> list[TraceLine]:
+    """The trace, or the demo. What is ignored of it rank 0 says."""
     if not options.trace:
         demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
         return read_trace(demo, "demo")
-    try:
-        with open(options.trace, "rb") as file:
-            name = str(options.trace)
-            return read_trace(file, name, scale, options.num_requests, warn)
-    except OSError as error:
-        raise ValueError(f"--trace {options.trace}: {error.strerror}") from None
+    return open_trace(
+        "--trace",
+        options.trace,
+        trace_form(options),
+        options.num_requests,
+        warn if rank == 0 else lambda said: None,
+        text.encode,
+    )
 
 
 def check_policy(name, num_ranks):
@@ -330,7 +406,7 @@ def check_lines(lines, config, lake_config, num_ranks):
     V = config.vocab_size
     for line in lines:
         highest = max(line.input_ids or [0])
-        said = f"input_ids has the token {highest}; ids below the vocabulary's {V} are expected"
+        said = f"the prompt has the token {highest}; ids below the vocabulary's {V} are expected"
         require(highest < V, f"{line.where}: {said}")
     longest = max(lines, key=lambda line: line.total)
     said = f"prompt and answer are {longest.total} tokens, the model has {config.max_positions}"
@@ -366,13 +442,17 @@ def profiler(file: Path, after, results):
 
 class Server:
     """Serves a trace: sends requests when they are due, keeps their times, writes their records.
-    earlier: what an earlier run has served of it, see `Results.earlier`."""
-    def __init__(self, options, cluster, lines, lake_config, model, results, earlier):
+    text: of the model's tokenizer; earlier: what an earlier run has served of the trace, see
+    `Results.earlier`."""
+    def __init__(self, options, cluster, lines, text, lake_config, model, results, earlier):
         self.options = options
         self.cluster = cluster
         self.lines = lines
+        self.text = text
         self.model = model
         self.results = results
+        block = trace_form(options).scaled_block
+        self.tokens = RandomTokens(model.config.vocab_size, block, options.seed)
         ranks = list(range(cluster.size))
         self.lake = TokenLake(
             ranks, model.config, lake_config, cluster, model.dtype, model.device
@@ -397,8 +477,10 @@ class Server:
         self.asked_tokens = 0  # of requests that have ended: see `summarise_pool`
         # By request id: rank 0's ns since the start, of its arrival and its tokens.
         self.times = {}
-        self.next_turn = {line.previous.index: line for line in lines if line.previous}
+        # By line: how many of its next turns have not been sent yet.
+        self.turns_to_come = [len(line.next_turns) for line in lines]
         self.arrivals = []  # a heap of (time, request id)
+        self.pause_said = ""
         for line in lines:
             if line.index in earlier:
                 self._recall(line, earlier[line.index])
@@ -418,6 +500,7 @@ class Server:
         while arrivals or self.scheduler.waiting or self.scheduler.running:
             self._send_due()
             pause = (arrivals[0][0] - engine.clock) / 1e9 if arrivals else 0
+            self._show_pause(bar, pause)
             tokens, ended = engine.step(pause)
             for id in tokens:
                 self.times[id].append(engine.clock)
@@ -431,6 +514,18 @@ class Server:
         self.cluster.announce(THE_END)
         self.cluster.confirm()
 
+    def _show_pause(self, bar, pause):
+        """If nothing runs for a while: when the next request comes, in seconds. In a log, which has
+        no bar, once for each pause."""
+        said = ""
+        if pause >= SHOWN_PAUSE and not (self.scheduler.waiting or self.scheduler.running):
+            said = f"next arrival in {pause:,.0f} s"
+        if not bar.disable and said != self.pause_said:
+            bar.set_postfix_str(said)
+        if bar.disable and said and not self.pause_said and self.cluster.rank == 0:
+            warn(said)
+        self.pause_said = said
+
     def _expect(self, line, earliest):
         """A line is due at its time, and not before `earliest` [ns]."""
         due = max(self.scaled_ns(line.timestamp), earliest)
@@ -440,24 +535,26 @@ class Server:
         while self.arrivals and self.arrivals[0][0] <= self.engine.clock:
             due, index = heapq.heappop(self.arrivals)
             self.times[index] = [due]
-            self.scheduler.add(self._make_request(self.lines[index]))
-
-    def _make_request(self, line) -> Request:
-        block = TRACE_BLOCK // (self.options.trace_scale or 1)
-        request = line.arrive(self.model.config.vocab_size, block, self.options.seed)
-        if line.previous:  # its tokens are part of the prompt now
-            self._forget(line.previous)
-        return request
+            line = self.lines[index]
+            self.scheduler.add(line.arrive(self.tokens))
+            self._is_sent(line)
 
     def _recall(self, line, answer):
-        """What an earlier run has finished: the next turn and `verify` want its tokens."""
-        if self.options.verify or line.index in self.next_turn:
-            request = self._make_request(line)
+        """What an earlier run has finished: next turns and `verify` want its tokens."""
+        if self.options.verify or line.next_turns:
+            request = line.arrive(self.tokens)
             request.tokens += answer.output_ids
             request.logprobs += answer.output_logprobs
-        elif line.previous:
-            self._forget(line.previous)
+        self._is_sent(line)
         self._end_turn(line, answer.ended_ns)
+
+    def _is_sent(self, line):
+        """Its predecessor's tokens are part of its prompt now."""
+        previous = line.previous
+        if previous:
+            self.turns_to_come[previous.index] -= 1
+            if self.turns_to_come[previous.index] == 0:
+                self._forget(previous)
 
     def _finish(self, request) -> dict:
         """A request has ended: writes and returns its record."""
@@ -472,27 +569,32 @@ class Server:
     def _record(self, request, times) -> dict:
         """Its line of requests.jsonl."""
         first, *intervals = (round((b - a) / 1e6, 3) for a, b in zip(times, times[1:]))
-        return dict(
+        output_ids = request.tokens[request.num_prompt :]
+        record = dict(
             request_id=request.id,
+            session_id=self.lines[request.id].session_id,
             status="completed",
             arrival_s=times[0] / 1e9,
             input_length=request.num_prompt,
             cached_tokens=self.scheduler.cached_tokens.pop(request.id),
-            output_ids=request.tokens[request.num_prompt :],
+            output_ids=output_ids,
             output_logprobs=request.logprobs,
             ttft_ms=first,
             tpot_ms=round(sum(intervals) / len(intervals), 3) if intervals else None,
             itl_ms=intervals,
             finished_s=times[-1] / 1e9,
         )
+        if self.text.is_used:
+            record["output_text"] = self.text.decode(output_ids)
+        return record
 
     def _end_turn(self, line, ended_ns):
-        """The session's next turn is due a while after this one."""
-        turn = self.next_turn.get(line.index)
-        if turn is None:
+        """The session's next turns are due a while after this one."""
+        if not line.next_turns:
             self._forget(line)
-        elif not self.is_finished[turn.index]:
-            self._expect(turn, ended_ns + self.scaled_ns(turn.think_ms))
+        for turn in line.next_turns:
+            if not self.is_finished[turn.index]:
+                self._expect(turn, ended_ns + self.scaled_ns(turn.think_ms))
 
     def _forget(self, line):
         """Nobody asks for its tokens any more, unless they are to be verified."""
@@ -599,7 +701,7 @@ def set_up(arguments, cluster) -> "Server":
     if options.plan_ahead is None:
         options.plan_ahead = all(cluster.gather_objects(device.type == "cuda"))
     prepared = cluster.together(prepare, options, cluster, device, memory)
-    lines, lake_config, model = prepared
+    lines, text, lake_config, model = prepared
     made = vars(options), lines, lake_config, model.config, model.dtype
     what = "options, another trace or another model"
     cluster.together(cluster.require_same, repr(made), what)
@@ -613,7 +715,7 @@ def set_up(arguments, cluster) -> "Server":
     cluster.together(results.begin, basis, lines, resumes(options))
     earlier = cluster.from_rank_0(results.earlier)
     results.earlier = {}  # the server takes of it what it needs
-    return Server(options, cluster, lines, lake_config, model, results, earlier)
+    return Server(options, cluster, lines, text, lake_config, model, results, earlier)
 
 
 def require_same_weights(sums, cluster):
@@ -665,12 +767,15 @@ def serve_and_verify(server, on_iteration, outcome):
         initial=outcome.resumed,
         unit="request",
         leave=False,
-        disable=not first,
+        disable=None if first else True,  # None: where it is not drawn on a terminal
         file=Forgiving(sys.stderr),
     ) as bar:
         try:
             with engine.profile or contextlib.nullcontext():
                 server.serve(bar, on_iteration)
+            if first and options.profile is not None and not file.exists():
+                said = f"the run ended after {engine.iterations}; nothing is written"
+                warn(f"--profile {options.profile} iterations are left out: {said}")
             if options.verify:
                 verify_all(server, bar, outcome)
             if outcome.error is None:

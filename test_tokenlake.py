@@ -46,6 +46,7 @@ import run_cluster
 import engine as engine_module
 import scheduler as scheduler_module
 import tokenlake
+import traces
 import work as work_module
 from balancer import Balancer, PrefixTree, Request
 from kernels import merge, partial_attention
@@ -1026,7 +1027,7 @@ def test_nested_values_are_refused(tmp_path, depth):
         with pytest.raises(ValueError, match="model_type|not readable as JSON: max"):
             load_config(tmp_path)
         with pytest.raises(ValueError, match="salt is|not JSON \\(max"):
-            balancer.read_trace(['{"input_ids": [1], "timestamp": 0, "output_length": 1, '
+            traces.read_trace(['{"input_ids": [1], "timestamp": 0, "output_length": 1, '
                                  '"salt": %s}' % value], "t")
 
 
@@ -1071,7 +1072,7 @@ def test_weights_have_to_fit(tmp_path):
         prepare(2 * size)
     C, row = 16, 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     usual = LakeConfig(C, chunk_tokens=64, max_batch=32)
-    demo = balancer.read_trace(run_cluster.demo_trace(48, config.vocab_size, 0), "demo")
+    demo = traces.read_trace(traces.demo_trace(48, config.vocab_size, 0), "demo")
     total = sum(line.total for line in demo)  # so many can be pulled
     usual = replace(usual, pull_tokens=min(usual.pull_tokens, total))
     needed = size + pool.iteration_bytes(config, usual, 2, torch.float32)
@@ -1276,20 +1277,22 @@ IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
 @pytest.mark.parametrize("line, said", [
     ("{", "not JSON"), ("[]", "a JSON object"), ("17", "a JSON object"),
     ("\x00\x01\xff", "not JSON"),
-    ({**GOOD, "timestamp": None}, "timestamp is null"), ({**GOOD, "timestamp": 0}, "before"),
-    ({**GOOD, "timestamp": -1}, "timestamp is -1"), ({**GOOD, "timestamp": math.nan}, "NaN"),
+    ({**GOOD, "timestamp": None}, "timestamp is missing"), ({**GOOD, "timestamp": 0}, "before"),
+    ({**GOOD, "timestamp": -2**54}, "timestamp is -180"), ({**GOOD, "timestamp": math.nan}, "NaN"),
     ({**GOOD, "timestamp": True}, "timestamp is true"),
     ({**GOOD, "input_length": 0}, "input_length is 0"),
     ({**GOOD, "input_length": 2.5}, "input_length is 2.5"),
     ({**GOOD, "output_length": "3"}, 'output_length is "3"'),
     ({**GOOD, "output_length": 0}, "output_length is 0"),
     ({**GOOD, "hash_ids": [1]}, "hash_ids lists 1 blocks"),
-    ({**GOOD, "hash_ids": [1, -2]}, "hash_ids is"),
-    ({**GOOD, "hash_ids": [1, True]}, "hash_ids is"),
+    ({**GOOD, "hash_ids": []}, "hash_ids is []; a list of integers is expected"),
+    ({**GOOD, "hash_ids": {"1": 2}}, 'hash_ids is {"1": 2}; a list of integers is expected'),
+    ({**GOOD, "hash_ids": [1, -2**63 - 1]}, "hash_ids[1] is -9223372036854775809; an integer of"),
+    ({**GOOD, "hash_ids": [1, True]}, "hash_ids[1] is true"),
     ({k: v for k, v in GOOD.items() if k != "input_length"}, "input_length is missing"),
-    ({k: v for k, v in GOOD.items() if k != "hash_ids"}, "hash_ids is missing"),
+    ({k: v for k, v in GOOD.items() if k != "output_length"}, "output_length is missing"),
     ({k: v for k, v in GOOD.items() if k != "timestamp"}, "timestamp is missing"),
-    ({**IDS, "input_ids": []}, "input_ids is []"), ({**IDS, "input_ids": [1, 2.0]}, "input_ids is"),
+    ({**IDS, "input_ids": []}, "input_ids is []"), ({**IDS, "input_ids": [1, 2.0]}, "input_ids[1]"),
     ({**IDS, "input_ids": [1, 512]}, "token 512"), ({**IDS, "hash_ids": [1]}, "in place of"),
     ({**IDS, "salt": 3}, "salt is 3"), ({**IDS, "session_id": [1]}, "session_id is [1]"),
     ({**IDS, "think_ms": -1}, "think_ms is -1"), ("\n\n{", "not JSON"),
@@ -1297,10 +1300,15 @@ IDS = dict(timestamp=1, output_length=3, input_ids=[1, 2])
     ({**GOOD, "output_length": 1000}, "needs 100 segments, the pool has 60"),
     ("[" * 100_000, "not JSON (maximum recursion depth"),
     ('{"timestamp": %s}' % ("9" * 5000), "not JSON (Exceeds the limit (4300 digits)"),
-    ({**GOOD, "timestamp": 10**400}, "…; a number of ms from 0 to 2**53 is expected"),
+    ({**GOOD, "timestamp": 10**400}, "…; a number from -2**53 to 2**53 is expected"),
     ({**GOOD, "input_length": 10**400}, "…; a positive integer below 2**53 is expected"),
-    ({**GOOD, "hash_ids": [1, 2**63]}, "a list of integers from 0 up to 2**63 - 1 is expected"),
-    ({**IDS, "input_ids": [1] * 5000 + ["\n"]}, "1, 1, 1, 1, …; a list of integers"),
+    ({**GOOD, "hash_ids": [1, 2**64]}, "]; an integer of 64 bits, signed or not, is expected"[1:]),
+    ({**IDS, "input_ids": [2**63]}, "an integer from 0 to 2**63 - 1 is expected"),
+    ({**IDS, "input_ids": [1] * 5000 + ["\n"]}, 'input_ids[5000] is "\\n"; an integer'),
+    ({**IDS, "delay": -1}, "delay is -1"), ({**IDS, "chat_id": 1.5}, "chat_id is 1.5"),
+    ({**IDS, "delay": 1, "think_ms": 1}, "delay is another name of think_ms; one or the other"),
+    ({k: v for k, v in IDS.items() if k != "timestamp"} | {"session_id": 1, "delay": 1},
+     "is expected (only a session's later turns may lack it)"),
     ({**IDS, "salt": ["x" * 5000]}, 'salt is ["xxxx'),
     (dict(timestamp=1, output_length=3, prompt="Hi"), "token ids (input_ids) are expected")])
 def test_bad_line_is_named(tmp_path, line, said):
@@ -1366,7 +1374,9 @@ def test_bad_option_is_named(tmp_path, arguments, said):
     assert (tmp_path / "held" / "requests.jsonl").read_text() == "{}\n"
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in run_cluster.OPTIONS] + ["--profile"])
+@pytest.mark.parametrize("name", [
+    name for options in run_cluster.OPTIONS.values() for name, type, *_ in options
+    if type not in (run_cluster.FLAG, run_cluster.SWITCH)] + ["--profile"])
 @pytest.mark.parametrize("value", ["--", "x" * 5000, "9" * 5000, "x " * 3000, "\0", "\ud800"])
 def test_any_option_is_refused_shortly(name, value):
     """Whatever is given for a value that it cannot be. (A float of many digits is infinite.)"""
@@ -1382,16 +1392,17 @@ def test_unknown_keys_are_warned_of_once(tmp_path):
     lines = [dict(timestamp=0, input_ids=[1], output_length=1, **{key: "a"})
              for key in ("sesion_id", "a\n\ud800", "sesion_id", "prompt")]
     trace = write_trace(tmp_path, lines)
-    known = "known are session_id, timestamp, output_length, think_ms, salt, input_length, "
-    said = [f"{trace}:1: unknown key \"sesion_id\" is ignored ({known}hash_ids, input_ids)",
-            f"{trace}:2: unknown key \"a\\n\\ud800\" is ignored ({known}hash_ids, input_ids)",
-            f"{trace}:4: unknown key \"prompt\" is ignored ({known}hash_ids, input_ids)"]
+    known = "known are input_ids, input_length, hash_ids, prompt, session_id, chat_id, "
+    known += "parent_chat_id, timestamp, output_length, think_ms, delay, salt"
+    said = [f"{trace}:1: unknown key \"sesion_id\" is ignored ({known})",
+            f"{trace}:2: unknown key \"a\\n\\ud800\" is ignored ({known})",
+            f"{trace}:4: prompt is ignored, as another key says it"]
     served = serve(tmp_path, trace, ranks=2)
-    assert served.text.count("unknown key") == 3
+    assert served.text.count("ignored") == 3
     assert all(f"run_cluster.py: {text}\n" in served.text for text in said)
     warned = []
     with open(trace) as file:
-        assert len(balancer.read_trace(file, str(trace), 1, None, warned.append)) == 4
+        assert len(traces.read_trace(file, str(trace), warn=warned.append)) == 4
     assert warned == said
 
 
@@ -1642,7 +1653,7 @@ def test_a_session_belongs_to_its_salt(tmp_path):
     run = serve(tmp_path, lines, ranks=2)
     assert run.tokens == oracle(lines)
     assert [run.records[i]["input_length"] for i in range(5)] == [20, 20, 43, 43, 20]
-    made = balancer.read_trace((json.dumps(dict(line, timestamp=0)) for line in lines), "t")
+    made = traces.read_trace((json.dumps(dict(line, timestamp=0)) for line in lines), "t")
     assert [line.previous and line.previous.index for line in made] == [None, None, 0, 1, None]
 
 
@@ -2804,7 +2815,7 @@ def test_engine_and_simulator_read_the_same(tmp_path, monkeypatch, ranks):
     made = baselines.make_fleet("tokenlake", ranks, LlamaConfig(), config)
     made.lakes[0].config = replace(made.lakes[0].config, max_batch=32)
     run = simulate.Simulation(
-        made, run_cluster.read_trace(asked, "x"), simulate.Roofline(LlamaConfig(), "a100")).run()
+        made, traces.read_trace(asked, "x"), simulate.Roofline(LlamaConfig(), "a100")).run()
     summary = run.summary()
     token_bytes = 3 * 2 * 4 * 16
     assert served["kv_bytes_read"] / (8 * token_bytes) == run.tokens_read
@@ -2815,10 +2826,19 @@ def test_engine_and_simulator_read_the_same(tmp_path, monkeypatch, ranks):
 # ── balance ───────────────────────────────────────────────────────────────────────────────────
 
 
+def replayed(rows, bal):
+    """Rows (ms, input_length, hash_ids) through a balancer, for which equal ids are the same block
+    in all calls; the KV of a token is a byte."""
+    numbered = vars(bal).setdefault("numbered", traces.NumberedTokens(512))
+    lines = (json.dumps(dict(timestamp=at, input_length=length, output_length=1, hash_ids=ids))
+             for at, length, ids in rows)
+    return replay.replay(traces.read_trace(lines, "rows"), bal, numbered, kv_bytes=1)
+
+
 def read_from(bal, times, rows):
     """`times` iterations of requests [segments as id lists]: admitted, read once each, computed."""
     for _ in range(times):
-        replay.replay([(0, len(ids) * 512 + 1, [*ids, 10**9]) for ids in rows], bal, 1)
+        replayed([(0, len(ids) * 512 + 1, [*ids, 10**9]) for ids in rows], bal)
 
 
 def toolagent(windows, per_window, seed, families=(0, 1, 2), start=0):
@@ -2845,17 +2865,17 @@ def test_shared_prefixes_are_read_evenly(placement, factor, least, most):
     within 4 windows of 17 requests, which are 64 iterations."""
     for seed in range(3):
         bal = Balancer(8, 20_000, 512, placement, factor)
-        replay.replay(toolagent(20, 17, seed), bal, 1)
+        replayed(toolagent(20, 17, seed), bal)
         warm = bal.copies
-        steady = replay.replay(toolagent(40, 17, seed + 50, start=200_000), bal, 1)
+        steady = replayed(toolagent(40, 17, seed + 50, start=200_000), bal)
         assert least < steady["cache_load_cv"] < most
         # 45 segments are shared, and 7 instances lack one; now and then one more is copied.
         assert bal.copies - warm <= 0.1 * warm and bal.copies <= 7 * 45
         assert (warm > 0) == (factor > 0)
         if factor:
-            replay.replay(toolagent(4, 17, seed + 90, (7, 8, 9), 600_000), bal, 1)
+            replayed(toolagent(4, 17, seed + 90, (7, 8, 9), 600_000), bal)
             assert bal.copies > warm
-            again = replay.replay(toolagent(20, 17, seed + 120, (7, 8, 9), 640_000), bal, 1)
+            again = replayed(toolagent(20, 17, seed + 120, (7, 8, 9), 640_000), bal)
             assert again["cache_load_cv"] < most
 
 
@@ -2918,16 +2938,16 @@ def test_a_segment_on_every_request_is_everywhere(N):
     bal = Balancer(N, 300, 512)
     original, most = bal.replicate, []
     bal.replicate = lambda: most.append(len(copies := original())) or copies
-    result = replay.replay(lines, bal, 1)
+    result = replayed(lines, bal)
     root, = (s for s in bal.tree.segments.values() if s.parent is bal.tree.root)
     assert sorted(root.replicas) == list(range(N)) and result["replicas_max"] == N
     assert 0 < max(most) <= N and result["replica_bytes"] == 512 * sum(most)
     assert all(slot // 300 == instance for instance, slot in root.replicas.items())
     small = Balancer(N, 12, 512)
-    replay.replay(lines, small, 1)
+    replayed(lines, small)
     assert 0 < len(small.tree.extras) <= 12 * N // 16
     none = Balancer(N, 300, 512, replicate_factor=0)
-    assert replay.replay(lines, none, 1)["replica_segments"] == 0 == none.copies
+    assert replayed(lines, none)["replica_segments"] == 0 == none.copies
 
 
 def test_the_less_loaded_of_two_replicas_is_read():
@@ -3019,7 +3039,7 @@ def test_the_pool_is_one_lru(slots):
         blocks = [0, 1] + [1000 * (session + 1) + j for j in range(2 + session % 9)]
         lines.append((i, 512 * len(blocks) + 1, [*blocks, 10**7 + i]))
     bal = Balancer(8, slots, 512)
-    found = replay.replay(lines, bal, 1)
+    found = replayed(lines, bal)
     lru, hits, total = OrderedDict(), 0, 0
     for _, length, ids in lines:
         path = [tuple(ids[:k]) for k in range(1, length // 512 + 1)]
@@ -3062,9 +3082,9 @@ def test_replay_by_the_command_line(tmp_path, capsys):
     for line, said in (
             (dict(lines[0], timestamp=1), "timestamp 1 is before the previous line's 25000"),
             ([], "a JSON object is expected"), ("{", "not JSON"),
-            (dict(lines[3], hash_ids=[-1]), "hash_ids is [-1]; a list of integers from 0 up"),
+            (dict(lines[3], hash_ids=["1"]), 'hash_ids[0] is "1"; an integer of 64 bits'),
             (dict(lines[3], input_length=0, hash_ids=[]), "input_length is 0; a positive integer"),
-            (dict(timestamp=25000, output_length=1, input_ids=[1]), "input_ids are not replayed")):
+            (dict(timestamp=25000, output_length=1, prompt="Hi"), "prompt is text, and there")):
         path.write_text(good + (line if line == "{" else json.dumps(line)) + "\n")
         with pytest.raises(SystemExit, match="2"):
             replay.main(["--trace", str(path)])
@@ -3074,7 +3094,7 @@ def test_replay_by_the_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["iterations"] == 3
     path.write_text(json.dumps(lines[0]) + "\n")
     replay.main(["--trace", str(path)])
-    assert "cache_load_cv  –" in capsys.readouterr().out
+    assert "cache_load_cv            –" in capsys.readouterr().out
     path.write_text("")
     with pytest.raises(SystemExit, match="2"):
         replay.main(["--trace", str(path)])
@@ -3506,13 +3526,13 @@ def differ_in_a_slot(rank, seen):
 
 def differ_in_a_token(rank, seen):
     """Rank 1 has another last token in a prompt: nothing else of its plan is different."""
-    original = balancer.TraceLine.arrive
+    original = traces.TraceLine.arrive
 
     def arrive(self, *arguments):
         request = original(self, *arguments)
         request.tokens[-1] ^= rank == 1
         return request
-    balancer.TraceLine.arrive = arrive
+    traces.TraceLine.arrive = arrive
 
 
 def differ_in_a_sampled_token(rank, seen):
@@ -3687,13 +3707,13 @@ def other_seed(rank, seen):
 
 def other_sessions(rank, seen):
     """Rank 1 reads the same lines, but has another session for the first."""
-    original = run_cluster.read_trace
+    original = run_cluster.read_lines
 
-    def read_trace(source, *arguments):
-        lines = original(source, *arguments)
+    def read_lines(*arguments):
+        lines = original(*arguments)
         lines[0].session_id = rank
         return lines
-    run_cluster.read_trace = read_trace
+    run_cluster.read_lines = read_lines
 
 
 def change_weights(change):
@@ -4777,7 +4797,7 @@ def test_benchmarks_run(tmp_path, command, said):
     (["simulate.py", "--workload", "deep.jsonl"], "deep.jsonl:1: not JSON (maximum recursion"),
     (["simulate.py", "--workload", "long.jsonl"], "at most 1073741824 are simulated"),
     (["replay.py", "--trace", "deep.jsonl"], "deep.jsonl:1: not JSON (maximum recursion"),
-    (["replay.py", "--trace", "a\nb"], r"'a\nb'"),
+    (["replay.py", "--trace", "a\nb"], r"--trace a\nb: No such file"),
     (["compare.py", "--capacities", "1"], "--capacities 1: 2048 at least"),
     (["compare.py", "--policies", ","], "--policies"), (["kernel_speed.py", "--segments", "0"], "'0'"),
     (["plan.py", "--repeat", "0"], "--repeat: '0': an integer from 1 to 1000000 is expected"),
@@ -4968,7 +4988,7 @@ def test_generated_loads_share_what_they_say():
     for name in workloads.WORKLOADS:
         lines = list(generate(name, 2000, 5.0, 1))
         assert lines == list(generate(name, 2000, 5.0, 1)) != list(generate(name, 2000, 5.0, 2))
-        assert len(run_cluster.read_trace(map(json.dumps, lines), name)) == 2000
+        assert len(traces.read_trace(map(json.dumps, lines), name)) == 2000
         sessions = {}
         for line in lines:
             sessions.setdefault(line.get("session_id", line["hash_ids"][-1]), []).append(line)
@@ -5011,7 +5031,7 @@ def fleet(policy, slots=400, N=4, model="tiny", **lake):
 
 def asks(lines):
     """Lines of a trace from (timestamp, hash ids, last block's tokens, output)."""
-    return run_cluster.read_trace((json.dumps(dict(
+    return traces.read_trace((json.dumps(dict(
         timestamp=at, input_length=512 * (len(ids) - 1) + tail, output_length=output,
         hash_ids=ids)) for at, ids, tail, output in lines), "test")
 
@@ -5346,7 +5366,7 @@ def test_baselines_are_no_strawmen():
         model = simulate.MODELS["lwm-7b"]
         config = LakeConfig(512, 3000, chunk_tokens=1024, max_batch=128)
         made = baselines.make_fleet(policy, 4, model, config, dtype=torch.bfloat16)
-        run = simulate.Simulation(made, run_cluster.read_trace(map(json.dumps, lines), "x"),
+        run = simulate.Simulation(made, traces.read_trace(map(json.dumps, lines), "x"),
                                   simulate.Roofline(model, "a100", 2)).run()
         took[policy] = run.summary()["duration_s"]
     assert 0.9 < took["tokenlake"] / took["router"] < 1.1

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import simulate as sim  # noqa: E402
-from balancer import TRACE_BLOCK, read_trace, variation  # noqa: E402
+from balancer import variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
 from engine import Engine  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, random_weights  # noqa: E402
@@ -43,7 +43,8 @@ from options import number  # noqa: E402
 from results import CV_WINDOW, sum_bytes  # noqa: E402
 from oracle import verify  # noqa: E402
 from run_cluster import PATH  # noqa: E402
-from workloads import WORKLOADS, generate  # noqa: E402
+from traces import RandomTokens, TraceForm, read_trace  # noqa: E402
+from workloads import BLOCK, WORKLOADS, generate  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
 LOWEST = 1 / 256  # requests/s that are tried
@@ -400,12 +401,13 @@ class RealRun:
         """All lines, `at_once` of them in flight. Collective; the report is the same everywhere."""
         self.check_room(lines)
         waiting = list(lines)
+        tokens = RandomTokens(self.model.config.vocab_size, SEGMENT, 0)
         requests = []
         in_flight = 0
         while waiting or in_flight:
             while waiting and in_flight < at_once:
                 line = waiting.pop(0)
-                request = line.arrive(self.model.config.vocab_size, SEGMENT, 0)
+                request = line.arrive(tokens)
                 requests.append(request)
                 in_flight += 1
                 self.carry(self.fleet.arrive(request))
@@ -469,7 +471,8 @@ def real(options) -> int:
         results = []
         for policy in options.policies:
             run = RealRun(policy, cluster, group, model, lake_config)
-            lines = read_trace(iter(trace), options.workload, TRACE_BLOCK // SEGMENT)
+            form = TraceForm(scale=BLOCK // SEGMENT)
+            lines = read_trace(trace, options.workload, form)
             results.append(run.serve(lines, 4 * cluster.size))
             if cluster.rank == 0:
                 row = json.dumps(results[-1]) if options.json else show_real(results[-1])

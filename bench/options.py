@@ -4,6 +4,11 @@ import argparse
 import os
 import re
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from traces import TIME_UNITS, TraceForm  # noqa: E402
 
 MOST_SEGMENTS = 2**26  # of a pool, whose balancer lists them in a few GB
 
@@ -68,6 +73,21 @@ def file_name(text):
         said = "a file's name is expected"
         raise argparse.ArgumentTypeError(f"{wording().shown(text)}: {said}")
     return text
+
+
+def add_trace_form(parser):
+    """Options for what a trace's lines do not say, as run_cluster.py has them."""
+    block = "tokens of a hash id (default 512)"
+    parser.add_argument("--trace-block", type=number(int, 1, 2**40), help=block)
+    unit = "of timestamps (default ms)"
+    parser.add_argument("--trace-time-unit", choices=TIME_UNITS, help=unit)
+
+
+def trace_form(options) -> TraceForm:
+    return TraceForm(
+        block=options.trace_block or TraceForm().block,
+        unit_ms=TIME_UNITS[options.trace_time_unit or "ms"],
+    )
 
 
 def check_segments(number):

@@ -3,16 +3,17 @@
     python balancer.py --trace FILE.jsonl --instances 8 --placement hash --replicate-factor 0
     python balancer.py --trace FILE.jsonl --instances 8
 
-Requests of one timestamp are an iteration. Each reads each of its hit segments once, when it is
-admitted, and puts the others; sessions and salts are not looked at. No tensors, no processes.
+Requests of one time are an iteration. Each reads each of its hit segments once, when it is
+admitted, and puts the others, and its answer, if a later turn repeats that; a request takes no
+time. A turn comes at its own time, but `think_ms` after its predecessor at the earliest, and in a
+later iteration. No tensors, no processes.
 """
 
+import heapq
 import json
 import sys
 import time
 from collections import defaultdict
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,17 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from balancer import TRACE_BLOCK, Balancer, Request, read_trace, variation  # noqa: E402
-from options import Parser, check_segments, file_name, warn, wording  # noqa: E402
+from balancer import Balancer, variation  # noqa: E402
+from options import (  # noqa: E402
+    Parser,
+    add_trace_form,
+    check_segments,
+    file_name,
+    trace_form,
+    warn,
+    wording,
+)
+from traces import NumberedTokens, TraceLine, open_trace  # noqa: E402
 
 WINDOW_MS = 10_000  # of the trace, that a CV is taken over
 KV_BYTES = 131_072  # of a token, all layers: Llama-3.1-8B in 16 bits
@@ -31,15 +41,17 @@ class Replay:
     """Requests through a balancer, and what is counted on the way."""
     def __init__(self, balancer: Balancer):
         self.balancer = balancer
+        self.prompt_tokens = 0
         self.hit_tokens = 0
         self.put_tokens = 0
         self.milliseconds: list[float] = []  # of planning, by iteration
         self.windows = defaultdict(lambda: np.zeros(balancer.num_instances, np.int64))
 
-    def iterate(self, timestamp: float, requests: list[Request]):
-        """Plans for requests that come at once. ValueError if there is no room for them."""
+    def iterate(self, timestamp: float, lines: list[TraceLine]):
+        """Plans for lines that have arrived at once. ValueError if there is no room for them."""
         balancer = self.balancer
         N, S, C = balancer.sizes
+        requests = [line.request for line in lines]
         for request in requests:
             balancer.extend_ids(request)  # hashing is not planning
         started = time.perf_counter()
@@ -47,13 +59,16 @@ class Replay:
         load = balancer.load.copy()
         planned = [0] * N
         even = -(-sum(len(request.tokens) for request in requests) // N)
-        for request in requests:
+        for line, request in zip(lines, requests):
             matched = balancer.match(request)
             balancer.admit(request, matched)
+            self.prompt_tokens += request.num_prompt
             self.hit_tokens += request.done
             self._read(request.table[:matched], load)
+            answer(line)
+            balancer.extend_ids(request)
             runs = balancer.reserve(
-                request, request.remaining, planned, [0] * N, even + C
+                request, rows_to_put(request), planned, [0] * N, even + C
             )
             if runs is None:
                 said = f"the requests of {timestamp} ms need more than {N * S} segments"
@@ -61,7 +76,7 @@ class Replay:
             away = [run for run in runs if run.puts and run.preferred != run.slot // S]
             self.put_tokens += sum(run.rows for run in away)
         for request in requests:
-            balancer.commit(request, request.remaining)
+            balancer.commit(request, rows_to_put(request))
             balancer.release(request)
         reads = load - balancer.load
         balancer.observe(reads)
@@ -76,19 +91,43 @@ class Replay:
         self.balancer.choose_replicas(candidates, np.full(len(replicated), C), load)
 
 
-def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = KV_BYTES) -> dict:
-    """Lines are (timestamp in ms, input_length, hash_ids). Load: tokens of cache read at an
-    instance; its CV is the mean over windows; bytes are those that cross instances."""
+def answer(line: TraceLine):
+    """What the model would have answered, if a later turn repeats it: tokens that no other has."""
+    if line.is_continued:
+        token = NumberedTokens.of_answer(line.index)
+        line.request.tokens = [*line.request.tokens, *[token] * line.output_length]
+
+
+def rows_to_put(request) -> int:
+    """All that is not there yet, but for the last token of an answer: it is never computed."""
+    return request.remaining - (len(request.tokens) > request.num_prompt)
+
+
+def replay(
+    lines: list[TraceLine],
+    balancer: Balancer,
+    tokens: NumberedTokens,
+    kv_bytes: int = KV_BYTES,
+) -> dict:
+    """Load: tokens of cache read at an instance; its CV is the mean over windows; bytes are those
+    that cross instances."""
     run = Replay(balancer)
-    for timestamp, group in groupby(lines, key=itemgetter(0)):
-        requests = []
-        for _, length, ids in group:
-            # Equal ids are to be equal tokens: an id stands for each token of its block.
-            tokens = np.repeat(np.array(ids, np.int64), TRACE_BLOCK)[:length]
-            requests.append(Request(0, tokens, length))
-        run.iterate(timestamp, requests)
+    due = [(line.timestamp, line.index) for line in lines if not line.previous]
+    while due:
+        now = due[0][0]
+        arrived = []
+        while due and due[0][0] == now:
+            _, index = heapq.heappop(due)
+            lines[index].arrive(tokens)
+            arrived.append(lines[index])
+        run.iterate(now, arrived)
+        for line in arrived:
+            for turn in line.next_turns:
+                heapq.heappush(due, (max(turn.timestamp, now + turn.think_ms), turn.index))
+            if not line.is_continued:
+                line.request = None
     return dict(
-        hit_rate=run.hit_tokens / sum(length for _, length, _ in lines),
+        hit_rate=run.hit_tokens / run.prompt_tokens,
         cache_load_cv=variation(run.windows.values()),
         replicas_max=balancer.replicas_max,
         replica_segments=len(balancer.tree.extras),
@@ -102,8 +141,9 @@ def replay(lines: list[tuple], balancer: Balancer, kv_bytes: int = KV_BYTES) -> 
 def make_parser() -> Parser:
     parser = Parser("balancer.py", description="Replay a trace, planning only.")
     add = parser.add_argument
-    trace = "timestamp, input_length, hash_ids per line"
+    trace = "a request per line, as JSON (README: Traces)"
     add("--trace", type=file_name, required=True, metavar="FILE", help=trace)
+    add_trace_form(parser)
     add("--instances", type=int, default=8, metavar="N", help="default 8")
     add(
         "--placement", choices=("stripe", "hash"), default="stripe", help="default stripe"
@@ -128,15 +168,34 @@ def check_numbers(options):
             raise ValueError(f"--{name.replace('_', '-')} {shown}: {said}")
 
 
-def read_lines(name: str) -> list[tuple]:
-    """(timestamp, input_length, hash_ids) of each line of a trace."""
-    with open(name, "rb") as file:
-        lines = read_trace(file, name, warn=warn)
-    for line in lines:
-        if line.hash_ids is None:
-            said = "input_ids are not replayed; input_length and hash_ids are expected"
-            raise ValueError(f"{line.where}: {said}")
-    return [(line.timestamp, line.input_length, line.hash_ids) for line in lines]
+# What is counted, in words.
+MEANINGS = {
+    "hit_rate": "of prompt tokens, whose KV was in the pool",
+    "cache_load_cv": "of tokens of cache read per instance, mean over windows of 10 s; 0: even",
+    "replicas_max": "of one segment, at most",
+    "replica_segments": "slots that hold copies, at the end",
+    "put_bytes": "of new KV that is computed where it does not live",
+    "replica_bytes": "of copies",
+    "plan_ms_median": "to plan an iteration, milliseconds",
+    "iterations": "planned: the requests of one time each",
+}
+
+
+def show(result: dict, options, num_requests: int) -> str:
+    """A table with a header."""
+    capacity = options.capacity_tokens
+    room = "room for all" if capacity is None else f"room for {capacity:,} tokens"
+    header = (
+        f"{options.trace}: {num_requests:,} requests, planned on {options.instances} instances "
+        f"with {room} in segments of {options.segment_tokens};\nhomes by {options.placement}, "
+        f"replicate factor {options.replicate_factor:g}; a token is taken for {KV_BYTES:,} bytes "
+        "(Llama-3.1-8B in 16 bits)"
+    )
+    rows = [header]
+    for key, value in result.items():
+        number = "–" if value is None else format(value, ",.4g")
+        rows.append(f"{key:>16}  {number:>11}  {MEANINGS[key]}")
+    return "\n".join(rows)
 
 
 def main(arguments: list[str] | None = None):
@@ -146,21 +205,19 @@ def main(arguments: list[str] | None = None):
     C = options.segment_tokens
     try:
         check_numbers(options)
-        lines = read_lines(options.trace)
+        form = trace_form(options)
+        lines = open_trace("--trace", options.trace, form, warn=warn)
         room = options.capacity_tokens
         if room is None:
-            room = 2 * C * sum(-(-length // C) for _, length, _ in lines)
+            longest = [x.total if x.is_continued else x.input_length for x in lines]
+            room = 2 * C * sum(-(-tokens // C) for tokens in longest)
         slots = -(-room // (N * C))
         check_segments(N * slots)
         balancer = Balancer(N, slots, C, options.placement, options.replicate_factor)
-        result = replay(lines, balancer)
-    except (OSError, ValueError) as error:
+        result = replay(lines, balancer, NumberedTokens(form.block))
+    except ValueError as error:
         parser.refuse(error)
-    if options.json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key:>16}  {'–' if value is None else format(value, ',.4g')}")
+    print(json.dumps(result) if options.json else show(result, options, len(lines)))
 
 
 if __name__ == "__main__":

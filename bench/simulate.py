@@ -23,7 +23,6 @@ import json
 import os
 import sys
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -39,13 +38,27 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import run_cluster  # noqa: E402
-from balancer import TRACE_BLOCK, Request, read_trace, variation  # noqa: E402
+from balancer import variation  # noqa: E402
 from baselines import VARIANTS, make_fleet  # noqa: E402
-from model import LlamaConfig  # noqa: E402
-from options import Parser, check_segments, file_name, number, warn  # noqa: E402
+from model import LlamaConfig, shown  # noqa: E402
+from options import (  # noqa: E402
+    Parser,
+    add_trace_form,
+    check_segments,
+    file_name,
+    number,
+    trace_form,
+    warn,
+)
 from replay import WINDOW_MS  # noqa: E402
-from run_cluster import demo_trace  # noqa: E402
 from pool import LakeConfig  # noqa: E402
+from traces import (  # noqa: E402
+    NumberedTokens,
+    TraceForm,
+    demo_trace,
+    open_trace,
+    read_trace,
+)
 from workloads import WORKLOADS, generate  # noqa: E402
 
 MODELS = {
@@ -87,12 +100,11 @@ FLOPS_SHARE = 0.6  # of the peak that is reached
 BANDWIDTH_SHARE = 0.8
 ALPHA = 10e-6  # seconds of an exchange of nothing
 REUSE = 16  # iterations at most that a plan is used again
+DEFAULT_LOAD = "loogle"
 # Rates per second, and tokens of cache, that a simulation may have.
 RATE = number(float, 1e-6, 1e6)
 TOKENS = number(int, 1, 2**40)
 MOST_TOKENS = 2**30  # of a request, whose chunks are listed
-# First token of the first block: blocks are far from tokens that are given, and from answers.
-FIRST_BLOCK = -(2**62)
 SLO = 10  # TTFT per input token and TBT, times those of a request served alone
 
 
@@ -214,19 +226,18 @@ class Simulation:
         fleet,
         lines,
         roofline: Roofline,
-        block: int = TRACE_BLOCK,
+        block: int = TraceForm().block,
         speed: float = 1.0,
     ):
         self.fleet = fleet
         self.lines = lines
         self.roofline = roofline
-        self.block = block  # tokens of a hash id
+        self.tokens = NumberedTokens(block)
         self.speed = speed  # of the trace's clock
         self.num_instances = sum(len(lake.instances) for lake in fleet.lakes)
         self.now = 0.0  # seconds, as all times here
         self.events = []  # heap of (time, number, action, arguments)
         self.event_number = count()
-        self.block_numbers = {}  # by hash id
         # By lake.
         self.computing = [False] * len(fleet.lakes)
         self.last_iteration = [None] * len(fleet.lakes)
@@ -248,7 +259,6 @@ class Simulation:
         fleet.bandwidth = roofline.link
         for lake in fleet.lakes:
             lake.ridge = roofline.ridge
-        self.next_turn = {line.previous.index: line for line in lines if line.previous}
         for line in lines:
             if not line.previous:
                 self.call_at(self.seconds(line.timestamp), self.arrive, line)
@@ -282,7 +292,7 @@ class Simulation:
     # Requests.
 
     def arrive(self, line):
-        request = self.make_request(line)
+        request = line.arrive(self.tokens)
         self.arrived[line.index] = self.now
         self.prompts += request.num_prompt
         self.allowed[line.index] = SLO * np.array(self.roofline.alone(line))
@@ -295,21 +305,6 @@ class Simulation:
             self.missed.add(line.index)
             self.leave(line)
 
-    def make_request(self, line) -> Request:
-        """The line's request. A block's tokens only have to be its own."""
-        if line.hash_ids is None:
-            return line.arrive(self.roofline.model.vocab_size, self.block, 0)
-        # An id may be any of 64 bits, so blocks are numbered as they come.
-        numbers = [
-            self.block_numbers.setdefault(id, len(self.block_numbers))
-            for id in line.hash_ids
-        ]
-        first = FIRST_BLOCK + self.block * np.array(numbers, np.int64)[:, None]
-        ids = (first + np.arange(self.block)).ravel()
-        tokens = array("q", ids[: line.input_length].tobytes())
-        line.request = Request(line.index, tokens, line.total, line.salt)
-        return line.request
-
     def served(self, line):
         if self.good(line):
             self.kept += 1
@@ -318,13 +313,12 @@ class Simulation:
         self.leave(line)
 
     def leave(self, line):
-        """Lets the session's next turn come."""
-        turn = self.next_turn.get(line.index)
-        if turn:
+        """Lets the session's next turns come."""
+        for turn in line.next_turns:
             thought = self.now + self.seconds(turn.think_ms)
             due = max(self.seconds(turn.timestamp), thought)
             self.call_at(due, self.arrive, turn)
-        if not (turn and turn.input_ids is not None):
+        if not line.is_continued:
             line.request = line.request.num_prompt  # its tokens are not needed any more
 
     # Transfers.
@@ -415,7 +409,7 @@ class Simulation:
         for run in plan.runs:
             if run.decode or run.samples:
                 id = run.request.id
-                sampled[id] = -1 - id  # like no other request's
+                sampled[id] = self.tokens.of_answer(id)
                 self.times.setdefault(id, []).append(self.now)
         for request in self.fleet.schedulers[i].update(plan, sampled):
             self.served(self.lines[request.id])
@@ -485,16 +479,27 @@ def mean(values) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def load(name: str, num_requests: int, rate: float, seed: int, vocab=512, warn=None):
-    """Checked lines of the demo, a generated load, or a file, of which `warn` is told what is
-    ignored."""
+def load(
+    name: str,
+    num_requests: int,
+    rate: float,
+    seed: int,
+    form: TraceForm = TraceForm(),
+    vocab: int = 512,
+    warn=lambda said: None,
+):
+    """Checked lines of the demo, a generated load, or a trace's file, which has a form. warn is
+    told of what is ignored."""
     if name == "demo":
         return read_trace(demo_trace(num_requests, vocab, seed), "demo")
     if name in WORKLOADS:
         generated = generate(name, num_requests, rate, seed)
         return read_trace(map(json.dumps, generated), name)
-    with open(name, "rb") as file:
-        return read_trace(file, name, limit=num_requests, warn=warn)
+    if not os.path.exists(name):
+        known = ", ".join(["demo", *WORKLOADS])
+        said = f"no such load, and no such file; {known}, or a trace's file, is expected"
+        raise ValueError(f"--workload {shown(name)}: {said}")
+    return open_trace("--workload", name, form, num_requests, warn)
 
 
 def segment_tokens(model_name: str) -> int:
@@ -529,7 +534,8 @@ def simulate(
         chunk_tokens=options.chunk_tokens,
         max_batch=options.max_batch // N,
     )
-    lines = load(options.workload, options.num_requests, rate or 1.0, seed)
+    form = trace_form(options)
+    lines = load(options.workload, options.num_requests, rate or 1.0, seed, form)
     roofline = Roofline(model, options.hardware, options.tp)
     slo = options.tbt_slo_ms or allowed_tbt(lines, roofline)
     fleet = make_fleet(
@@ -538,9 +544,9 @@ def simulate(
     speed = 1.0
     if rate and options.workload not in ("demo", *WORKLOADS):
         # A file's requests, as often as `rate` says.
-        duration_ms = max(1.0, lines[-1].timestamp)
+        duration_ms = max(1.0, max(line.timestamp for line in lines))
         speed = rate * duration_ms / (1e3 * len(lines))
-    return Simulation(fleet, lines, roofline, speed=speed).run(limit)
+    return Simulation(fleet, lines, roofline, form.block, speed).run(limit)
 
 
 def parser(description: str) -> Parser:
@@ -573,9 +579,10 @@ def parser(description: str) -> Parser:
     add(
         "--workload",
         type=file_name,
-        default="loogle",
-        help=f"demo, {', '.join(WORKLOADS)}, or a trace's file",
+        default=DEFAULT_LOAD,
+        help=f"demo, {', '.join(WORKLOADS)} (see bench/workloads.py), or a trace's file",
     )
+    add_trace_form(command_line)
     return command_line
 
 
@@ -587,6 +594,15 @@ def check_capacity(options, name: str, tokens: int):
         said = f"{least} at least, a segment per instance, are expected"
         raise ValueError(f"{name} {tokens}: {said}")
     check_segments(tokens // C)
+
+
+def choose_trace(options):
+    """--trace is the load, but of a table, where it is one of several. Raises ValueError."""
+    if options.trace and not options.table:
+        if options.workload != DEFAULT_LOAD:
+            said = "--workload has a load, too; one or the other is expected"
+            raise ValueError(f"--trace {shown(options.trace)}: {said}")
+        options.workload = options.trace
 
 
 def check(options):
@@ -602,12 +618,12 @@ def check(options):
         )
     for name in (options.workload, getattr(options, "trace", None)):
         if name and name not in ("demo", *WORKLOADS):
-            check_trace(name, options.num_requests)
+            check_trace(name, options)
 
 
-def check_trace(name: str, num_requests: int):
+def check_trace(name: str, options):
     """Raises ValueError for a file's lines. This warns of them: a comparison reads it often."""
-    lines = load(name, num_requests, 1.0, 0, warn=warn)
+    lines = load(name, options.num_requests, 1.0, 0, trace_form(options), warn=warn)
     longest = max(lines, key=attrgetter("total"))
     if longest.total > MOST_TOKENS:
         said = f"prompt and answer are {longest.total} tokens; at most {MOST_TOKENS} are"
@@ -725,8 +741,8 @@ def main(arguments: list[str]) -> int:
         "each also with :fcfs",
     )
     add("--rate", type=RATE, help="requests per second; default: 1, a trace's own")
-    trace = "with --table: a trace to be in it, at its own times"
-    add("--trace", type=file_name, help=trace)
+    trace = "the load; with --table: one of them, at its own times"
+    add("--trace", type=file_name, metavar="FILE", help=trace)
     add(
         "--table",
         action="store_true",
@@ -741,6 +757,7 @@ def main(arguments: list[str]) -> int:
     )
     options = command_line.parse_args(arguments)
     try:
+        choose_trace(options)
         check(options)
         if options.table:
             table(options)

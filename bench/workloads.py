@@ -30,8 +30,10 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from balancer import TRACE_BLOCK  # noqa: E402
 from options import Parser, number  # noqa: E402
+from traces import TraceForm  # noqa: E402
+
+BLOCK = TraceForm().block  # tokens of a hash id
 
 
 class Turn(NamedTuple):
@@ -47,8 +49,8 @@ def lognormal(rng, mean: float, sigma: float) -> int:
 
 def make_turn(new_blocks, shared: list[int], own_tokens: int, answer_tokens: int) -> Turn:
     """A request whose prompt is shared blocks and `own_tokens` after them."""
-    own_blocks = new_blocks(-(-own_tokens // TRACE_BLOCK))
-    prompt_tokens = len(shared) * TRACE_BLOCK + own_tokens
+    own_blocks = new_blocks(-(-own_tokens // BLOCK))
+    prompt_tokens = len(shared) * BLOCK + own_tokens
     return Turn(shared + own_blocks, prompt_tokens, answer_tokens)
 
 
@@ -60,7 +62,7 @@ def loogle(rng, new_blocks):
     while True:
         while len(documents) < 24:
             tokens = max(4000, lognormal(rng, 24_000, 0.5))
-            blocks = new_blocks(-(-tokens // TRACE_BLOCK))
+            blocks = new_blocks(-(-tokens // BLOCK))
             questions = int(rng.integers(4, 13))
             documents.append([blocks, questions])
         document = documents[rng.integers(24)]
@@ -79,11 +81,11 @@ def scbench(rng, new_blocks):
         turns = []
         for _ in range(5):
             length += int(rng.integers(30, 201))
-            own_tokens = length - len(whole_blocks) * TRACE_BLOCK
+            own_tokens = length - len(whole_blocks) * BLOCK
             answer_tokens = int(rng.integers(20, 151))
             turn = make_turn(new_blocks, whole_blocks, own_tokens, answer_tokens)
             turns.append(turn)
-            whole_blocks = turn.blocks[: length // TRACE_BLOCK]
+            whole_blocks = turn.blocks[: length // BLOCK]
             length += answer_tokens
         yield turns
 

@@ -1,0 +1,446 @@
+"""What comes? The lines of a trace, checked, and the requests that are made of them. No torch.
+
+    file ─ read_trace ─▶ TraceLines ─ arrive(tokens) ─▶ Requests
+                          who waits     what stands in
+                          for whom      for hash ids
+
+A line is a JSON object, as in Mooncake's traces. Its prompt is given by ids of blocks (`hash_ids`:
+equal ids are equal tokens), by the ids of its tokens (`input_ids`), by its text (`prompt`, where
+there is a tokenizer), or by its length alone: then it shares nothing.
+
+*Sessions.* A turn is sent when its predecessor is answered and `think_ms` have passed, and not
+before its timestamp. Lines of one `session_id` follow each other. Where lines have a `chat_id`,
+each follows the one that its `parent_chat_id` names, and several may follow the same one. A turn
+by tokens or text continues what was said before; one by blocks is complete as it is.
+
+A trace holds no tokens for a block's id, so something stands in for them: `RandomTokens` of a
+model's vocabulary where a model serves them, `NumberedTokens` where nothing but equality counts.
+
+Time counts from the first line: a trace may be a slice of another, or have Unix times.
+"""
+
+import json
+from array import array
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+from balancer import Request
+
+
+# ms of a unit that timestamps may have.
+TIME_UNITS = {"ms": 1, "s": 1000}
+
+
+class TraceForm(NamedTuple):
+    """How a trace is meant, which its lines do not say."""
+    block: int = 512  # tokens of a hash id; Mooncake has 512, Bailian 16
+    unit_ms: int = 1  # of a timestamp; other times are in ms always
+    scale: int = 1  # lengths, and the block, are divided by it
+
+    @property
+    def scaled_block(self) -> int:
+        return self.block // self.scale
+
+
+# ── what stands in for tokens ────────────────────────────────────────────────────────────────────
+
+
+class RandomTokens:
+    """Tokens of a vocabulary, from generators: each hash id has one, seeded by (seed, id)."""
+    def __init__(self, vocab_size: int, block: int, seed: int):
+        self.vocab_size = vocab_size
+        self.block = block
+        self.seed = seed
+
+    def of_block(self, hash_id: int) -> list[int]:
+        # A generator is not seeded by a negative number: those count from 2**65, past all others.
+        return self._draw(hash_id % 2**65, self.block)
+
+    def of_request(self, index: int, length: int) -> list[int]:
+        """The prompt of a request that shares nothing, by its index: no hash id seeds it."""
+        return self._draw(2**65 + index, length)
+
+    def _draw(self, number, length):
+        rng = np.random.default_rng((self.seed, number))
+        return rng.integers(self.vocab_size, size=length).tolist()
+
+
+# Numbered tokens are negative, as none of a vocabulary is. Those of blocks begin at the first, those
+# of requests that share nothing at the second; answers count from −1 down.
+FIRST_OF_BLOCKS = -(2**62)
+FIRST_OF_REQUESTS = -(2**61)
+
+
+class NumberedTokens:
+    """Integers of 64 bits that only one block, request or answer has: they are like nobody's tokens
+    of a vocabulary, and no model can read them."""
+    def __init__(self, block: int):
+        self.block = block
+        self.block_numbers = {}  # by hash id: any 64 bits, so blocks are numbered as they come
+        self.next_own = FIRST_OF_REQUESTS
+
+    def of_block(self, hash_id: int) -> array:
+        number = self.block_numbers.setdefault(hash_id, len(self.block_numbers))
+        return self._count(FIRST_OF_BLOCKS + self.block * number, self.block)
+
+    def of_request(self, index: int, length: int) -> array:
+        first = self.next_own
+        self.next_own += length
+        return self._count(first, length)
+
+    @staticmethod
+    def of_answer(index: int) -> int:
+        """Each token of a request's answer."""
+        return -1 - index
+
+    @staticmethod
+    def _count(first, length):
+        return array("q", np.arange(first, first + length).tobytes())
+
+
+# ── lines ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class TraceLine:
+    """A request of a trace, lengths scaled, and what became of it."""
+    index: int  # request id: which request of the trace, from 0
+    where: str  # file:line
+    # Which it waits for, of its session.
+    previous: "TraceLine | None" = field(repr=False)
+    session_id: str | int | None  # of chats: the first one's chat_id
+    salt: str
+    timestamp: float  # ms since the first line's
+    think_ms: float
+    input_length: int  # of a turn that continues another, an upper bound until it is sent
+    output_length: int
+    input_ids: list[int] | None = None  # its own; a turn's, behind all before
+    hash_ids: list[int] | None = None
+    next_turns: list["TraceLine"] = field(default_factory=list, repr=False)
+    request: Request | None = None  # from its arrival on
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.input_length + self.output_length
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether a later turn's prompt begins with this one's tokens."""
+        return any(turn.input_ids is not None for turn in self.next_turns)
+
+    def arrive(self, tokens: RandomTokens | NumberedTokens) -> Request:
+        """Makes its request; `tokens` stand in for what the line does not hold."""
+        if self.input_ids is not None:
+            prompt = [*(self.previous.request.tokens if self.previous else []), *self.input_ids]
+        elif self.hash_ids is not None:
+            blocks = map(tokens.of_block, self.hash_ids)
+            prompt = next(blocks)
+            for block in blocks:
+                prompt += block
+            prompt = prompt[: self.input_length]
+        else:
+            prompt = tokens.of_request(self.index, self.input_length)
+        self.request = Request(
+            self.index, prompt, len(prompt) + self.output_length, self.salt
+        )
+        return self.request
+
+
+# ── what a line may say ──────────────────────────────────────────────────────────────────────────
+
+
+class Key(NamedTuple):
+    """What the value of a key must be, as a function and in words, and what it is if absent."""
+    allows: Callable
+    expected: str
+    default: object = None
+
+
+def _is_integer(value, lowest, end):
+    return type(value) is int and lowest <= value < end
+
+
+def _is_number(value, lowest):
+    return type(value) in (int, float) and lowest <= value < 2**53
+
+
+LENGTH = Key(lambda value: _is_integer(value, 1, 2**53), "a positive integer below 2**53")
+TIME = Key(lambda value: _is_number(value, -(2**53)), "a number from -2**53 to 2**53")
+PAUSE = Key(lambda value: _is_number(value, 0), "a number of ms from 0 to 2**53")
+NAME = Key(lambda value: type(value) in (str, int), "a string or an integer")
+TEXT = Key(lambda value: type(value) is str, "a string")
+LIST = Key(lambda value: type(value) is list and len(value) > 0, "a list of integers")
+# Of the elements of a list.
+TOKEN = Key(lambda value: _is_integer(value, 0, 2**63), "an integer from 0 to 2**63 - 1")
+HASH_ID = Key(
+    lambda value: _is_integer(value, -(2**63), 2**64), "an integer of 64 bits, signed or not,"
+)
+ELEMENTS = {"input_ids": TOKEN, "hash_ids": HASH_ID}
+# How a prompt is given, by the key that tells; what comes first goes before.
+PROMPTS = {
+    "input_ids": {"input_ids": LIST},
+    "input_length": {"input_length": LENGTH, "hash_ids": LIST},
+    "prompt": {"prompt": TEXT},
+}
+# How a turn finds its predecessor, likewise.
+SESSIONS = {
+    "session_id": {"session_id": NAME},
+    "chat_id": {"chat_id": NAME, "parent_chat_id": NAME},
+}
+OTHERS = {
+    "timestamp": TIME,
+    "output_length": LENGTH,
+    "think_ms": PAUSE,
+    "delay": PAUSE,  # another spelling of think_ms
+    "salt": TEXT._replace(default=""),
+}
+KNOWN = [key for way in (*PROMPTS.values(), *SESSIONS.values(), OTHERS) for key in way]
+NO_PARENT = (None, -1, "-1")  # Bailian's traces have −1
+
+
+# ── the reader ───────────────────────────────────────────────────────────────────────────────────
+
+
+def no_tokenizer(prompt, begins):
+    said = "prompt is text, and there is no tokenizer"
+    raise ValueError(f"{said}; token ids (input_ids) are expected")
+
+
+class Reader:
+    """Checks lines one by one, and knows whom a turn may follow."""
+    def __init__(self, name, form: TraceForm, warn, encode):
+        self.name = name
+        self.form = form
+        self.warn = warn  # is told of what is ignored
+        self.encode = encode  # text, whether it begins a session → token ids; or ValueError
+        self.lines = []
+        # By salt, key and id: tenants do not know of each other's.
+        self.last_of_session = {}
+        self.ignored = set()  # keys that were warned of
+        self.first_time = None
+        self.last_time = None
+
+    def read(self, number, text):
+        """Takes the next line of the file. Raises ValueError naming it."""
+        where = f"{self.name}:{number}"
+        try:
+            raw = _parse(text)
+            keys = _keys_of(raw)
+            self._warn_of_ignored(raw, keys, where)
+            line = self._make_line(_check(raw, keys), where)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        self.lines.append(line)
+
+    def _warn_of_ignored(self, raw, keys, where):
+        """Says once of each key that nothing is done with it: public traces have keys of their own,
+        and others are misspelt."""
+        for key in raw:
+            if key in keys or key in self.ignored:
+                continue
+            self.ignored.add(key)
+            if key in KNOWN:
+                said = f"{key} is ignored, as another key says it"
+            else:
+                said = f"unknown key {_shown(key)} is ignored (known are {', '.join(KNOWN)})"
+            self.warn(f"{where}: {said}")
+
+    def _make_line(self, values: dict, where) -> TraceLine:
+        previous, session_id, own_name = self._find_session(values)
+        scale = self.form.scale
+        input_ids = self._token_ids(values, previous)
+        if input_ids is None:
+            self._check_blocks(values)
+            input_length = -(-values["input_length"] // scale)
+        else:
+            if scale > 1:
+                raise ValueError("tokens and text cannot be scaled; drop --trace-scale")
+            input_length = len(input_ids) + (previous.total if previous else 0)
+        line = TraceLine(
+            index=len(self.lines),
+            where=where,
+            previous=previous,
+            session_id=session_id,
+            salt=values["salt"],
+            timestamp=self._time(values, previous),
+            think_ms=_think_ms(values),
+            input_length=input_length,
+            output_length=-(-values["output_length"] // scale),
+            input_ids=input_ids,
+            hash_ids=values.get("hash_ids"),
+        )
+        if previous:
+            previous.next_turns.append(line)
+        if own_name:
+            self.last_of_session[own_name] = line
+        return line
+
+    def _find_session(self, values):
+        """Whom a line follows, what its session is called, and by what name others follow it, if
+        they can."""
+        salt = values["salt"]
+        name = values.get("session_id")
+        if name is not None:
+            own_name = salt, "session_id", name
+            return self.last_of_session.get(own_name), name, own_name
+        chat = values.get("chat_id")
+        parent = values.get("parent_chat_id")
+        previous = None
+        if parent not in NO_PARENT:  # a slice of a trace may be without it
+            previous = self.last_of_session.get((salt, "chat_id", parent))
+        own_name = None if chat is None else (salt, "chat_id", chat)
+        return previous, previous.session_id if previous else chat, own_name
+
+    def _token_ids(self, values, previous):
+        """Those of its own, or None."""
+        if "prompt" not in values:
+            return values.get("input_ids")
+        input_ids = self.encode(values["prompt"], previous is None)
+        if not input_ids:
+            raise ValueError("prompt has no tokens; one at least is expected")
+        return input_ids
+
+    def _check_blocks(self, values):
+        """hash_ids, if there are any, have to fit input_length."""
+        if values["hash_ids"] is None:
+            return
+        length = values["input_length"]
+        given = len(values["hash_ids"])
+        blocks = -(-length // self.form.block)
+        if given != blocks:
+            said = f"hash_ids lists {given} blocks; input_length {length} makes {blocks}"
+            raise ValueError(f"{said} of {self.form.block} tokens (--trace-block)")
+
+    def _time(self, values, previous) -> float:
+        """ms since the first line's. A turn without a time has its predecessor's."""
+        time = values["timestamp"]
+        if time is None:
+            if previous:
+                return previous.timestamp
+            said = f"timestamp is missing; {TIME.expected} is expected"
+            raise ValueError(f"{said} (only a session's later turns may lack it)")
+        if self.first_time is None:
+            self.first_time = self.last_time = time
+        if time < self.last_time:
+            said = f"timestamp {time} is before the previous line's {self.last_time}"
+            raise ValueError(f"{said}; lines in order of time are expected")
+        self.last_time = time
+        return (time - self.first_time) * self.form.unit_ms
+
+
+def read_trace(
+    source,
+    name: str,
+    form: TraceForm = TraceForm(),
+    limit: int | None = None,
+    warn=lambda said: None,
+    encode=no_tokenizer,
+) -> list[TraceLine]:
+    """The first `limit` requests of a trace, checked; `source` yields its lines, bytes or text, of
+    which blank ones do not count. Raises ValueError: file:line, what is wrong, what is right. warn
+    and encode: see Reader."""
+    reader = Reader(name, form, warn, encode)
+    texts = ((number, text) for number, text in enumerate(source, 1))
+    texts = ((number, _drop_mark(text) if number == 1 else text) for number, text in texts)
+    filled = (numbered for numbered in texts if numbered[1].strip())
+    for number, text in islice(filled, limit):
+        reader.read(number, text)
+    if not reader.lines:
+        raise ValueError(f"{name}: is empty; one JSON object per line is expected")
+    return reader.lines
+
+
+def open_trace(option: str, path, *arguments, **options) -> list[TraceLine]:
+    """`read_trace` of a file, which `option` names. ValueError also if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return read_trace(file, str(path), *arguments, **options)
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}") from None
+
+
+def _drop_mark(text):
+    """Editors of some systems begin a file with a byte order mark."""
+    return text.removeprefix("\ufeff" if isinstance(text, str) else b"\xef\xbb\xbf")
+
+
+def _parse(text) -> dict:
+    """What a line says; null says nothing."""
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}); one object per line is expected") from None
+    if not isinstance(raw, dict):
+        raise ValueError("a JSON object is expected")
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _keys_of(raw) -> dict[str, Key]:
+    """The keys that count in a line, of those that say the same."""
+    if "input_ids" in raw and ("hash_ids" in raw or "input_length" in raw):
+        said = "input_ids stands in place of input_length and hash_ids"
+        raise ValueError(f"{said}; one or the other is expected")
+    if "think_ms" in raw and "delay" in raw:
+        raise ValueError("delay is another name of think_ms; one or the other is expected")
+    prompt = next((key for key in PROMPTS if key in raw), "input_length")
+    session = "session_id" if "session_id" in raw else "chat_id"
+    return PROMPTS[prompt] | SESSIONS[session] | OTHERS
+
+
+def _check(raw, keys) -> dict:
+    """The values of the keys that count, each as it must be; None where one may be absent."""
+    values = {}
+    for key, rule in keys.items():
+        value = values[key] = raw.get(key, rule.default)
+        if key in raw:
+            _require(rule, key, value)
+        elif key in ("input_length", "output_length"):
+            raise ValueError(f"{key} is missing; {rule.expected} is expected")
+        if key in raw and key in ELEMENTS:
+            rule = ELEMENTS[key]
+            for i, element in enumerate(value):
+                _require(rule, f"{key}[{i}]", element)
+    return values
+
+
+def _require(rule, what, value):
+    if not rule.allows(value):
+        raise ValueError(f"{what} is {_shown(value)}; {rule.expected} is expected")
+
+
+def _think_ms(values) -> float:
+    pause = values["think_ms"] if values["delay"] is None else values["delay"]
+    return pause or 0
+
+
+def _shown(value) -> str:
+    """A value as JSON, in at most 80 characters, and no more of it is looked at."""
+    text = "".join(islice(json.JSONEncoder().iterencode(value), 81))
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# ── a trace of our own ───────────────────────────────────────────────────────────────────────────
+
+
+def demo_trace(num_requests, vocab_size, seed):
+    """Lines: sessions of three turns behind three system prompts, some more popular than others."""
+    rng = np.random.default_rng((seed, 1))
+    start = 0.0
+    systems = [rng.integers(vocab_size, size=n).tolist() for n in (208, 144, 96)]
+    for index in range(num_requests):
+        ids = rng.integers(vocab_size, size=rng.integers(24, 72)).tolist()
+        if index % 3 == 0:
+            start += rng.exponential(100)
+            ids = systems[rng.choice(3, p=(0.6, 0.3, 0.1))] + ids
+        line = dict(
+            timestamp=round(start, 1),
+            session_id=index // 3,
+            input_ids=ids,
+            output_length=int(rng.integers(8, 25)),
+            think_ms=100,
+        )
+        yield json.dumps(line)
