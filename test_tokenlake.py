@@ -2823,6 +2823,252 @@ def test_engine_and_simulator_read_the_same(tmp_path, monkeypatch, ranks):
     assert served["computed_tokens"] == made.schedulers[0].counters["computed_tokens"]
 
 
+# ── traces as people have them ────────────────────────────────────────────────────────────────
+
+
+def read_bytes(folder, content, **options):
+    """A trace's lines, read as the programs do."""
+    path = folder / "t.jsonl"
+    path.write_bytes(content)
+    return traces.open_trace("--trace", path, **options)
+
+
+@pytest.mark.parametrize("start, newline, end", [
+    (b"", b"\n", b"\n"), (b"\xef\xbb\xbf", b"\r\n", b"\r\n\r\n"), (b"\xef\xbb\xbf\n", b"\n \t\n", b""),
+    (b"\r\n\r\n", b"\r\n", b"\n\n\n")])
+def test_blank_lines_marks_and_line_ends_do_not_count(tmp_path, start, newline, end):
+    rows = [dict(GOOD, timestamp=at, output_length=at) for at in (3, 5, 8)]
+    content = start + newline.join(json.dumps(row).encode() for row in rows) + end
+    lines = read_bytes(tmp_path, content)
+    assert [(line.index, line.timestamp, line.output_length) for line in lines] == [
+        (0, 0, 3), (1, 2, 5), (2, 5, 8)]
+    numbers = [number for number, text in enumerate(content.split(b"\n"), 1) if b"{" in text]
+    assert [line.where for line in lines] == [f"{tmp_path}/t.jsonl:{n}" for n in numbers]
+    replay.main(["--trace", str(tmp_path / "t.jsonl"), "--json"])
+    simulate.main(["--trace", str(tmp_path / "t.jsonl")])
+    assert run_cluster.run(["--trace", str(tmp_path / "t.jsonl"), "--trace-scale", "64"]) == 0
+
+
+def test_null_says_nothing(tmp_path):
+    """As writers of tables leave it where a row has no such key."""
+    said = dict.fromkeys(["session_id", "chat_id", "parent_chat_id", "think_ms", "delay", "salt",
+                          "prompt", "input_ids", "user"])
+    rows = [GOOD | said, GOOD | said | dict(hash_ids=None, timestamp=2)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    warned = []
+    one, other = read_bytes(tmp_path, content, warn=warned.append)
+    assert (one.session_id, one.think_ms, one.salt, one.previous) == (None, 0, "", None)
+    assert one.hash_ids == [1, 2] and other.hash_ids is None and not warned
+
+
+@pytest.mark.parametrize("apart", [2**32, 2**63, 2**64 - 1])
+def test_no_two_hash_ids_of_64_bits_are_alike(tmp_path, capsys, apart):
+    """Signed or not: ids that are equal in 32 or 64 bits, in sign or in the last bit of a float are
+    blocks of their own; the same id is the same block."""
+    ids = [1, 1 - apart, 1 + apart] if apart < 2**63 else [1, 1 - 2**63, apart]
+    rows = [dict(timestamp=0, input_length=512, output_length=1, hash_ids=[id]) for id in ids]
+    path = write_trace(tmp_path, [dict(row, timestamp=1000 * i) for i, row in enumerate(rows)])
+    lines = traces.open_trace("--trace", path)
+    for tokens_of in (traces.RandomTokens(512, 64, 0), traces.NumberedTokens(64)):
+        blocks = [tuple(tokens_of.of_block(line.hash_ids[0])) for line in lines]
+        assert len(set(blocks)) == 3 and tuple(tokens_of.of_block(1)) == blocks[0]
+    for program in (replay, simulate):
+        program.main(["--trace", str(path), *(["--json"] if program is replay else [])])
+        assert json.loads(capsys.readouterr().out)["hit_rate"] == 0
+    served = serve(tmp_path, path, "--trace-scale", 8, "--segment-tokens", 8)
+    assert served.summary["hit_rate"] == 0
+
+
+def test_a_length_alone_shares_nothing(tmp_path, capsys):
+    """Without hash_ids prompts are made of tokens of their own, within a session, too."""
+    lines = [dict(timestamp=i, input_length=40, output_length=2, session_id=session)
+             for i, session in enumerate(("a", "b", "a", None, None))]
+    run = serve(tmp_path, lines, "--segment-tokens", 4, "--verify", ranks=2)
+    assert [run.records[i]["input_length"] for i in range(5)] == [40] * 5
+    assert run.summary["hit_rate"] == 0 and run.summary["verified"] == 5
+    path = write_trace(tmp_path, lines)
+    for program in (replay, simulate):
+        program.main(["--trace", str(path), *(["--json"] if program is replay else [])])
+        assert json.loads(capsys.readouterr().out)["hit_rate"] == 0
+
+
+def watch_arrivals(rank, seen):
+    """When requests came and ended, in ns of rank 0's clock; and who was told of pauses."""
+    def observe(server, finished):
+        for record in finished:
+            seen[record["request_id"]] = record["arrival_s"], record["finished_s"]
+    return observe
+
+
+@pytest.mark.parametrize("spelling", ["delay", "think_ms"])
+def test_later_turns_need_no_time_of_their_own(tmp_path, spelling):
+    """As converters write sessions: the first turn has a timestamp, later ones a pause. A turn that
+    has both waits for the later of the two."""
+    lines = [dict(timestamp=0.5, session_id="s", input_ids=tokens(20, 1), output_length=3),
+             dict(session_id="s", input_ids=tokens(5, 2), output_length=3, **{spelling: 400.0}),
+             dict(timestamp=1.5, session_id="t", input_ids=tokens(20, 3), output_length=3),
+             dict(timestamp=1001.5, session_id="t", input_ids=tokens(5, 4), output_length=3,
+                  **{spelling: 1})]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = serve(tmp_path, path, "--speed", 2, prelude="watch_arrivals")
+    assert run.tokens == oracle(lines)
+    arrived, ended = zip(*(run.seen[0][i] for i in range(4)))
+    assert arrived[0] == 0 and arrived[1] - ended[0] == pytest.approx(0.2, abs=1e-6)
+    assert arrived[2] == 0.0005 and arrived[3] == 0.5005 and arrived[3] > ended[2] + 0.0005
+
+
+CHATS = [dict(chat_id=7, parent_chat_id=-1, timestamp=0), dict(chat_id=9, parent_chat_id=7, timestamp=0),
+         dict(chat_id=8, parent_chat_id=-1, timestamp=0.5), dict(chat_id=4, parent_chat_id=9, timestamp=1),
+         dict(chat_id=5, parent_chat_id=9, timestamp=1), dict(chat_id=6, parent_chat_id=1000, timestamp=2),
+         dict(chat_id=3, parent_chat_id=8, timestamp=2)]
+PARENTS = [None, 0, None, 1, 1, None, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_chats_are_sessions(tmp_path, ranks):
+    """Each line follows the one that its parent_chat_id names, two may follow the same; whose parent
+    is not there is the first. Cut off at any request, and resumed, the answers are the same."""
+    lines = [chat | dict(input_ids=tokens(9 + i, i), output_length=3) for i, chat in enumerate(CHATS)]
+    expected, model, said = {}, small_model(), {}
+    for i, (line, parent) in enumerate(zip(lines, PARENTS)):
+        prompt = said.get(parent, []) + line["input_ids"]
+        expected[i] = generate(model, prompt, 3, Sampler(), i)
+        said[i] = prompt + expected[i]
+    path = write_trace(tmp_path, lines)
+    arguments = ["--trace-time-unit", "s", "--segment-tokens", 4]
+    run = serve(tmp_path, path, *arguments, "--verify", ranks=ranks)
+    assert run.tokens == expected and run.summary["verified"] == len(lines)
+    assert [run.records[i]["session_id"] for i in range(7)] == [7, 7, 8, 7, 7, 6, 8]
+    assert all(run.records[i]["cached_tokens"] >= 4 for i, parent in enumerate(PARENTS) if parent)
+    (output,) = tmp_path.glob("out*")
+    whole = (output / "requests.jsonl").read_text().splitlines()
+    for kept in range(1, len(whole)):
+        for verify in ("--verify", "--no-verify"):
+            (output / "requests.jsonl").write_text("\n".join(whole[:kept]) + "\n")
+            status = run_cluster.run([*map(str, arguments), "--trace", str(path), "--output", str(output),
+                                      "--resume", verify, "--speed", "inf", "--dtype", "float64"])
+            records = map(json.loads, (output / "requests.jsonl").read_text().splitlines())
+            assert status == 0 and {r["request_id"]: r["output_ids"] for r in records} == expected
+
+
+def test_a_trace_of_other_blocks(tmp_path, capsys):
+    """As Bailian's: blocks of 16 tokens, times in seconds, chats whose prompts are complete. All
+    programs find the same hits, where a segment is a block."""
+    rows, block = [], 16
+    for i, (chat, parent) in enumerate(zip(CHATS, PARENTS)):
+        ids = (rows[parent]["hash_ids"][:-1] if parent is not None else []) + [100 * i, 100 * i + 1]
+        rows.append(chat | dict(input_length=block * len(ids) - 5, output_length=2, hash_ids=ids,
+                                type="text", turn=1))
+    path = write_trace(tmp_path, rows)
+    hits = sum(block * (len(row["hash_ids"]) - 2) for row in rows)
+    expected = hits / sum(row["input_length"] for row in rows)
+    form = ["--trace-block", "16", "--trace-time-unit", "s"]
+    replay.main(["--trace", str(path), *form, "--segment-tokens", "16", "--json"])
+    assert json.loads(capsys.readouterr().out)["hit_rate"] == pytest.approx(expected)
+    simulate.main(["--trace", str(path), *form, "--model", "tiny"])
+    assert json.loads(capsys.readouterr().out)["hit_rate"] == pytest.approx(expected)
+    for scale in (1, 4):
+        run = serve(tmp_path, path, *form, "--segment-tokens", block // scale, "--trace-scale", scale)
+        prompts = [-(-row["input_length"] // scale) for row in rows]
+        assert [run.records[i]["input_length"] for i in range(len(rows))] == prompts
+        assert run.summary["hit_rate"] == pytest.approx(hits / scale / sum(prompts))
+    known = write_trace(tmp_path, [dict(row, type=None, turn=None) for row in rows])
+    for arguments, said in (
+            (["--trace-block", 16, "--trace-scale", 32], "'32': a divisor of 16 is expected"),
+            (["--trace-scale", 4], "hash_ids lists 2 blocks; input_length 27 makes 1 of 512 tokens")):
+        assert said in refused(tmp_path, "--trace", known, *arguments)
+    assert "--trace-block needs --trace" in refused(tmp_path, "--trace-block", 16)
+
+
+@pytest.mark.parametrize("think_ms", [0, 3000])
+def test_a_replay_honours_sessions_and_salts(tmp_path, capsys, think_ms):
+    """Conversations by token ids, the same ones with two salts: what the replay hits is what a run on
+    ranks does. A turn comes in a later iteration than its predecessor."""
+    lines = [dict(session_id=i % 3, salt="ab"[i % 2], input_ids=tokens(4 + 3 * (i // 6), i // 6 + 9 * (i % 3)),
+                  output_length=5, timestamp=0, think_ms=think_ms) for i in range(18)]
+    path = write_trace(tmp_path, lines)
+    replay.main(["--trace", str(path), "--segment-tokens", "4", "--instances", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    run = serve(tmp_path, path, "--segment-tokens", 4, ranks=2)
+    assert found["hit_rate"] == pytest.approx(run.summary["hit_rate"]) and found["hit_rate"] > 0.4
+    assert found["iterations"] == 3  # six sessions of three turns
+
+
+def test_answers_in_a_replay_are_nobody_s(tmp_path, capsys):
+    """Two sessions say the same: the second turns share what was said before the answers differ."""
+    lines = [dict(session_id=session, input_ids=tokens(8, turn), output_length=9, timestamp=turn)
+             for turn in range(2) for session in "ab"]
+    path = write_trace(tmp_path, [lines[0], dict(lines[1], timestamp=0.5), *lines[2:]])
+    replay.main(["--trace", str(path), "--segment-tokens", "4", "--instances", "1", "--json"])
+    # 8 of the second's first prompt but for its last token; 16 of 17 before each second turn.
+    assert json.loads(capsys.readouterr().out)["hit_rate"] == (7 + 16 + 16) / (8 + 8 + 25 + 25)
+
+
+def write_tokenizer(folder):
+    """Words to numbers, 0 before what begins."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<s>", "a", "lake", "of", "keys", "<?>"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<?>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    made.add_special_tokens(["<s>"])
+    made.enable_truncation(3)
+    made.enable_padding(length=50)
+    made.save(str(folder / "tokenizer.json"))
+    return made
+
+
+def test_prompts_may_be_text(tmp_path):
+    """With a tokenizer: a session's first turn begins as texts begin, later ones go on; every answer
+    is written as text, too."""
+    save_model(tmp_path / "model", dict(vocab_size=6))
+    made = write_tokenizer(tmp_path / "model")
+    lines = [dict(prompt="a lake of keys", session_id=1, output_length=4),
+             dict(prompt="keys of a lake", session_id=1, output_length=4),
+             dict(prompt="lake", output_length=4), dict(input_ids=[1, 2], output_length=2)]
+    run = serve(tmp_path, lines, "--model", tmp_path / "model", "--verify", ranks=2)
+    config = load_config(tmp_path / "model")
+    model = Llama(config, load_weights(tmp_path / "model", config, torch.float64, "cpu"))
+    as_ids = [dict(lines[0], input_ids=[0, 1, 2, 3, 4]), dict(lines[1], input_ids=[4, 3, 1, 2]),
+              dict(lines[2], input_ids=[0, 2]), lines[3]]
+    assert run.tokens == oracle(as_ids, model)
+    words = ["<s>", "a", "lake", "of", "keys", "<?>"]
+    for id, answer in run.tokens.items():
+        assert run.records[id]["output_text"] == " ".join(words[token] for token in answer if token)
+    without = serve(tmp_path, as_ids[3:], "--model", tmp_path / "model")
+    assert "output_text" not in without.records[0]
+    refused_text = lambda: refused(tmp_path, "--trace", write_trace(tmp_path, lines[:1]), "--model",
+                                   tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    assert "model/tokenizer.json: not a tokenizer: " in refused_text()
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert "jsonl:1: prompt is text, and there is no " in refused_text()
+    assert "the built-in model has no tokenizer; token ids (input_ids) are expected" in refused(
+        tmp_path, "--trace", write_trace(tmp_path, lines[:1]))
+
+
+def test_text_needs_a_package(tmp_path, monkeypatch):
+    """Which is named where it is not installed, and asked for only where a trace has text."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    text = model_module.Text(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="`pip install tokenizers`, or token ids .input_ids., are exp"):
+        text.encode("a", True)
+    assert not text.is_used
+
+
+def test_pauses_are_shown(tmp_path):
+    """In a log once for each, in seconds; where all comes at once nothing is said."""
+    lines = [dict(timestamp=at, input_ids=tokens(5, at), output_length=2) for at in (0, 5000, 5001, 12000)]
+    path = write_trace(tmp_path, lines)
+    text = serve(tmp_path, path, "--speed", 2, ranks=2).text
+    assert [line for line in text.splitlines() if "arrival" in line] == [
+        "run_cluster.py: next arrival in 2 s", "run_cluster.py: next arrival in 3 s"]
+    assert "arrival" not in serve(tmp_path, path).text
+
+
 # ── balance ───────────────────────────────────────────────────────────────────────────────────
 
 
