@@ -17,6 +17,7 @@ leave: what was cached is lost, what was finished is not (results.py).
 import hashlib
 import os
 import pickle
+import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +28,22 @@ PARENT = os.getppid()  # asked before torch is imported: that takes seconds
 
 import numpy as np
 import torch
+
+OLDEST_TORCH = "2.11"
+
+
+def require_torch(version: str):
+    """Ends the program if the installed one is too old, before what it lacks is missed."""
+    major, minor = map(int, version.split(".")[:2])
+    if (major, minor) < tuple(map(int, OLDEST_TORCH.split("."))):
+        if os.environ.get("RANK", "0") == "0":
+            said = f"torch {version} is installed; {OLDEST_TORCH} or later is expected"
+            print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
+require_torch(torch.__version__)
+
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
@@ -129,6 +146,7 @@ class Cluster:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.timeout = timedelta(seconds=timeout)
         self.doing = ""  # for messages; during set-up, nothing
+        self.backend = None  # of exchanges between devices, if there are any
         self.stop_asked_at = None  # by time.monotonic
         self.store = None
         self._lookout = Lookout(self.rank)
@@ -314,7 +332,7 @@ class Cluster:
         """Process groups over a lake's ranks, made by all: NCCL if each has a GPU of its own, else
         gloo. NCCL's are ready at once: else the first exchange would wait for that."""
         alone = device.type == "cuda" and self.ranks_per_device(device) == 1
-        backend = "nccl" if all(self.gather_objects(alone)) else "gloo"
+        backend = self.backend = "nccl" if all(self.gather_objects(alone)) else "gloo"
         make = dist.new_group, instances, self.timeout, backend
         groups = []
         for _ in range(count):

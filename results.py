@@ -16,9 +16,12 @@ import hashlib
 import json
 import math
 import os
+import platform
+import subprocess
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +30,10 @@ import numpy as np
 import torch
 
 from balancer import variation
-from model import GENERATOR, dtype_name, read_json, require, shown
+from model import GENERATOR, dtype_name, one_line, read_json, require, shown
 from oracle import Verdict
 
+HERE = Path(__file__).resolve().parent
 CV_WINDOW = 32  # iterations
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 STATISTICS = ("mean", "median", "p90", "p99")  # of times
@@ -130,7 +134,7 @@ class Results:
             ended_ns = round(record["finished_s"] * 1e9)
             ok = self._is_sound(record) and self._is_whole(tokens, line)
             ok = ok and are_logprobs(logprobs, len(tokens))
-            self.totals.add(record)
+            self.totals.add(record, len(tokens))
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             ok = False
         require(ok, where, "not the record of a request of this trace")
@@ -157,7 +161,7 @@ class Results:
         if self._file and not self.error:
             self._append_line(json.dumps(record).encode() + b"\n")
         if self.is_rank_0 and not self.error:
-            self.totals.add(record)
+            self.totals.add(record, len(record["output_ids"]))
 
     def _append_line(self, line):
         """Writes it whole, or notes in `error` what went wrong: also that what was written is gone,
@@ -260,12 +264,12 @@ class Totals:
         self.first_arrival = math.inf  # s
         self.times = {name: array("d") for name in TIMES}
 
-    def add(self, record: dict):
+    def add(self, record: dict, output_tokens: int):
         self.counts.update(
             requests=1,
             inputs=record["input_length"],
             cached=record["cached_tokens"],
-            outputs=len(record["output_ids"]),
+            outputs=output_tokens,
         )
         self.first_arrival = min(self.first_arrival, record["arrival_s"])
         for name, values in self.times.items():
@@ -286,13 +290,13 @@ def ratio(part, whole):
     return part / whole if whole else None
 
 
-def summarise_totals(totals, clock) -> dict:
-    """Of finished requests, as vLLM's and SGLang's serving benchmarks name it. clock [ns]."""
+def summarise_totals(totals, clock_s) -> dict:
+    """Of finished requests, as vLLM's and SGLang's serving benchmarks name it."""
     counts = totals.counts
     inputs = counts["inputs"]
     outputs = counts["outputs"]
     any_finished = counts["requests"] > 0
-    seconds = clock / 1e9 - (totals.first_arrival if any_finished else 0.0)
+    seconds = clock_s - (totals.first_arrival if any_finished else 0.0)
     seconds_if_any = seconds if any_finished else None
     summary = dict(
         completed=counts["requests"],
@@ -347,22 +351,62 @@ def summarise_pool(server) -> dict:
 
 
 def summarise_config(server) -> dict:
-    """Every option and version, as they were."""
+    """Every option as it was taken. JSON has no infinity: that is text."""
     values = vars(server.options) | vars(server.lake.config)
     values |= dict(
         ranks=server.cluster.size,
-        torch=torch.__version__,
         device=server.model.device,
         dtype=dtype_name(server.model.dtype),
     )
-    return {
-        key: x if x is None or isinstance(x, int) else str(x) for key, x in values.items()
-    }
+    del values["command"]
+    return {key: x if is_plain(x) else str(x) for key, x in values.items()}
+
+
+def is_plain(value) -> bool:
+    """Whether JSON has it."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, int)
+
+
+def summarise_environment(command: str) -> dict:
+    """What the run was made with, for who compares it with another."""
+    has_gpu = torch.cuda.is_available()
+    return dict(
+        command=command,
+        commit=commit(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=version_of("triton"),
+        gpu=torch.cuda.get_device_name() if has_gpu else None,
+        gpus=torch.cuda.device_count(),
+        cpus=os.cpu_count(),
+        platform=platform.platform(),
+    )
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of this project; a plus sign if there are changes that are not committed. None without git."""
+    if not (HERE / ".git").exists():
+        return None
+    command = "git describe --always --abbrev=12 --dirty=+ --exclude=*".split()
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def summarise(server, outcome) -> dict:
     """summary.json. Bytes are null if a rank was lost before it said its own."""
-    summary = summarise_totals(server.results.totals, server.engine.clock)
+    summary = summarise_totals(server.results.totals, server.engine.clock / 1e9)
     summary |= summarise_pool(server)
     moved = outcome.moved or dict.fromkeys(server.lake.pool.bytes)
     summary |= {f"{kind}_bytes": count for kind, count in moved.items()}
@@ -372,6 +416,7 @@ def summarise(server, outcome) -> dict:
         resumed=outcome.resumed,
         **summarise_verdict(outcome.verdict),
         config=summarise_config(server),
+        environment=summarise_environment(server.options.command),
     )
 
 
@@ -386,16 +431,58 @@ def summarise_verdict(verdict) -> dict:
     return dict(zip(names, [verified, *found, verdict.wrong]))
 
 
+def format_header(server) -> str:
+    """What is going to run, said before the first request."""
+    options = server.options
+    cluster = server.cluster
+    config = server.model.config
+    lake = server.lake.config
+    on_gpu = server.model.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
+    exchanges = f"exchanges by {cluster.backend}" if cluster.backend else "no exchanges"
+    weights = "random weights" if options.random_weights or not options.model else "its weights"
+    values = dict(
+        ranks=cluster.size,
+        device=device,
+        exchanges=exchanges,
+        model=options.model or "built-in",
+        weights=weights,
+        config=config,
+        dtype=dtype_name(server.model.dtype),
+        lake=lake,
+        pool_slots=lake.slots * cluster.size,
+        pool_tokens=lake.slots * cluster.size * lake.segment_tokens,
+        scheduler=options.scheduler,
+        trace=options.trace or "the demo",
+        num_requests=len(server.lines),
+    )
+    # Names of files may have line breaks.
+    return "\n".join(one_line(line.format(**values)) for line in HEADER)
+
+
+HEADER = (
+    "       ranks  {ranks} on {device}; {exchanges}",
+    "       model  {model}, {weights}: {config.num_layers} layers, {config.num_heads} heads "
+    "({config.num_kv_heads} of KV) of {config.head_dim}, {config.num_parameters:,} "
+    "parameters, {dtype}",
+    "        pool  {pool_slots:,} slots ({lake.slots:,} per rank), each a segment of "
+    "{lake.segment_tokens} tokens: {pool_tokens:,} tokens",
+    "   scheduler  {scheduler}: {lake.chunk_tokens:,} prompt tokens per rank and iteration, "
+    "{lake.max_batch:,} requests at once",
+    "       trace  {trace}: {num_requests:,} requests",
+)
 REPORT = """\
     requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
-    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens
-    computed  {computed_tokens:,} of {asked_tokens:,} tokens asked for ({recomputed_tokens:,} again)
-  cache load  {shares} of reads per instance; CV within {window} iterations {cache_load_cv:.2f}
-     KV read  {read} MB, what several requests share once an iteration
-     TTFT ms  {ttft}
-     TPOT ms  {tpot}
-       moved  {moved} ({puts_local:.1%} of all new KV stayed)
-    pressure  {evictions:,} evictions, {preemptions:,} preemptions"""
+    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens were in the pool when they came
+    computed  {computed_tokens:,} of {asked_tokens:,} prompt and fed-back answer tokens; the rest were hits
+              ({recomputed_tokens:,} again, after preemption)
+  cache load  {shares} of cache reads, by rank; coefficient of variation {cache_load_cv:.2f}
+     KV read  {read} MB; what several requests share is read once an iteration
+     TTFT ms  {ttft} (to the first token)
+     TPOT ms  {tpot} (per later token)
+       moved  {moved}
+              ({puts_local:.1%} of new KV stayed where it was computed)
+    pressure  {evictions:,} segments evicted, {preemptions:,} requests preempted"""
 RESUMED = "\n     resumed  {resumed} of them were there already"
 VERIFIED = "\n    verified  {verified}/{completed} "
 EQUAL = "equal recomputation without a cache, token for token"
@@ -426,7 +513,6 @@ def format_report(summary: dict) -> str:
     text = form.format(
         **values,
         shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
-        window=CV_WINDOW,
         read=f"{values['kv_bytes_read'] / 1e6:,.1f}",
         moved=", ".join(
             f"{MOVED[k]} {values[f'{k}_bytes'] / 1e6:,.1f} MB" for k in MOVED

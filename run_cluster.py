@@ -14,6 +14,7 @@ import heapq
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -56,7 +57,7 @@ from model import (
 )
 from oracle import WIDER, verify
 from pool import LakeConfig, iteration_bytes
-from results import Outcome, Results, answers_basis, format_report
+from results import Outcome, Results, answers_basis, format_header, format_report
 from results import require_unused, resumes, sum_bytes, summarise
 from scheduler import Policy, Scheduler
 from tokenlake import TokenLake
@@ -229,7 +230,7 @@ def refuse_options(message):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "run_cluster.py",
+        usage="[torchrun --standalone --nproc-per-node=N] run_cluster.py [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -261,6 +262,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         # argparse takes that for no value at all.
         require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
     options = make_parser().parse_args(arguments)
+    options.command = shlex.join(["run_cluster.py", *arguments])
     require(
         options.model or not options.random_weights,
         "--random-weights needs --model DIR (the built-in model is random)",
@@ -357,34 +359,47 @@ def check_weights(options, config, dtype, device, cluster, memory):
     require(needed <= memory, f"--model {options.model}: {said}, {memory:,} are there")
 
 
-def size_lake(options, config, lines, dtype, device, cluster, memory):
-    """The LakeConfig, with as many slots as are wanted or as there is room for."""
-    on_gpu = device.type == "cuda"
+def configure_lake(options, config, num_ranks, on_gpu) -> LakeConfig:
+    """As the options have it, and what suits where they leave it open; slots are left to
+    `size_lake`."""
     C = options.segment_tokens or (512 if options.model and on_gpu else 16)
     said = f"no more than the model's {config.max_positions} positions is expected"
     require(C <= config.max_positions, f"--segment-tokens {C}: {said}")
-    lake_config = LakeConfig(
+    return LakeConfig(
         segment_tokens=C,
         placement=options.placement,
         replicate_factor=options.replicate_factor,
         pull_tokens=options.pull_tokens,
         chunk_tokens=options.chunk_tokens or 4 * C,
-        max_batch=options.max_batch or (64 * cluster.size if on_gpu else 32),
+        max_batch=options.max_batch or (64 * num_ranks if on_gpu else 32),
         one_communicator=options.one_communicator,
     )
-    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    staging_bytes = lake_config.staging(cluster.size) * row_bytes
-    sharing = cluster.ranks_per_device(device)
-    weight_bytes = config.num_parameters * dtype.itemsize
+
+
+def bytes_of_iteration(config, lake_config, lines, dtype, num_ranks) -> int:
+    """Of tensors that an iteration takes at most: the trace may have less than is allowed."""
     tokens = sum(line.total for line in lines)
-    most = replace(  # of what is asked for, the trace has no more
+    most = replace(
         lake_config,
         chunk_tokens=min(lake_config.chunk_tokens, tokens),
         max_batch=min(lake_config.max_batch, len(lines)),
         pull_tokens=min(lake_config.pull_tokens, tokens),
     )
-    taken = iteration_bytes(config, most, cluster.size, dtype) + GPU_RESERVE * on_gpu
-    room = max(0, memory // sharing - weight_bytes - taken)
+    return iteration_bytes(config, most, num_ranks, dtype)
+
+
+def size_lake(options, config, lines, dtype, device, cluster, memory):
+    """The LakeConfig, with as many slots as are wanted or as there is room for."""
+    on_gpu = device.type == "cuda"
+    lake_config = configure_lake(options, config, cluster.size, on_gpu)
+    C = lake_config.segment_tokens
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    staging_bytes = lake_config.staging(cluster.size) * row_bytes
+    weight_bytes = config.num_parameters * dtype.itemsize
+    taken = bytes_of_iteration(config, lake_config, lines, dtype, cluster.size)
+    taken += GPU_RESERVE * on_gpu
+    memory //= cluster.ranks_per_device(device)
+    room = max(0, memory - weight_bytes - taken)
     # By default a tenth is left for what is not foreseen, and a CPU holds 32k tokens at most.
     slots = max(1, (9 * room // 10 - staging_bytes) // (C * row_bytes))
     if not on_gpu:
@@ -394,7 +409,7 @@ def size_lake(options, config, lines, dtype, device, cluster, memory):
     require(
         slab_bytes <= room,
         f"--slots {slots} of {C} tokens, with staging for --chunk-tokens and --max-batch: a rank "
-        f"needs {slab_bytes:,} bytes on {device}, of its {memory // sharing:,} there are "
+        f"needs {slab_bytes:,} bytes on {device}, of its {memory:,} there are "
         f"{room:,} beside {weight_bytes:,} of weights and {taken:,} for an iteration",
     )
     return replace(lake_config, slots=slots)
@@ -759,6 +774,8 @@ def serve_and_verify(server, on_iteration, outcome):
     options = server.options
     first = server.cluster.rank == 0
     engine = server.engine
+    if first:
+        print(format_header(server), end="\n\n", file=Forgiving(sys.stdout), flush=True)
     if first and options.profile is not None:
         file = options.output / "profile.json.gz"
         engine.profile = profiler(file, options.profile, server.results)

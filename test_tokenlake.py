@@ -5008,9 +5008,9 @@ def test_plans_are_as_recorded(part):
     (["host_time.py", "--requests", 3, "--prompt", 600, "--iterations", 4], "3 decodes, one rank: "),
     (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
     (["simulate.py", "--workload", "toolagent", "--policy", "tokenlake:dp", "--num-requests", 8],
-     '"requests": 8'),
+     '"completed": 8'),
     (["simulate.py", "--workload", "demo", "--model", "tiny", "--policy", "tokenlake:pd:2x2",
-      "--num-requests", 9], '"requests": 9'),
+      "--num-requests", 9], '"completed": 9'),
     (["simulate.py", "--validate", "--num-requests", 40, "--trace", "t.jsonl", "--trace-scale", 64,
       "--speed", "inf"], '"correlation"'),
     (["workloads.py", "sharegpt", "--num-requests", 3], '"hash_ids": [0, 1, 2, ')])
@@ -5614,12 +5614,12 @@ def test_baselines_are_no_strawmen():
         made = baselines.make_fleet(policy, 4, model, config, dtype=torch.bfloat16)
         run = simulate.Simulation(made, traces.read_trace(map(json.dumps, lines), "x"),
                                   simulate.Roofline(model, "a100", 2)).run()
-        took[policy] = run.summary()["duration_s"]
+        took[policy] = run.summary()["duration"]
     assert 0.9 < took["tokenlake"] / took["router"] < 1.1
     alike = lambda: asks([(20 * i, [0, 1, 2, 3, 10 + i], 100, 8) for i in range(60)])
     runs = {policy: simulated(policy, alike(), slots=1000) for policy in (
         "tokenlake", "router", "pd:1x3", "pd:3x1")}
-    total = runs["router"].prompts
+    total = runs["router"].summary()["total_input_tokens"]
     hits = {policy: run.summary()["hit_rate"] for policy, run in runs.items()}
     assert all(abs(hits["tokenlake"] - x) <= 3 * 64 / total + 1e-9 for x in hits.values())
     assert hits["tokenlake"] > 0.9 * 64 * 59 / total

@@ -52,6 +52,7 @@ from options import (  # noqa: E402
 )
 from replay import WINDOW_MS  # noqa: E402
 from pool import LakeConfig  # noqa: E402
+from results import Totals, summarise_totals  # noqa: E402
 from traces import (  # noqa: E402
     NumberedTokens,
     TraceForm,
@@ -250,7 +251,7 @@ class Simulation:
         self.deadlines = []  # heap of (time, request id): when a first token is due
         self.kept = 0  # requests that kept the SLO
         self.refused = 0  # requests that are too long
-        self.prompts = 0  # tokens of all prompts
+        self.iterations = 0  # of any lake
         # Of iterations: a mean instance's, the slowest one's.
         self.work_seconds = np.zeros(2)
         self.tokens_read = 0  # of KV, in every layer
@@ -294,7 +295,6 @@ class Simulation:
     def arrive(self, line):
         request = line.arrive(self.tokens)
         self.arrived[line.index] = self.now
-        self.prompts += request.num_prompt
         self.allowed[line.index] = SLO * np.array(self.roofline.alone(line))
         allowed_ttft = self.allowed[line.index][0]
         heapq.heappush(self.deadlines, (self.now + allowed_ttft, line.index))
@@ -353,6 +353,7 @@ class Simulation:
         plan, seconds = self.last_iteration[i]
         slowest = seconds.max()
         self.work_seconds += seconds.mean(), slowest
+        self.iterations += 1
         window = int(self.now * 1e3 // WINDOW_MS)
         if window not in self.window_reads:
             self.window_reads[window] = np.zeros(self.num_instances)
@@ -430,29 +431,38 @@ class Simulation:
         return bool(kept.all())
 
     def summary(self) -> dict:
-        """Of what was served; requests that were not have missed the SLO."""
+        """Of what was served, by run_cluster.py's names; requests that were not have missed the
+        SLO."""
         served = [line for line in self.lines if line.index in self.times]
-        latencies = np.array([self.latency(line.index) for line in served]).reshape(-1, 2)
-        ttft, tbt = 1e3 * latencies.T  # ms
-        prompts = np.array([line.input_length for line in served])
-        gaps = []
+        cached_tokens = self.fleet.cached_tokens
+        totals = Totals()
+        normalised = []  # ms to the first token, per token of the prompt
         for line in served:
-            gaps.extend(np.diff(self.times[line.index]))
-        return dict(
-            requests=len(served),
-            duration_s=self.now,
-            ttft_ms=mean(ttft),
-            p90_ttft_ms=float(np.percentile(ttft, 90)) if served else None,
-            normalised_ttft=mean(ttft / prompts),
-            tbt_ms=mean(tbt),
-            p99_tbt_ms=1e3 * float(np.percentile(gaps or [0.0], 99)),
+            record = self.record(line, cached_tokens[line.index])
+            totals.add(record, len(self.times[line.index]))
+            normalised.append(record["ttft_ms"] / line.input_length)
+        return summarise_totals(totals, self.now) | dict(
+            normalised_ttft=mean(normalised),
             slo_attainment=self.kept / len(self.lines),
             refused=self.refused / len(self.lines),
-            hit_rate=sum(self.fleet.cached_tokens.values()) / self.prompts,
             cache_load_cv=variation(self.window_reads.values()),
             kv_bytes_read=self.tokens_read * self.roofline.token_bytes,
+            iterations=self.iterations,
             idle_fraction=self.idle_fraction(),
             **self.planning(),
+        )
+
+    def record(self, line, cached_tokens: int) -> dict:
+        """Of a request that was served, as requests.jsonl has them."""
+        times = self.times[line.index]
+        gaps = (1e3 * np.diff(times)).tolist()
+        return dict(
+            arrival_s=self.arrived[line.index],
+            input_length=line.input_length,
+            cached_tokens=cached_tokens,
+            ttft_ms=1e3 * self.latency(line.index)[0],
+            tpot_ms=mean(gaps),
+            itl_ms=gaps,
         )
 
     def idle_fraction(self) -> float | None:
@@ -630,6 +640,19 @@ def check_trace(name: str, options):
         raise ValueError(f"{longest.where}: {said} simulated")
 
 
+def header(options) -> str:
+    """What is simulated, in a line or two."""
+    N = options.instances
+    C = segment_tokens(options.model)
+    gpu = options.hardware.upper()
+    return (
+        f"simulated: {N} instances of {options.tp} {gpu}, {options.model} in 16 bits, "
+        f"{options.capacity_tokens:,} tokens of cache in segments of {C};\n"
+        f"  iterations of {options.chunk_tokens:,} prompt rows per instance and "
+        f"{options.max_batch:,} requests at most; {options.num_requests:,} requests"
+    )
+
+
 def table(options):
     """Even split, DP and fixed PD on the pool, side by side."""
     N = options.instances
@@ -645,9 +668,10 @@ def table(options):
     for prefills in sorted({1, N // 2, N - 1}):
         schedulers.append(f"pd:{prefills}x{N - prefills}")
     if not options.json:
+        print(header(options))
         print(
-            f"{'load':>12} {'scheduler':>10} {'makespan s':>10} {'TTFT ms':>10} {'p90':>10} "
-            f"{'TBT ms':>8} {'p99':>8} {'idle':>6} {'hits':>6}"
+            f"{'load':>12} {'scheduler':>10} {'duration s':>10} {'TTFT ms':>10} {'p90 ms':>10} "
+            f"{'TPOT ms':>8} {'p99 ITL':>8} {'idle':>6} {'hits':>6}"
         )
     for load_options in loads:
         run_options = argparse.Namespace(**(vars(options) | load_options))
@@ -660,9 +684,10 @@ def table(options):
 
 def format_row(row: dict) -> str:
     return (
-        f"{row['load'][:12]:>12} {row['scheduler']:>10} {row['duration_s']:>10.3f} "
-        f"{row['ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} {row['tbt_ms']:>8.3f} "
-        f"{row['p99_tbt_ms']:>8.2f} {row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}"
+        f"{row['load'][:12]:>12} {row['scheduler']:>10} {row['duration']:>10.3f} "
+        f"{row['mean_ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} "
+        f"{row['mean_tpot_ms']:>8.3f} {row['p99_itl_ms']:>8.2f} "
+        f"{row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}"
     )
 
 
@@ -762,6 +787,10 @@ def main(arguments: list[str]) -> int:
         if options.table:
             table(options)
         else:
+            own = "at 1/s" if options.workload in WORKLOADS else "at its own times"
+            rate = f"at {options.rate:g}/s" if options.rate else own
+            setting = f"{header(options)} of {options.workload} {rate}, {options.policy}"
+            print(setting, file=sys.stderr, flush=True)
             summary = simulate(options).summary()
             print(json.dumps(summary, indent=1))
     except (OSError, ValueError) as error:
