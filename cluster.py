@@ -456,3 +456,7 @@ class Cluster:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    print(__doc__)

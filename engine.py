@@ -308,3 +308,7 @@ class Engine:
         for i, (request, rank) in enumerate(zip(requests, ranks)):
             request.logprobs.append(ends[rank].logprobs[i])
         return dict(zip(ids, sampled))
+
+
+if __name__ == "__main__":
+    print(__doc__)

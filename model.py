@@ -664,3 +664,7 @@ class Text:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+
+if __name__ == "__main__":
+    print(__doc__)

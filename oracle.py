@@ -193,3 +193,7 @@ def deal(requests, computed: Counter, sampled: Counter, num_ranks) -> list[list[
         tokens[rank] += len(request.tokens)
         dealt[rank].append(request)
     return dealt
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -797,3 +797,7 @@ class Pool:
             outputs.take(o_came, lse_came.contiguous().view(lse.dtype)[..., 0])
 
         return take
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -521,3 +521,7 @@ def format_report(summary: dict) -> str:
         tpot=times("tpot_ms"),
     )
     return text.replace("nan%", "–").replace("nan", "–")
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -360,3 +360,7 @@ class Scheduler:
                 decode_puts_local=put * run.decode * local,
                 recomputed_tokens=max(0, again),
             )
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -676,3 +676,7 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
         parts.append(first + starts(rows) * dop // max(1, rows.sum()))
         first += dop
     return parts
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -444,3 +444,7 @@ def demo_trace(num_requests, vocab_size, seed):
             think_ms=100,
         )
         yield json.dumps(line)
+
+
+if __name__ == "__main__":
+    print(__doc__)

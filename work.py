@@ -500,3 +500,7 @@ def rows_of_a_block(heads_per_kv, max_lanes) -> int:
 
 def next_power_of_2(n) -> int:
     return 1 << (n - 1).bit_length()
+
+
+if __name__ == "__main__":
+    print(__doc__)

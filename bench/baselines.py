@@ -435,3 +435,7 @@ def make_fleet(
 
     kind = Fleet if num_lakes == 1 else Router
     return kind(lakes, make_scheduler)
+
+
+if __name__ == "__main__":
+    print(__doc__)

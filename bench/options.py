@@ -95,3 +95,7 @@ def check_segments(number):
     if number > MOST_SEGMENTS:
         said = f"at most {MOST_SEGMENTS:,}, fewer or longer ones, are expected"
         raise ValueError(f"the pool has {number:,} segments; {said}")
+
+
+if __name__ == "__main__":
+    print(__doc__)

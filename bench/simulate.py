@@ -516,6 +516,12 @@ def segment_tokens(model_name: str) -> int:
     return 16 if model_name == "tiny" else 512
 
 
+def most_slots(lines, C: int) -> int:
+    """Of an instance: with more of them nothing changes, as it could hold all segments of the load
+    twice, and any number of replicas. They are listed, which takes time."""
+    return 2 * sum(-(-line.total // C) for line in lines) + 4096
+
+
 def allowed_tbt(lines, roofline: Roofline) -> float:
     """ms between tokens with which 99 of 100 requests keep their SLO."""
     allowed = [SLO * 1e3 * roofline.alone(line)[1] for line in lines]
@@ -538,14 +544,14 @@ def simulate(
     N = options.instances
     C = segment_tokens(options.model)
     model = MODELS[options.model]
+    form = trace_form(options)
+    lines = load(options.workload, options.num_requests, rate or 1.0, seed, form)
     config = LakeConfig(
         C,
-        slots=capacity // (C * N),
+        slots=min(capacity // (C * N), most_slots(lines, C)),
         chunk_tokens=options.chunk_tokens,
         max_batch=options.max_batch // N,
     )
-    form = trace_form(options)
-    lines = load(options.workload, options.num_requests, rate or 1.0, seed, form)
     roofline = Roofline(model, options.hardware, options.tp)
     slo = options.tbt_slo_ms or allowed_tbt(lines, roofline)
     fleet = make_fleet(
