@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import resource
@@ -4866,25 +4867,67 @@ def test_a_killed_worker_loses_nothing(tmp_path, seeds):
 # ── the run as a whole ────────────────────────────────────────────────────────────────────────
 
 
+def readme_table(head):
+    """Rows of the README's table whose first column is called so, a row for each `name` there."""
+    text = (HERE / "README.md").read_text().split("\n| " + head + " |")[1]
+    for row in text.splitlines()[2:]:
+        if not row.startswith("|"):
+            return
+        names, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        yield from ((name, *cells) for name in re.findall("`([^`]*)`", names))
+
+
+def test_a_simulation_has_the_names_of_a_run(capsys):
+    """For the same things; the README says which, and explains the others."""
+    simulate.main(["--num-requests", "5"])
+    out, header = capsys.readouterr()
+    expected = set()
+    for key, _, simulated in readme_table("key of summary.json"):
+        if simulated in ("yes", "only") or f"`{key}`" in simulated:
+            expected.add(key)
+    assert set(json.loads(out)) == expected
+    assert header.startswith("simulated: 4 instances of 2 A100, lwm-7b in 16 bits, ")
+    assert header.endswith("; 5 requests of loogle at 1/s, tokenlake\n")
+
+
+def test_a_trace_s_keys_are_explained():
+    """One table of the README has all that the reader knows, and no others."""
+    assert {key for key, _ in readme_table("key of a line")} == set(traces.KNOWN)
+
+
+def test_lines_of_the_readme_share_a_prefix(tmp_path, capsys):
+    """Its sample of a trace is served, and its first two lines share what it says."""
+    text = (HERE / "README.md").read_text()
+    sample = "\n".join(re.findall(r"^\{.*\}$", text, re.MULTILINE)) + "\n"
+    path = tmp_path / "sample.jsonl"
+    path.write_text(sample)
+    assert sample.count("\n") == 4
+    assert run_cluster.run(["--trace", str(path), "--verify", "--output", str(tmp_path / "out")]) == 0
+    records = map(json.loads, (tmp_path / "out" / "requests.jsonl").read_text().splitlines())
+    cached = {record["request_id"]: record["cached_tokens"] for record in records}
+    assert cached == {0: 0, 1: 512, 2: 0, 3: 0}
+
+
 def test_demo_and_its_report(tmp_path):
     """The built-in demo on four ranks: verified, hits, and every key of the contract."""
     run = serve(tmp_path, None, "--num-requests", 18, ranks=4, dtype="float32")
     s = run.summary
     assert s["verified"] == s["completed"] == 18 and s["hit_rate"] > 0.5
     assert s["puts_local"] >= 0.9 and s["decode_puts_local"] >= 0.95
-    keys = """completed duration total_input_tokens total_output_tokens request_throughput
-        output_throughput total_token_throughput hit_rate cache_load_cv query_bytes put_bytes
-        replica_bytes pull_bytes decode_puts_local computed_tokens recomputed_tokens preemptions
-        evictions replicas_max iterations idle_fraction verified max_logit_gap max_logprob_error
-        logprob_rounding differing_requests config""".split()
-    keys += [f"{kind}_{name}" for kind in ("mean", "median", "p90", "p99")
-             for name in ("ttft_ms", "tpot_ms", "itl_ms")]
-    assert set(keys) <= set(s)
+    assert set(s) == {key for key, _, simulated in readme_table("key of summary.json")
+                      if simulated != "only"}
+    (environment,) = [said for key, said, _ in readme_table("key of summary.json")
+                      if key == "environment"]
+    assert set(s["environment"]) == set(re.findall("`([^`]*)`", environment))
+    assert s["environment"]["python"] == platform.python_version()
+    assert s["environment"]["command"].startswith("run_cluster.py --output ")
+    config = s["config"]
+    assert config["ranks"] == 4 and config["temperature"] == 0 and config["replicate_factor"] == 3
+    assert (config["speed"], config["timeout"], config["scheduler"]) == ("inf", 300, "auto")
     assert s["total_output_tokens"] == sum(map(len, run.tokens.values()))
     for r in run.records.values():
-        assert set(r) == {"request_id", "status", "arrival_s", "input_length", "cached_tokens",
-                          "output_ids", "output_logprobs", "ttft_ms", "tpot_ms", "itl_ms",
-                          "finished_s"}
+        assert set(r) == {key for key, _ in readme_table("key of requests.jsonl")} - {"output_text"}
+        assert r["session_id"] == r["request_id"] // 3
         assert len(r["itl_ms"]) == len(r["output_ids"]) - 1 and r["ttft_ms"] > 0
     assert "18/18 equal recomputation" in run.text
 
