@@ -19,17 +19,19 @@ Left out, and refused by name: tensor parallelism, quantisation, attention biase
 Notation: T rows · V vocabulary · L layers · H query heads · Hkv KV heads · D head dim.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from kernels import rotate, suits_triton
 
@@ -44,13 +46,34 @@ SUPPORTED = dict(
     sliding_window=None,
     partial_rotary_factor=1,
 )
+# Keys of which transformers takes null for absent. On any other null it fails.
+NULL_IS_ABSENT = (
+    "dtype",
+    "eos_token_id",
+    "head_dim",
+    "num_key_value_heads",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "torch_dtype",
+)
 LLAMA3_SCALING = (
     "factor",
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+# Files of a checkpoint. One has all weights, or an index names the file of each.
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FOREIGN = (".bin", ".gguf", ".pt", ".pth")  # weights that are not read
+LFS_POINTER = b"version https://git-lfs.github.com/"
+# organisation/model, as the hub names models.
+HUB_NAME = re.compile(r"\w[\w.-]{,95}/\w[\w.-]{,95}", re.ASCII)
 # Weights of no layer.
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -61,6 +84,7 @@ CHUNK_WORDS = 1 << 18
 MIXER = 0x9E3779B97F4A7C1
 ORACLE_ROWS = 1024  # that `causal_attend` takes at a time
 DRAWN_AT_ONCE = 1 << 24  # random numbers of a weight
+COMPARED_AT_ONCE = 1 << 22  # values of head and embedding
 NOT_FINITE = -1  # in place of a token, where logits are not finite
 # Sizes of a config.json are below 2**48, so that products of a few stay exact and printable, and
 # other numbers fit into float32.
@@ -146,33 +170,59 @@ def read_json(file: Path, hint=""):
     try:
         return json.loads(file.read_bytes())
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}{hint}") from None
+        more = hint if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{file}: {error.strerror}{more}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not readable as JSON: {error}") from None
 
 
+def require_folder(folder: Path):
+    """Raises ValueError for a name of the hub, and for a folder of its cache, which has models
+    deeper within."""
+    is_name = not os.path.exists(folder) and HUB_NAME.fullmatch(str(folder))
+    said = "no such folder, and nothing is downloaded: "
+    said += f"`hf download {folder} --local-dir DIR`, then --model DIR"
+    require(not is_name, folder, said)
+    snapshots = folder / "snapshots"
+    is_cache = os.path.isdir(snapshots) and not os.path.lexists(folder / CONFIG)
+    said = "a folder of the hub's cache; a folder under its snapshots is expected"
+    require(not is_cache, folder, f"{said} (snapshots/HASH)")
+
+
+def without_nulls(values: dict) -> dict:
+    """The values but for those null that count as absent."""
+    return {
+        key: value
+        for key, value in values.items()
+        if value is not None or key not in NULL_IS_ABSENT
+    }
+
+
 class ConfigFile:
-    """The values of a config.json, checked as they are asked for. Raises ValueError naming file and
-    key. RoPE's parameters stand in an object of their own, `rope_parameters` or `rope_scaling`."""
-    def __init__(self, file: Path):
+    """The values of a config.json, or a generation_config.json, checked as they are asked for.
+    Raises ValueError naming file and key."""
+    def __init__(self, file: Path, hint=""):
         self.file = file
-        hint = " (a Hugging Face model folder has this file)"
-        self.values = read_json(file, hint)
-        self.require(isinstance(self.values, dict), "a JSON object is expected")
-        rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        values = read_json(file, hint)
+        self.require(isinstance(values, dict), "a JSON object is expected")
+        self.values = without_nulls(values)
+
+    @cached_property
+    def rope(self) -> dict:
+        """RoPE's parameters stand in an object of their own. Of two, transformers takes the one
+        with the older name."""
+        rope = self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
         said = f"rope parameters are {shown(rope)}; an object is expected"
         self.require(isinstance(rope, dict), said)
-        self.rope = rope
+        return without_nulls(rope)
 
     def require(self, ok, said):
         require(ok, self.file, said)
 
     def get(self, key, kind: type, default=None, source=None):
-        """The value of a key: a positive number, true or false, or a string. null is absent. It is
-        looked up in source, by default the whole file."""
-        value = (self.values if source is None else source).get(key)
-        if value is None:
-            value = default
+        """The value of a key: a positive number, true or false, or a string. It is looked up in
+        source, by default the whole file."""
+        value = (self.values if source is None else source).get(key, default)
         is_whole = kind is float and type(value) is int
         ok = type(value) is kind or is_whole
         if ok and kind in LIMITS:
@@ -192,6 +242,9 @@ class ConfigFile:
         values = {"model_type": None} | self.values | self.rope
         for key, only in SUPPORTED.items():
             value = values.get(key, only)
+            if isinstance(value, dict) and "quant_method" in value:
+                # What matters most is shown first: the rest may be long.
+                value = {"quant_method": value["quant_method"]} | value
             said = f"{key} {shown(value)} is not supported (only {only!r} is)"
             self.require(value == only, said)
 
@@ -202,8 +255,13 @@ class ConfigFile:
         if kind == "default":
             return None
         scaling = tuple(self.get(key, float, source=self.rope) for key in LLAMA3_SCALING)
-        _, low, high, _ = scaling
+        _, low, high, original = scaling
         self.require(low < high, "low_freq_factor must be less than high_freq_factor")
+        # Versions of transformers differ in which of two counts.
+        key = LLAMA3_SCALING[-1]
+        other = self.values.get(key, original)
+        said = f"{key} is {shown(other)}, {original:g} in the rope parameters; one is expected"
+        self.require(other == original, said)
         return scaling
 
     def heads(self):
@@ -233,8 +291,12 @@ class ConfigFile:
 
 def load_config(folder: Path) -> LlamaConfig:
     """Reads `folder/config.json`, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`,
-    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault."""
-    file = ConfigFile(folder / "config.json")
+    `torch_dtype`) or 5 (`rope_parameters`, `dtype`). Raises ValueError naming the key at fault.
+    Whether tied embeddings are, only the weights show: see `with_own_head`."""
+    require_folder(folder)
+    is_folder = os.path.exists(folder)
+    hint = "a Hugging Face model folder has this file" if is_folder else "no such folder"
+    file = ConfigFile(folder / CONFIG, f" ({hint})")
     file.require_supported()
     rope_scaling = file.rope_scaling()
     heads, kv_heads, head_dim = file.heads()
@@ -251,9 +313,21 @@ def load_config(folder: Path) -> LlamaConfig:
         rope_scaling=rope_scaling,
         tie_word_embeddings=file.get("tie_word_embeddings", bool, False),
         max_positions=file.get("max_position_embeddings", int, 2048),
-        eos_token_ids=file.eos_token_ids(),
-        dtype=file.get("dtype", str, file.values.get("torch_dtype") or "float32"),
+        eos_token_ids=end_tokens(file),
+        dtype=file.get("dtype", str, file.values.get("torch_dtype", "float32")),
     )
+
+
+def end_tokens(config: ConfigFile) -> tuple:
+    """Those of config.json, then those of the generation_config.json beside it. Some models name
+    the end of a turn in the second alone."""
+    files = [config]
+    generation = config.file.with_name(GENERATION)
+    # A link to nothing is there, too, and refused.
+    if os.path.lexists(generation):
+        files.append(ConfigFile(generation))
+    tokens = [token for file in files for token in file.eos_token_ids()]
+    return tuple(dict.fromkeys(tokens))
 
 
 def tensor_shapes(config) -> dict[str, tuple]:
@@ -412,51 +486,155 @@ def draw_weight(weight, key, deviation):
         first += len(part)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or else the shards that the index names. Raises ValueError: not an
-    index, one that leaves the folder, a missing file."""
-    names = ["model.safetensors"]
+# ── weights of a checkpoint ──────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def opened(file: Path):
+    """A safetensors file, to read single tensors from. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(file, "pt") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        said = f"damaged or not a safetensors file ({cut(str(error))})"
+        if is_lfs_pointer(file):
+            said = "a pointer of Git LFS, not the file itself; `git lfs pull` gets that"
+        raise ValueError(f"{file}: {said}") from None
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    with contextlib.suppress(OSError), open(file, "rb") as start:
+        return start.read(len(LFS_POINTER)) == LFS_POINTER
+    return False
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file of every stored tensor: `model.safetensors`, or else what the index names. Raises
+    ValueError: no weights, not an index, one that leaves the folder, a missing file or tensor."""
+    whole = folder / WHOLE
     index = folder / INDEX
-    if index.exists() and not (folder / names[0]).exists():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            said = "not a safetensors index; a weight_map of tensors to files is expected"
-            raise ValueError(f"{index}: {said}") from None
+    if index.exists() and not whole.exists():
+        return indexed_files(index)
+    require(os.path.isfile(whole), whole, "no such file" + other_weights(folder))
+    with opened(whole) as content:
+        return dict.fromkeys(content.keys(), whole)
+
+
+def other_weights(folder: Path) -> str:
+    """In brackets, what there is in place of weights that can be read."""
+    names = sorted(file.name for file in folder.glob("*") if file.is_file())
+    shards = [cut(name) for name in names if name.endswith(".safetensors")]
+    foreign = [cut(name) for name in names if name.endswith(FOREIGN)]
+    if shards:
+        return f" (there is {shards[0]}, but no {INDEX})"
+    if foreign:
+        return f" (there is {foreign[0]}; safetensors are expected)"
+    return ""
+
+
+def indexed_files(index: Path) -> dict[str, Path]:
+    """The file of every tensor that an index names. What else its files hold does not count: it may
+    be a copy from before."""
+    try:
+        weight_map = read_json(index)["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (KeyError, TypeError, AttributeError):
+        said = "not a safetensors index; a weight_map of tensors to files is expected"
+        raise ValueError(f"{index}: {said}") from None
     for name in names:
+        # A file of the folder may be a link to elsewhere, as it is in the hub's cache.
         inside = isinstance(name, str) and Path(name).name == name
         said = f"names the file {shown(name)}, which is outside the folder"
         require(inside, index, said)
         # os.path's answer is no, also to a name that no file can have.
-        require(os.path.isfile(folder / name), folder / cut(name), "no such file")
-    return [folder / name for name in names]
+        is_file = os.path.isfile(index.parent / name)
+        require(is_file, index.parent / cut(name), "no such file")
+        require_held(index, [key for key in weight_map if weight_map[key] == name], name)
+    return {key: index.parent / name for key, name in weight_map.items()}
+
+
+def require_held(index: Path, keys, name):
+    """Raises ValueError if a file lacks a tensor that the index promises."""
+    with opened(index.parent / name) as content:
+        lacking = set(keys) - set(content.keys())
+    said = f"{cut(min(lacking, default=''))} is not in {cut(name)}, where it is expected"
+    require(not lacking, index, said)
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and what it is called there."""
+    file: Path
+    key: str
+
+    def read(self) -> torch.Tensor:
+        with opened(self.file) as content:
+            return content.get_tensor(self.key)
+
+
+def stored_tensors(folder: Path, config) -> dict[str, Stored]:
+    """The tensors of a folder by the names that they have here: see `tensor_shapes`."""
+    files = weight_files(folder)
+    # A model that was saved without its head, and maybe got one again, has no prefix.
+    prefix = "" if any(key.startswith("model.") for key in files) else "model."
+    names = {key: key if key == HEAD else prefix + key for key in files}
+    stored = {names[key]: Stored(file, key) for key, file in files.items()}
+    # Of two tensors that are one, some programs save the first by name.
+    if config.tie_word_embeddings and HEAD in stored:
+        stored.setdefault(EMBEDDING, stored[HEAD])
+    return stored
+
+
+def with_own_head(folder: Path, config):
+    """The config, no longer tied if the folder has a head that differs from the embedding. Such a
+    head counts, as in transformers. To be called before memory is checked."""
+    if not config.tie_word_embeddings:
+        return config
+    stored = stored_tensors(folder, config)
+    if HEAD not in stored or stored[HEAD] == stored[EMBEDDING]:
+        return config
+    same = are_equal(stored[HEAD].read(), stored[EMBEDDING].read())
+    return config if same else replace(config, tie_word_embeddings=False)
+
+
+def are_equal(a, b) -> bool:
+    """Whether two tensors, of any types, have the same values."""
+    # float64 holds those of every type. It is large: so many at a time.
+    parts = zip(*(x.flatten().split(COMPARED_AT_ONCE) for x in (a, b)))
+    return a.shape == b.shape and all(torch.equal(x.double(), y.double()) for x, y in parts)
 
 
 def load_weights(folder: Path, config, dtype, device) -> Weights:
     """The weights of a folder. ValueError, besides those of `weight_files`: a missing, misshapen
-    or unknown tensor, values that are not finite, a damaged file."""
+    or unknown tensor, values that are not finite, a damaged file, a head that would be lost."""
+    is_whole = with_own_head(folder, config) == config
+    said = f"{HEAD} is not the embedding; the config of `with_own_head` is expected"
+    require(is_whole, folder, said)
+    stored = stored_tensors(folder, config)
+    require_known(folder, config, stored)
     weights = Weights.empty(config, dtype, device)
     views = weights.by_name(config)
-    missing = dict.fromkeys(views)
-    for file in weight_files(folder):
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            said = f"damaged or not a safetensors file ({cut(str(error))})"
-            raise ValueError(f"{file}: {said}") from None
-        for key, tensor in tensors.items():
-            if key in views:
-                _fill(views[key], tensor, f"{file}: {key}")
-                missing.pop(key, None)  # it may be in two files
-            else:
-                # The head of a model with tied embeddings, and angles that are computed here.
-                unused = key == HEAD or key.endswith("rotary_emb.inv_freq")
-                require(unused, file, f"{cut(key)} is not a tensor of a Llama")
-    if missing:
-        raise ValueError(
-            f"{folder}: {next(iter(missing))} is missing ({len(missing)} tensors are)"
-        )
+    for file in sorted({stored[name].file for name in views}):
+        with opened(file) as content:
+            for name, view in views.items():
+                where, key = stored[name]
+                if where == file:
+                    _fill(view, content.get_tensor(key), f"{file}: {key}")
     return weights
+
+
+def require_known(folder, config, stored):
+    """Raises ValueError unless all tensors of a model are there, and no others."""
+    names = tensor_shapes(config)
+    for name, (file, key) in stored.items():
+        # The head of a model with tied embeddings, and angles that are computed here.
+        unused = name == HEAD or name.endswith("rotary_emb.inv_freq")
+        require(name in names or unused, file, f"{cut(key)} is not a tensor of a Llama")
+    missing = [name for name in names if name not in stored]
+    if missing == [HEAD]:
+        said = f"{HEAD} is missing, and {CONFIG} does not say tie_word_embeddings true"
+        raise ValueError(f"{folder}: {said}")
+    if missing:
+        raise ValueError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors are)")
 
 
 def checksums(weights: dict) -> dict[str, int]:

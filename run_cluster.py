@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from engine import Engine
 from model import (
+    HEAD,
     Llama,
     LlamaConfig,
     Sampler,
@@ -54,6 +55,7 @@ from model import (
     random_weights,
     require,
     shown,
+    with_own_head,
 )
 from oracle import WIDER, verify
 from pool import LakeConfig, iteration_bytes
@@ -143,7 +145,7 @@ OPTIONS = {
         ("--model", PATH, "DIR", None,
          "Hugging Face folder of a Llama; default: a tiny one with random weights"),
         ("--random-weights", FLAG, None, False,
-         "with --model: read config.json alone, and draw the weights"),
+         "with --model: read no weights, but draw them"),
         ("--dtype", one_of(*DTYPES), CHOICES, None,
          "default: float32; on a GPU what config.json says"),
         ("--device", one_of("auto", "cpu", "cuda"), CHOICES, "auto",
@@ -299,8 +301,8 @@ def prepare(options, cluster, device, memory):
     device. (`said`, here and elsewhere: the message if what follows is not so.)"""
     if options.output and cluster.rank == 0 and not resumes(options):
         require_unused(options.output)
-    config = load_config(options.model) if options.model else LlamaConfig()
-    said = "--stop-at-eos: the model's config.json has no eos_token_id"
+    config = choose_config(options, cluster)
+    said = "--stop-at-eos: the model's config.json and generation_config.json have no eos_token_id"
     require(config.eos_token_ids or not options.stop_at_eos, said)
     text = Text(options.model)
     lines = read_lines(options, config, text, cluster.rank)
@@ -319,6 +321,19 @@ def prepare(options, cluster, device, memory):
 def warn(said):
     """Of what is ignored, or may surprise."""
     print(f"run_cluster.py: {one_line(said)}", file=Forgiving(sys.stderr), flush=True)
+
+
+def choose_config(options, cluster) -> LlamaConfig:
+    """That of the built-in model, or of --model as its weights are."""
+    folder = options.model
+    config = load_config(folder) if folder else LlamaConfig()
+    if not folder or options.random_weights:
+        return config
+    as_stored = with_own_head(folder, config)
+    if as_stored != config and cluster.rank == 0:
+        said = f"{HEAD} differs from the embedding, and is used"
+        warn(f"--model {folder}: {said} (config.json says tie_word_embeddings true)")
+    return as_stored
 
 
 def read_lines(options, config, text, rank) -> list[TraceLine]:

@@ -973,21 +973,344 @@ def save_model(folder, config=None, drop=(), change=None):
     return folder
 
 
-def test_a_tensor_may_be_in_two_shards(tmp_path):
-    """As it was before weights were joined: one of them counts."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+K_PROJ = "model.layers.0.self_attn.k_proj.weight"
+
+
+def stored(folder):
+    """The tensors of a folder's model.safetensors, which may be written anew."""
+    from safetensors.torch import load_file
+    return {name: x.clone() for name, x in load_file(folder / "model.safetensors").items()}
+
+
+def shard(folder, files, weight_map):
+    """In place of model.safetensors, files of tensors, and an index."""
     from safetensors.torch import save_file
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    (folder / model_module.INDEX).write_text(json.dumps(dict(weight_map=weight_map)))
+
+
+def loaded(folder) -> dict:
+    """What is served of a folder, by name; its head is there also if it is the embedding."""
+    config = model_module.with_own_head(folder, load_config(folder))
+    weights = load_weights(folder, config, torch.float32, "cpu")
+    return weights.by_name(config) | {HEAD: weights.head}
+
+
+def stale(tensors):
+    return {name: torch.full_like(tensor, math.nan) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("right, other", ["ab", "ba"])
+def test_the_index_decides_where_a_tensor_is(tmp_path, right, other):
+    """Whichever file sorts last; copies from before, and what the index does not name, are not even
+    read: they are not finite, and no tensors of a Llama."""
     folder = save_model(tmp_path / "m")
-    tensors = model_module.load_file(folder / "model.safetensors")
+    tensors = stored(folder)
+    old = stale(tensors) | {"score.weight": torch.ones(2)}
+    files = {f"{right}.safetensors": {K_PROJ: tensors[K_PROJ], HEAD: old[HEAD]},
+             f"{other}.safetensors": old | {k: v for k, v in tensors.items() if k != K_PROJ}}
+    shard(folder, files, dict.fromkeys(tensors, f"{other}.safetensors")
+          | {K_PROJ: f"{right}.safetensors"})
+    found = loaded(folder)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    folder = save_model(tmp_path / "m")
+    tensors = stored(folder)
+    shard(folder, {"a.safetensors": stale(tensors)}, dict.fromkeys(tensors, "a.safetensors"))
+    save_model(tmp_path / "m")
+    assert torch.equal(loaded(folder)[K_PROJ], tensors[K_PROJ])
+
+
+@pytest.mark.parametrize("case, said", [
+    ("lacking", f"index.json: {K_PROJ} is not in b.safetensors, where it is expected"),
+    ("unnamed", f"/m: {K_PROJ} is missing (1 tensors are)"),
+    ("unknown", "a.safetensors: score.weight is not a tensor of a Llama"),
+    ("damaged", "b.safetensors: damaged or not a safetensors file"),
+    ("empty name", ": no such file"), ("number", "names the file 3, which is outside the folder")])
+def test_an_index_is_held_to_its_word(tmp_path, case, said):
+    """A file that holds what another is to hold does not help."""
+    folder = save_model(tmp_path / "m")
+    tensors = stored(folder)
+    a = tensors | {"score.weight": torch.ones(2)}
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {K_PROJ: "b.safetensors"}
+    if case == "unnamed":
+        del weight_map[K_PROJ]
+    b = {HEAD: tensors[HEAD]} if case == "lacking" else {K_PROJ: tensors[K_PROJ]}
+    weight_map |= {"unknown": {"score.weight": "a.safetensors"}, "empty name": {K_PROJ: ""},
+                   "number": dict.fromkeys(weight_map, 3)}.get(case, {})
+    shard(folder, {"a.safetensors": a, "b.safetensors": b}, weight_map)
+    if case == "damaged":
+        file = folder / "b.safetensors"
+        file.write_bytes(file.read_bytes()[:-4])
+    assert said in refused(tmp_path, "--model", folder, "--num-requests", 1)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_the_hubs_cache(tmp_path, sharded):
+    """Its files are links into another folder. The cache's own folder is refused, and where the
+    model is is said."""
+    cache = tmp_path / "models--org--name"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "3f9e"
+    plain = save_model(tmp_path / "m", dict(tie_word_embeddings=True))
+    tensors = stored(plain)
+    if sharded:
+        shard(plain, {"a.safetensors": tensors}, dict.fromkeys(tensors, "a.safetensors"))
+    (plain / "generation_config.json").write_text(json.dumps(dict(eos_token_id=11)))
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain.iterdir())):
+        file.rename(blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
+    assert load_config(snapshot).eos_token_ids == (7, 9, 11)
+    assert torch.equal(loaded(snapshot)[K_PROJ], tensors[K_PROJ])
+    served = serve(tmp_path, [dict(input_ids=[1, 2, 3], output_length=2)], "--model", snapshot)
+    assert len(served.tokens[0]) == 2
+    text = refused(tmp_path, "--model", cache)
+    assert f"{cache}: a folder of the hub's cache; a folder under its snapshots is exp" in text
+    (snapshot / "generation_config.json").resolve().unlink()
+    with pytest.raises(ValueError, match="3f9e/generation_config.json: No such file"):
+        load_config(snapshot)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B: no such folder, and nothing is downloaded"
+     ": `hf download meta-llama/Llama-3.1-8B --local-dir DIR`, then --model DIR"),
+    ("nowhere", "nowhere/config.json: No such file or directory (no such folder)"),
+    ("../a/b", "../a/b/config.json: No such file or directory (no such folder)"),
+    ("here/empty", "here/empty/config.json: No such file or directory (a Hugging Face model folder "
+     "has this file)")])
+def test_a_name_of_the_hub_is_no_folder(tmp_path, monkeypatch, name, said):
+    (tmp_path / "here" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert refused(tmp_path, "--model", name) == f"run_cluster.py: {said}\n"
+
+
+@pytest.mark.parametrize("files, said", [
+    (["pytorch_model.bin", "original/consolidated.00.pth"],
+     "(there is pytorch_model.bin; safetensors are expected)"),
+    (["consolidated.00.pth"], "(there is consolidated.00.pth; safetensors are expected)"),
+    (["model-00001-of-00002.safetensors"],
+     "(there is model-00001-of-00002.safetensors, but no model.safetensors.index.json)"),
+    (["original/consolidated.00.pth", "tokenizer.json"], "no such file")])
+def test_weights_of_another_format_are_named(tmp_path, files, said):
+    folder = save_model(tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    name = "model.layers.0.self_attn.k_proj.weight"
-    rest = {key: value for key, value in tensors.items() if key != name}
-    save_file(tensors, folder / "a.safetensors")
-    save_file({name: tensors[name], **dict([*rest.items()][:2])}, folder / "b.safetensors")
-    files = dict.fromkeys(tensors, "a.safetensors") | {name: "b.safetensors"}
-    (folder / model_module.INDEX).write_text(json.dumps(dict(weight_map=files)))
+    (folder / "original").mkdir()
+    for name in files:
+        (folder / name).write_bytes(b"")
+    text = refused(tmp_path, "--model", folder)
+    assert "model.safetensors: no such file" in text and text.endswith(said + "\n")
+
+
+def test_a_pointer_of_git_lfs_is_no_file(tmp_path):
+    folder = save_model(tmp_path / "m")
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    (folder / "model.safetensors").write_text(text)
+    said = "model.safetensors: a pointer of Git LFS, not the file itself; `git lfs pull` gets that"
+    assert said in refused(tmp_path, "--model", folder)
+
+
+def test_what_lies_beside_a_checkpoint_is_not_read(tmp_path):
+    """Other formats, Meta's own folder, and keys of config.json that change nothing."""
+    folder = save_model(tmp_path / "m", dict(
+        pretraining_tp=1, transformers_version="4.43.0", _name_or_path="x", bos_token_id=1,
+        rope_scaling=LLAMA3 | {"type": "linear"}, architectures=["LlamaForCausalLM"]))
+    (folder / "original").mkdir()
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "consolidated.safetensors",
+                 "original/params.json", "pytorch_model.bin.index.json", "tokenizer.json"):
+        (folder / name).write_bytes(b"{")
+    assert load_config(folder).rope_scaling == (8, 1, 4, 32)
+    assert torch.equal(loaded(folder)[K_PROJ], stored(folder)[K_PROJ])
+
+
+def saved_as(folder, way, tensors):
+    """Rewrites the tensors of a tied or untied model, as programs save them."""
+    from safetensors.torch import save_file
+    torch.manual_seed(9)
+    embedding = tensors[EMBEDDING]
+    base = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    other = {HEAD: torch.randn_like(embedding)}
+    found = {"other head": tensors | other, "same head": tensors | {HEAD: embedding.clone()},
+             "no head": {k: v for k, v in tensors.items() if k != HEAD},
+             "only the head": {k: v for k, v in tensors.items() if k != EMBEDDING} | other,
+             "rounded head": tensors | {HEAD: embedding.bfloat16()},
+             "base": {k: v for k, v in base.items() if k != HEAD}, "base and head": base | other}
+    save_file(found[way], folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("way, tied, own", [
+    ("other head", True, True), ("same head", True, False), ("no head", True, False),
+    ("only the head", True, False), ("rounded head", True, True), ("base", True, False),
+    ("base and head", True, True), ("base and head", False, True), ("other head", False, True)])
+def test_heads_are_those_of_transformers(tmp_path, way, tied, own):
+    """A stored head that is not the embedding counts, whatever config.json says. A model may be
+    saved without its head, and then has shorter names."""
+    transformers = pytest.importorskip("transformers")
+    folder = save_model(tmp_path / "m", dict(tie_word_embeddings=tied, rms_norm_eps=1e-5))
+    saved_as(folder, way, stored(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = model_module.with_own_head(folder, load_config(folder))
+    assert config.tie_word_embeddings == (not own)
+    weights = load_weights(folder, config, torch.float32, "cpu")
+    assert (weights.head is weights.embedding) == (not own)
+    assert torch.equal(weights.head, theirs.lm_head.weight)
+    assert torch.equal(weights.embedding, theirs.model.embed_tokens.weight)
+    ids = list(range(40))
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    found = Llama(config, weights).forward_alone(ids)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_of_its_own_is_warned_of_once(tmp_path):
+    """By rank 0, and served; memory is asked for it before it is made. With random weights it is
+    not looked for, and who loads by the tied config is told."""
+    folder = save_model(tmp_path / "m", dict(tie_word_embeddings=True))
+    tensors = stored(folder)
+    saved_as(folder, "other head", tensors)
+    lines = [dict(input_ids=list(range(20)), output_length=6)]
+    said = (f"run_cluster.py: --model {folder}: lm_head.weight differs from the embedding, and is "
+            "used (config.json says tie_word_embeddings true)\n")
+    served = serve(tmp_path, lines, "--model", folder, "--verify", ranks=2)
+    assert served.text.count(said) == served.text.count("lm_head") == 1
+    alike = save_model(tmp_path / "untied", dict(tie_word_embeddings=False))
+    saved_as(alike, "other head", tensors)
+    assert served.tokens == serve(tmp_path, lines, "--model", alike).tokens
+    random = serve(tmp_path, lines, "--model", folder, "--random-weights")
+    assert "lm_head" not in random.text
+    tied = load_config(folder)
+    with pytest.raises(ValueError, match="/m: lm_head.weight is not the embedding; the config of"):
+        load_weights(folder, tied, torch.float32, "cpu")
+    options = run_cluster.parse_options(["--model", str(folder)])
+    one = SimpleNamespace(size=1, rank=1, ranks_per_device=lambda device: 1)
+    with pytest.raises(ValueError, match=f"ranks need {4 * tied.num_parameters + 64 * 32 * 4:,} b"):
+        run_cluster.prepare(options, one, torch.device("cpu"), 4 * tied.num_parameters)
+
+
+@pytest.mark.parametrize("way, tied, said", [
+    ("base", False, "lm_head.weight is missing, and config.json does not say tie_word_embeddings"),
+    ("misshapen", True, "lm_head.weight has the shape (63, 32), config.json makes it (64, 32)"),
+    ("neither", True, "model.embed_tokens.weight is missing (1 tensors are)")])
+def test_a_head_that_cannot_be_is_refused(tmp_path, way, tied, said):
+    folder = save_model(tmp_path / "m", dict(tie_word_embeddings=tied))
+    if way == "base":
+        saved_as(folder, way, stored(folder))
+    else:
+        save_model(folder, dict(tie_word_embeddings=tied), [EMBEDDING] * (way == "neither"),
+                   {HEAD: torch.ones(63, 32)} if way == "misshapen" else {})
+    config = model_module.with_own_head(folder, load_config(folder))
+    with pytest.raises(ValueError) as caught:
+        load_weights(folder, config, torch.float32, "cpu")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("of_config, of_generation, expected", [
+    (7, "absent", (7,)), (7, {}, (7,)), (7, dict(eos_token_id=None), (7,)),
+    (7, dict(eos_token_id=9), (7, 9)), (7, dict(eos_token_id=[9, 7, 3, 9]), (7, 9, 3)),
+    ([9, 3], dict(eos_token_id=[3, 0]), (9, 3, 0)), (None, dict(eos_token_id=[5]), (5,)),
+    ("drop", dict(eos_token_id=5, rope_scaling="x"), (5,)), ("drop", {}, ())])
+def test_end_tokens_come_from_both_files(tmp_path, of_config, of_generation, expected):
+    folder = save_model(tmp_path / "m", dict(eos_token_id=of_config))
+    if of_generation != "absent":
+        (folder / "generation_config.json").write_text(json.dumps(of_generation))
+    assert load_config(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"eos_token_id": [1, -1]}', "eos_token_id is [1, -1]; null, token ids or one are expected"),
+    ('{"eos_token_id": true}', "eos_token_id is [True]"), ("[]", "a JSON object is expected"),
+    ('{"eos_token_id": "</s>"}', "eos_token_id is ['</s>']"), ("{", "not readable as JSON")])
+def test_a_broken_generation_config_is_refused(tmp_path, text, said):
+    folder = save_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(text)
+    assert f"/m/generation_config.json: {said}" in refused(tmp_path, "--model", folder)
+
+
+def test_an_end_token_of_generation_config_ends_a_request(tmp_path):
+    """Of the tokens that are served anyway, one that only the second file names."""
+    folder = save_model(tmp_path / "m", dict(eos_token_id=None, max_position_embeddings=512))
+    lines = [dict(input_ids=list(range(20)), output_length=12)]
+    text = refused(tmp_path, "--model", folder, "--stop-at-eos", "--num-requests", 1)
+    assert "config.json and generation_config.json have no eos_token_id" in text
+    (served,) = serve(tmp_path, lines, "--model", folder).tokens.values()
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=served[5])))
+    (ended,) = serve(tmp_path, lines, "--model", folder, "--stop-at-eos").tokens.values()
+    assert ended == served[:served.index(served[5]) + 1]
+
+
+NULLS = [
+    "model_type", "hidden_act", "attention_bias", "mlp_bias", "quantization_config", "head_dim",
+    "sliding_window", "partial_rotary_factor", "num_key_value_heads", "rope_theta", "rope_scaling",
+    "rope_parameters", "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype",
+    "rms_norm_eps", "max_position_embeddings", "vocab_size", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads"]
+ROPE_NULLS = ["rope_theta", "rope_type", "type", "partial_rotary_factor", "factor"]
+
+
+@pytest.mark.parametrize("inside, key", [("", key) for key in NULLS] + [
+    (name, key) for name in ("rope_parameters", "rope_scaling") for key in ROPE_NULLS])
+def test_null_is_what_transformers_takes_it_for(tmp_path, inside, key):
+    """For each key that is read: the same logits as without it, or a refusal that names it where
+    transformers has no model to offer."""
+    transformers = pytest.importorskip("transformers")
+    usual = dict(num_key_value_heads=4, rms_norm_eps=1e-6, max_position_embeddings=2048)
+    folder = save_model(tmp_path / "m", usual)
+    raw = json.loads((folder / "config.json").read_text())
+    # What is taken instead has to show, where it is not what the key says.
+    raw |= {inside: {key: None}, "rope_theta": 5e5} if inside else {key: None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    ids = list(range(40))
+    try:
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        with torch.no_grad():
+            expected = load(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    except Exception:  # whatever comes of a null where none is foreseen
+        with pytest.raises(ValueError, match=f"{key} (is )?None"):
+            load_config(folder)
+        return
     config = load_config(folder)
-    loaded = load_weights(folder, config, torch.float32, "cpu").by_name(config)
-    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    weights = load_weights(folder, config, torch.float32, "cpu")
+    assert torch.allclose(Llama(config, weights).forward_alone(ids), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", LLAMA3)
+def test_null_among_the_numbers_of_llama3_is_refused(tmp_path, key):
+    rope = LLAMA3 | {key: None}
+    with pytest.raises(ValueError, match=f"/config.json: {key} (is )?None"):
+        load_config(save_model(tmp_path / "m", dict(rope_scaling=rope)))
+
+
+@pytest.mark.parametrize("raw", [
+    dict(rope_scaling=LLAMA3, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+    dict(rope_scaling=dict(type="default"), rope_parameters=LLAMA3 | dict(rope_theta=5e5)),
+    dict(rope_scaling={}, rope_parameters=LLAMA3 | dict(rope_theta=5e5)),
+    dict(rope_scaling=LLAMA3 | dict(type="linear")),
+    dict(rope_scaling={("type" if k == "rope_type" else k): v for k, v in LLAMA3.items()}),
+    dict(rope_theta=None, rope_parameters=dict(rope_type="default", rope_theta=5e5))])
+def test_rope_is_read_as_transformers_reads_it(tmp_path, raw):
+    """Where it is said twice, and in each spelling."""
+    transformers = pytest.importorskip("transformers")
+    folder = save_model(tmp_path / "m", dict(rope_theta=2e4) | raw)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = model_module.rope_frequency(load_config(folder))
+    assert torch.allclose(found, theirs.model.rotary_emb.inv_freq, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [
+    dict(quant_method="gptq", bits=4, modules=["model.layers.0.mlp"] * 500),
+    dict(bits=4, modules=["model.layers.0.mlp"] * 500, quant_method="gptq")])
+def test_quantisation_is_refused_by_its_method(tmp_path, value):
+    """In a line of some length, wherever the method stands."""
+    folder = save_model(tmp_path / "m", dict(quantization_config=value))
+    text = refused(tmp_path, "--model", folder)
+    assert "quantization_config {'quant_method': 'gptq', 'bits': 4, 'modules'" in text
+    assert len(text.replace(str(tmp_path), "")) < 200
 
 
 @pytest.mark.parametrize("change, said", [
@@ -1011,6 +1334,8 @@ def test_a_tensor_may_be_in_two_shards(tmp_path):
     (dict(hidden_act="x" * 5000), "xxx… is not supported (only 'silu' is)"),
     (dict(quantization_config=["a\n"] * 5000), "… is not supported (only None is)"),
     (dict(rope_scaling="x" * 5000), "xxx…; an object is expected"),
+    (dict(rope_scaling=LLAMA3, original_max_position_embeddings=64),
+     "original_max_position_embeddings is 64, 32 in the rope parameters; one is expected"),
     (dict(eos_token_id=[10**400, -1]), "…; null, token ids or one are expected")])
 def test_config_is_refused_by_name(tmp_path, change, said):
     with pytest.raises(ValueError) as caught:
