@@ -1389,7 +1389,7 @@ def test_weights_have_to_fit(tmp_path):
         options = run_cluster.parse_options(
             ["--model", str(tmp_path / "m"), "--random-weights", *arguments])
         two = SimpleNamespace(size=2, rank=1, ranks_per_device=lambda device: 2)
-        return run_cluster.prepare(options, two, torch.device("cpu"), memory)[1]
+        return run_cluster.prepare(options, two, torch.device("cpu"), memory)[2]
     with pytest.raises(ValueError, match=f"/m: the weights of 2 ranks need {2 * size:,} bytes on "
                                          f"cpu, {2 * size - 1:,} are there"):
         prepare(2 * size - 1)
