@@ -6,23 +6,36 @@
 
 The first simulates: per policy it finds the P90 goodput, the highest rate of requests at which 90 %
 of them keep their SLO (simulate.py), by bisection, then runs all policies at the same rates. It
-prints a table and writes compare.json and figures: latency.png (attainment and latency over rate),
-balance.png (cache reads per instance over time), and with `--capacities` capacity.png. A request of
-which TTFT or TBT is not kept, and one that is refused as too long, has missed.
+prints a table. With `--output DIR` it writes compare.json and figures: latency.svg (attainment and
+latency over rate), balance.svg (cache reads per instance over time), and with `--capacities`
+capacity.svg. A request of which TTFT or TBT is not kept, and one that is refused as too long, has
+missed.
+
+What it measures it writes to DIR/measured.jsonl as it is found. So nothing is lost when it is
+stopped: the same command goes on from there, and with more policies, seeds or rates measures only
+what is new. What was made by other options, or by other code, is refused.
 
 The second runs the policies one after another on real ranks, with the small model under memory
 pressure, and compares every token with recomputation without a cache. Time means little there.
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import product
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -31,7 +44,7 @@ import simulate as sim  # noqa: E402
 from balancer import variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
 from engine import Engine  # noqa: E402
-from model import Llama, LlamaConfig, Sampler, random_weights  # noqa: E402
+from model import Llama, LlamaConfig, Sampler, random_weights, shown  # noqa: E402
 from cluster import Cluster, LakeError  # noqa: E402
 from pool import (  # noqa: E402
     PUT,
@@ -39,10 +52,11 @@ from pool import (  # noqa: E402
     LakeConfig,
     Moves,
 )
-from options import number  # noqa: E402
+from options import number, run_main, warn  # noqa: E402
+from provenance import describe_machine, digest_of_code  # noqa: E402
 from results import CV_WINDOW, sum_bytes  # noqa: E402
 from oracle import verify  # noqa: E402
-from run_cluster import PATH  # noqa: E402
+from run_cluster import PATH, Forgiving  # noqa: E402
 from traces import RandomTokens, TraceForm, read_trace  # noqa: E402
 from workloads import BLOCK, WORKLOADS, generate  # noqa: E402
 
@@ -53,6 +67,12 @@ HIGHEST = 4096.0
 RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 POINT_KEYS = "slo_attainment refused normalised_ttft tbt_ms hit_rate cache_load_cv".split()
 SEGMENT = 8  # tokens, on real ranks; so are the blocks of their traces
+IN_FLIGHT = 4  # requests for each of them
+MEASURED = "measured.jsonl"
+MEASURING = {  # what, in the words of its progress
+    "goodput": "searches for a goodput",
+    "point": "simulations at common rates",
+}
 
 
 # Simulated.
@@ -111,6 +131,113 @@ def mean(points: list[dict]) -> dict:
     return means
 
 
+# What is measured, side by side.
+
+
+def begin_worker():
+    """A worker leaves when its parent does, however that ends; Ctrl-C, which reaches both, is the
+    parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=leave_with_parent, daemon=True).start()
+
+
+def leave_with_parent():
+    parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def worker_processes():
+    """One for each core. Who is interrupted does not wait for them."""
+    executor = ProcessPoolExecutor(os.cpu_count(), initializer=begin_worker)
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    executor.shutdown()
+
+
+def basis(options) -> dict:
+    """What a measurement depends on, besides its case."""
+    names = "workload num_requests model hardware tp instances chunk_tokens max_batch"
+    named = {
+        "--" + name.replace("_", "-"): getattr(options, name)
+        for name in [*names.split(), "tbt_slo_ms", "rate"]
+    }
+    trace = None
+    if options.workload not in WORKLOADS:
+        content = Path(options.workload).read_bytes()
+        trace = hashlib.blake2b(content, digest_size=16).hexdigest()
+    code = digest_of_code(Path(__file__).resolve())
+    return named | {"content of the trace": trace, "version of the code": code}
+
+
+class Measured:
+    """All that was measured: by what (a function's name) and case. In a folder it is a file, to
+    which each is added as it is found."""
+    def __init__(self, folder: Path | None, basis: dict):
+        self.found = {}
+        self.file = None
+        if folder:
+            self.where = f"--output {folder}"
+            self._open(folder, basis)
+
+    def _open(self, folder: Path, basis: dict):
+        """Takes over what is there. Raises ValueError if it is of another comparison."""
+        name = folder / MEASURED
+        if (folder / "compare.json").exists() and not name.exists():
+            said = f"already holds compare.json, without {MEASURED}; a new folder is expected"
+            raise ValueError(f"{self.where}: {said}")
+        self.file = open(name, "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = "another comparison writes there; a new folder is expected"
+            raise ValueError(f"{self.where}: {said}") from None
+        self.file.seek(0)
+        *lines, torn = self.file.read().split(b"\n")
+        self.file.truncate(self.file.tell() - len(torn))
+        entries = [read_entry(line, f"{name}:{n}") for n, line in enumerate(lines, 1)]
+        if not entries:
+            self._write(basis)
+            return
+        self._require_same(entries[0], basis)
+        for entry in entries[1:]:
+            self.found[entry["what"], tuple(entry["case"])] = entry["found"]
+
+    def _require_same(self, before: dict, basis: dict):
+        for what, value in basis.items():
+            was = before.get(what)
+            if was != value:
+                values = f": {shown(was)}, now {shown(value)}" if what[0] == "-" else ""
+                said = f"it was begun with another {what}{values}"
+                raise ValueError(f"{self.where}: {said}; the same, or a new folder, is expected")
+
+    def _write(self, entry: dict):
+        self.file.write(json.dumps(entry).encode() + b"\n")
+        self.file.flush()
+
+    def add(self, what: str, case: tuple, found):
+        self.found[what, case] = found
+        if self.file:
+            self._write(dict(what=what, case=case, found=found))
+
+
+def read_entry(line: bytes, where: str) -> dict:
+    """A line of MEASURED: the first is a basis, the others are measurements."""
+    try:
+        entry = json.loads(line)
+        ok = entry.keys() >= {"version of the code"} or (
+            entry["what"] in MEASURING and isinstance(entry["case"], list) and "found" in entry
+        )
+    except (ValueError, TypeError, LookupError, AttributeError):
+        ok = False
+    if not ok:
+        raise ValueError(f"{where}: no measurement; a new folder is expected")
+    return entry
+
+
 class Comparison:
     """Goodputs, then points at common rates, of every policy and seed."""
     def __init__(self, options):
@@ -119,25 +246,43 @@ class Comparison:
         self.seeds = range(options.seed, options.seed + options.seeds)
         self.capacity = options.capacity_tokens
         self.capacities = sorted({self.capacity, *options.capacities})
+        self.measured = Measured(options.output, basis(options))
 
     def run(self):
-        with ProcessPoolExecutor(os.cpu_count()) as executor:
-            self.goodputs = self._measure(
-                executor,
-                goodput,
-                product(self.policies, self.seeds, self.capacities),
-            )
+        with worker_processes() as executor:
+            searches = product(self.policies, self.seeds, self.capacities)
+            self.goodputs = self._measure(executor, goodput, searches)
             self.rates = self.options.rates or self._rates()
             self.middle = self.rates[len(self.rates) // 2]
             curves = product(self.policies, self.seeds, self.rates, [self.capacity])
             sizes = product(self.policies, self.seeds, [self.middle], self.capacities)
-            cases = dict.fromkeys([*curves, *sizes])  # some are in both
-            self.points = self._measure(executor, point, cases)
+            self.points = self._measure(executor, point, [*curves, *sizes])
 
     def _measure(self, executor, measure, cases) -> dict:
         """measure(options, *case) of each case, side by side: by case."""
-        futures = {case: executor.submit(measure, self.options, *case) for case in cases}
-        return {case: future.result() for case, future in futures.items()}
+        what = measure.__name__
+        found = self.measured.found
+        cases = list(dict.fromkeys(cases))  # some are there twice
+        new = [case for case in cases if (what, case) not in found]
+        kept = f", {len(cases) - len(new)} are there already" if len(new) < len(cases) else ""
+        say(f"{len(cases)} {MEASURING[what]}{kept}")
+        futures = {executor.submit(measure, self.options, *case): case for case in new}
+        with tqdm(total=len(new), unit=what, leave=False, disable=None) as bar:
+            for future in as_completed(futures):
+                case = futures[future]
+                self.measured.add(what, case, future.result())
+                bar.update()
+                if measure is goodput and case[-1] == self.capacity:
+                    self._say_goodput(case[0])
+        return {case: found[what, case] for case in cases}
+
+    def _say_goodput(self, policy: str):
+        """As soon as all its seeds are there."""
+        found = self.measured.found
+        keys = [("goodput", (policy, seed, self.capacity)) for seed in self.seeds]
+        if all(key in found for key in keys):
+            mean = np.mean([found[key] for key in keys])
+            say(f"{policy}: goodput {format_goodput(mean)} requests/s")
 
     def _rates(self) -> list[float]:
         """Around the best goodput."""
@@ -185,6 +330,11 @@ class Comparison:
         )
 
 
+def say(text: str):
+    """Of progress: above the bar, or into a log."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def compare(options) -> dict:
     """compare.json: options, and results by policy."""
     comparison = Comparison(options)
@@ -196,29 +346,75 @@ def compare(options) -> dict:
     return dict(config=config, policies=policies)
 
 
+def describe(config: dict) -> str:
+    """What was measured, on what, with which settings: the lines above a table."""
+    roofline = sim.Roofline(sim.MODELS[config["model"]], config["hardware"], config["tp"])
+    last_seed = config["seed"] + config["seeds"] - 1
+    seeds = f"Seed {last_seed}"
+    if config["seeds"] > 1:
+        seeds = f"Means of seeds {config['seed']} to {last_seed}"
+    return (
+        f"P90 goodput: the highest rate at which 90 % of requests keep their SLO, TTFT and mean "
+        f"TBT at most {sim.SLO} times\n"
+        "those of the request alone; spread: between seeds. CV: of the cache reads of instances, "
+        f"in 10 s. {seeds}.\n"
+        f"Simulated: {Path(config['workload']).stem}, {config['num_requests']:,} requests; "
+        f"{name_fleet(config)}, {config['capacity_tokens']:,} tokens of cache,\n"
+        f"chunks of {config['chunk_tokens']:,} tokens, up to {config['max_batch']:,} requests "
+        f"at once. Run on {describe_machine()}.\n"
+        f"Assumed: {sim.FLOPS_SHARE} of the peak FLOP/s, {sim.BANDWIDTH_SHARE} of the memory's "
+        f"bandwidth, {1e6 * sim.ALPHA:.0f} µs an exchange, 16 bits, "
+        f"{roofline.token_bytes:,} bytes of KV a token."
+    )
+
+
+def name_fleet(config: dict) -> str:
+    hardware = config["hardware"].upper()
+    return f"{config['instances']} instances of {config['tp']} {hardware}, {config['model']}"
+
+
 def show(result: dict) -> str:
     """A table of what was found, at the lowest and the middle rate of the curve."""
     policies = result["policies"]
     curve = next(iter(policies.values()))["curve"]
     middle = len(curve) // 2
+    low, high = (f"at {curve[i]['rate']:.3g} requests/s:" for i in (0, middle))
+    names = "goodput spread TTFT TTFT TBT hits CV refused".split()
+    units = "requests/s requests/s ms/token ms/token ms % reads %".split()
     table = [
-        f"{'':>18} {'goodput':>8} {'spread':>7}   at {curve[0]['rate']:.3g} requests/s: TTFT "
-        f"ms/token   at {curve[middle]['rate']:.3g}: TTFT   TBT ms   hits    CV refused"
+        describe(result["config"]),
+        "",
+        f"{'':>40} {low:>20}  {high}",
+        f"{'policy':>18}" + format_cells(names),
+        f"{'':>18}" + format_cells(units),
     ]
     for policy, entry in policies.items():
         goodputs = entry["p90_goodput"]
         at_lowest = entry["curve"][0]
         at_middle = entry["curve"][middle]
-        # Where all may come at once and keep the SLO, no limit was found.
-        sign = ">" if goodputs["mean"] > HIGHEST / 4 else ""
-        table.append(
-            f"{policy:>18} {sign + cell(goodputs['mean'], '.3g'):>8} {goodputs['spread']:>7.2g} "
-            f"{cell(at_lowest['normalised_ttft'], '.4f'):>36} "
-            f"{cell(at_middle['normalised_ttft'], '.4f'):>20} "
-            f"{cell(at_middle['tbt_ms'], '.1f'):>8} {cell(at_middle['hit_rate'], '.1%'):>6} "
-            f"{cell(at_middle['cache_load_cv'], '.3f'):>5} {at_middle['refused']:>7.1%}"
-        )
+        cells = [
+            format_goodput(goodputs["mean"]),
+            cell(goodputs["spread"], ".3g"),
+            cell(at_lowest["normalised_ttft"], ".4f"),
+            cell(at_middle["normalised_ttft"], ".4f"),
+            cell(at_middle["tbt_ms"], ".1f"),
+            cell(at_middle["hit_rate"], ".1%").rstrip("%"),
+            cell(at_middle["cache_load_cv"], ".3f"),
+            cell(at_middle["refused"], ".1%").rstrip("%"),
+        ]
+        table.append(f"{policy:>18}" + format_cells(cells))
     return "\n".join(table)
+
+
+def format_cells(cells: list[str]) -> str:
+    """Behind the name of a policy."""
+    widths = (10, 10, 20, 12, 8, 6, 6, 8)
+    return "".join(f" {text:>{width}}" for text, width in zip(cells, widths))
+
+
+def format_goodput(rate: float) -> str:
+    """Where all may come at once and keep the SLO, no limit was found."""
+    return "unlimited" if rate > HIGHEST / 4 else f"{rate:.3g}"
 
 
 def cell(value: float | None, form: str) -> str:
@@ -228,13 +424,24 @@ def cell(value: float | None, form: str) -> str:
 # Figures.
 
 
+# A line each: colours of a middle tone, on white as on black, and a marker and a dash for who tells
+# no colours apart.
+COLOURS = "#2e86d1 #d5600f #1a9e74 #b565a7 #a8861d #7f7f7f".split()
+MARKERS = "osDv^P"
+DASHES = "-", "--", "-.", ":"
+INK = "#787d85"  # of text and axes
+MOST_LINES = 8  # that a legend names
+
+
 def pyplot():
-    """Matplotlib, which is not required, to draw into files."""
+    """Matplotlib, which is not required, to draw into files. There is no background, so that a page
+    may have any."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    inked = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color"
     plt.rcParams.update(
         {
             "axes.spines.top": False,
@@ -242,6 +449,12 @@ def pyplot():
             "axes.grid": True,
             "grid.alpha": 0.3,
             "figure.constrained_layout.use": True,
+            "figure.titlesize": "medium",
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "savefig.transparent": True,
+            "svg.hashsalt": "tokenlake",  # the same figure is the same file
+            **dict.fromkeys(inked.split(), INK),
         }
     )
     return plt
@@ -252,86 +465,117 @@ def draw(result: dict, folder: Path):
     plt = pyplot()
     config = result["config"]
     policies = result["policies"]
-    setting = (
-        f"{Path(config['workload']).stem}, {config['instances']} instances of "
-        f"{config['tp']} {config['hardware'].upper()}, {config['model']}"
-    )
+    workload = Path(config["workload"]).stem
+    setting = f"{workload}, {config['num_requests']:,} requests, {name_fleet(config)}"
     title = f"{setting}, {config['capacity_tokens']:,} tokens of cache"
-    save(draw_latency(plt, policies), title, folder / "latency.png")
-    save(draw_balance(plt, policies), title, folder / "balance.png")
+    seeds = "one seed" if config["seeds"] == 1 else f"mean of {config['seeds']} seeds"
+    save(draw_latency(plt, policies), f"{title}; {seeds}", folder / "latency.svg")
+    curve = next(iter(policies.values()))["curve"]
+    shown = f"lines: seed {config['seed']}; CV: {seeds}"
+    at_rate = f"{title}\nat {curve[len(curve) // 2]['rate']:g} requests/s; {shown}"
+    save(draw_balance(plt, policies), at_rate, folder / "balance.svg")
     if any("capacities" in entry for entry in policies.values()):
-        save(draw_capacity(plt, policies), setting, folder / "capacity.png")
+        save(draw_capacity(plt, policies), f"{setting}; {seeds}", folder / "capacity.svg")
 
 
 def save(figure, title: str, path: Path):
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def draw_latency(plt, policies: dict):
     """Attainment and latency over rate."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
     attainment, ttft, tbt = axes
     for axis, key in zip(axes, ("slo_attainment", "normalised_ttft", "tbt_ms")):
         plot_curves(axis, policies, "curve", "rate", key)
         axis.set_xlabel("requests/s")
-    attainment.set_ylabel("requests that keep the SLO")
-    attainment.axhline(0.9, color="grey", linestyle=":")
+    attainment.set_ylabel("share of requests that keep the SLO")
+    attainment.axhline(0.9, color=INK, linestyle=(0, (1, 3)))
+    along_axis = attainment.get_yaxis_transform()
+    attainment.text(1, 0.89, "goal: 0.9", transform=along_axis, ha="right", va="top")
     attainment.set_ylim(0, 1.03)
-    attainment.legend(frameon=False, fontsize="small")
     ttft.set_ylabel("TTFT, ms per input token")
     ttft.set_yscale("log")
     tbt.set_ylabel("time between tokens, ms")
+    add_legend(figure, attainment)
     return figure
+
+
+def add_legend(figure, axis, title: str | None = None):
+    """Below all panels, of the lines in one of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    place = "outside lower center"
+    figure.legend(handles, labels, loc=place, ncols=MOST_LINES, title=title)
 
 
 def draw_balance(plt, policies: dict):
     """Cache reads per instance over time."""
-    columns = min(4, len(policies))
-    rows = -(-len(policies) // 4)
-    figsize = (3.2 * columns, 0.4 + 2.8 * rows)
+    columns = min(3, len(policies))
+    rows = -(-len(policies) // columns)
+    figsize = (4 * columns, 1.1 + 2.5 * rows)
     figure, axes = plt.subplots(
         rows, columns, squeeze=False, sharey=True, figsize=figsize
     )
     for axis in axes.ravel()[len(policies) :]:
         axis.remove()
     for axis, (policy, entry) in zip(axes.ravel(), policies.items()):
-        reads = np.array(entry["reads"]) / 1e6
-        seconds = np.arange(len(reads)) * 10
-        axis.plot(seconds, reads, linewidth=1.2)
-        axis.set_title(f"{policy}: CV {variation(list(reads)) or 0:.2f}")
+        plot_reads(axis, np.array(entry["reads"]).T / 1e6)
+        middle = entry["curve"][len(entry["curve"]) // 2]
+        axis.set_title(f"{policy}: CV {cell(middle['cache_load_cv'], '.2f')}")
         axis.set_xlabel("seconds")
-    axes[0][0].set_ylabel("million tokens of cache read\nper instance and 10 s")
+    for first in axes[:, 0]:
+        first.set_ylabel("million tokens of cache\nread in 10 s")
+    if len(axes[0][0].lines) <= MOST_LINES:
+        of_pd = " (of pd:PxD the first P compute prompts, the others decode)"
+        named = of_pd if any("pd:" in policy for policy in policies) else ""
+        add_legend(figure, axes[0][0], f"instances{named}")
     return figure
+
+
+def plot_reads(axis, reads: np.ndarray):
+    """A line per instance. reads: [instances, windows of 10 s]"""
+    for instance, values in enumerate(reads):
+        axis.plot(
+            np.arange(len(values)) * 10,
+            values,
+            color=COLOURS[instance % len(COLOURS)],
+            linestyle=DASHES[instance % len(DASHES)],
+            linewidth=1.4,
+            label=str(instance),
+        )
 
 
 def draw_capacity(plt, policies: dict):
     """Hits and goodput over capacity."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.9))
     hits, goodputs = axes
     for axis, key in zip(axes, ("hit_rate", "p90_goodput")):
         plot_curves(axis, policies, "capacities", "capacity_tokens", key, x_unit=1e3)
         axis.set(xlabel="cache, thousand tokens", ylim=(0, None))
     hits.set_ylabel("hit rate")
-    hits.legend(frameon=False)
     goodputs.set_ylabel("P90 goodput, requests/s")
+    add_legend(figure, hits)
     return figure
 
 
 def plot_curves(axis, policies: dict, curve: str, x: str, y: str, x_unit: float = 1):
-    """A line per policy; dotted in its colour what serves in order of arrival."""
+    """A line per policy; dotted, with hollow markers, in its colour what serves in order of
+    arrival."""
     families = []
     for policy, entry in policies.items():
         family = policy.removesuffix(":fcfs")
         if family not in families:
             families.append(family)
+        number = families.index(family)
         points = [p for p in entry[curve] if p[y] is not None]
         axis.plot(
             [p[x] / x_unit for p in points],
             [p[y] for p in points],
-            color=f"C{families.index(family)}",
-            marker="o",
-            markersize=4,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            fillstyle="full" if policy == family else "none",
             linestyle="-" if policy == family else ":",
             label=policy,
         )
@@ -466,17 +710,19 @@ def real(options) -> int:
         lake_config = LakeConfig(SEGMENT, options.slots, chunk_tokens=64, max_batch=8)
         trace = generate(options.workload, options.num_requests, 1.0, options.seed)
         trace = [json.dumps(line) for line in trace]
+        out = Forgiving(sys.stdout)  # all ranks go on, also if nobody reads what one says
         if cluster.rank == 0 and not options.json:
-            print(REAL_HEADER, flush=True)
+            heading = describe_real(options, cluster.size, len(trace))
+            print(f"{heading}\n\n{REAL_HEADER}", file=out, flush=True)
         results = []
         for policy in options.policies:
             run = RealRun(policy, cluster, group, model, lake_config)
             form = TraceForm(scale=BLOCK // SEGMENT)
             lines = read_trace(trace, options.workload, form)
-            results.append(run.serve(lines, 4 * cluster.size))
+            results.append(run.serve(lines, IN_FLIGHT * cluster.size))
             if cluster.rank == 0:
                 row = json.dumps(results[-1]) if options.json else show_real(results[-1])
-                print(row, flush=True)
+                print(row, file=out, flush=True)
         if cluster.rank == 0 and options.output:
             write_json(options.output / "real.json", results)
     finally:
@@ -485,20 +731,37 @@ def real(options) -> int:
     return 1 if wrong else 0
 
 
+def describe_real(options, ranks: int, num_requests: int) -> str:
+    """What is measured, on what, with which settings: the lines above the table."""
+    scale = TRACE_BLOCK // SEGMENT
+    return (
+        f"Every policy serves the same requests on {ranks} real ranks, one policy after another, "
+        "and every token is compared\nwith recomputation without a cache. "
+        f"{options.workload}, its lengths divided by {scale}: {num_requests} requests, seed "
+        f"{options.seed}, {IN_FLIGHT * ranks} at once;\nthe built-in model in float32, "
+        f"{options.slots} segments of {SEGMENT} tokens a rank. Run on {describe_machine()}:\n"
+        "ranks share its cores, so times would mean little, and none is shown. "
+        f"CV: of the cache reads of ranks, within {CV_WINDOW} iterations."
+    )
+
+
+MOVED = "query put replica pull".split()
 REAL_HEADER = (
-    f"{'':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
-    f"{'iterations':>10}   moved MB: queries, new KV, replicas, pulled"
+    f"{'policy':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
+    f"{'iterations':>10} {'queries':>8} {'new KV':>8} {'replicas':>8} {'pulled':>8}\n"
+    f"{'':>10} {'requests':>9} {'%':>6} {'reads':>5} {'tokens':>9} {'segments':>8} "
+    f"{'':>10} {'MB moved':>8} {'MB moved':>8} {'MB moved':>8} {'MB moved':>8}"
 )
 
 
 def show_real(result: dict) -> str:
     """A row of the table."""
-    moved = "  ".join(f"{n / 1e6:,.1f}" for n in result["moved_bytes"].values())
+    query, put, replica, pull = (result["moved_bytes"][kind] / 1e6 for kind in MOVED)
     return (
         f"{result['policy']:>10} {result['verified']:>5}/{result['requests']:<3} "
-        f"{result['hit_rate']:>6.1%} {result['cache_load_cv']:>5.2f} "
+        f"{100 * result['hit_rate']:>6.1f} {result['cache_load_cv']:>5.2f} "
         f"{result['computed_tokens']:>9,} {result['evictions']:>8,} "
-        f"{result['iterations']:>10,}   {moved}"
+        f"{result['iterations']:>10,} {query:>8,.1f} {put:>8,.1f} {replica:>8,.1f} {pull:>8,.1f}"
     )
 
 
@@ -588,22 +851,41 @@ def main(arguments: list[str]) -> int:
         if options.real:
             return real(options)
         result = compare(options)
-        print(json.dumps(result) if options.json else show(result))
         if options.output:
             write_json(options.output / "compare.json", result)
-            draw(result, options.output)
-    except ModuleNotFoundError:
-        print(
-            "compare.py: no figures without Matplotlib (pip install matplotlib)",
-            file=sys.stderr,
-        )
+    except BrokenPipeError:
+        raise  # see run_main
     except (OSError, ValueError, LakeError) as error:
         command_line.refuse(error)
+    except BrokenProcessPool:
+        return give_up(options, "a simulation was killed; is there too little memory?")
+    except KeyboardInterrupt:
+        return give_up(options, "stopped by Ctrl-C")
+    print(json.dumps(result) if options.json else show(result))
+    if options.output:
+        draw_if_possible(result, options.output)
     return 0
 
 
+def give_up(options, why: str) -> int:
+    """Says what is left of it; the exit status."""
+    kept = "nothing is kept"
+    if not options.real:
+        kept += "; --output DIR keeps what was found"
+    if options.output and not options.real:
+        kept = f"{options.output / MEASURED} has what was found, the same command goes on"
+    if os.environ.get("RANK", "0") == "0":
+        warn(f"compare.py: {why}; {kept}")
+    return 1
+
+
+def draw_if_possible(result: dict, folder: Path):
+    """Figures, where Matplotlib is."""
+    try:
+        draw(result, folder)
+    except ModuleNotFoundError:
+        warn("compare.py: no figures without Matplotlib (pip install matplotlib)")
+
+
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    # As run_cluster.py: threads of process groups that are torn down may abort the process.
-    os._exit(status)
+    run_main(main)

@@ -29,7 +29,7 @@ sys.path[:0] = [str(FILE.parent.parent), str(FILE.parent)]
 import scheduler  # noqa: E402
 from balancer import Request  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from options import Parser  # noqa: E402
+from options import Parser, run_main  # noqa: E402
 from pool import (  # noqa: E402
     HERE,
     LATE,
@@ -41,6 +41,7 @@ from pool import (  # noqa: E402
     LakeConfig,
     Moves,
 )
+from provenance import describe_machine  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 
@@ -297,8 +298,17 @@ def main(arguments: list[str]) -> int:
     parser = Parser(description="Compare plans with recorded ones.")
     parser.add_argument("--record", action="store_true", help=f"write {FILE.name}")
     options = parser.parse_args(arguments)
+    print(
+        f"Do plans stay as they are? {NUM_SCENES} seeded scenes on 1 to 8 instances without "
+        f"tensors, up to {ITERATIONS} iterations each;\nevery planned read is checked, and the "
+        f"digest of each scene is {'written to' if options.record else 'compared with'} "
+        f"{FILE.name}. Run on {describe_machine()}.\n",
+        flush=True,
+    )
     digests, counts = scenes(range(NUM_SCENES))
-    print("  ".join(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"{'what came up':<16} {'times':>8}")
+    for name, count in counts.items():
+        print(f"{name.replace('_', ' '):<16} {count:>8,}")
     if options.record:
         FILE.write_text(json.dumps(digests, indent=0) + "\n")
         return 0
@@ -312,4 +322,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -57,8 +57,9 @@ from cluster import Cluster, LakeError  # noqa: E402
 from engine import Engine  # noqa: E402
 from kernel_speed import copy_bandwidth  # noqa: E402
 from model import Llama, LlamaConfig, Sampler, cut, one_line, random_weights  # noqa: E402
-from options import Parser  # noqa: E402
+from options import Parser, run_main  # noqa: E402
 from pool import LakeConfig  # noqa: E402
+from provenance import describe_machine  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 from work import AtOnce, KVSpans, QueryRows, Work  # noqa: E402
@@ -501,6 +502,8 @@ def on_several(report, names) -> int:
     """Collective."""
     cluster = Cluster(timeout=60).connect()
     cluster.choose_device(DEVICE)
+    if cluster.rank == 0:
+        report.begin(cluster.size)
     failed = 0
     for name in names or STEPS_OF_SEVERAL:
         started = time.perf_counter()
@@ -554,12 +557,24 @@ class Report:
             device=device, date=time.strftime("%Y-%m-%d", time.gmtime()), steps={}
         )
 
+    def begin(self, ranks: int = 1):
+        """What is shown, on what, with which settings: the lines above the table, and its head."""
+        several = f"on {ranks} ranks, " if ranks > 1 else ""
+        rehearsed = "" if GPU else "There is no GPU: a rehearsal, whose times mean nothing. "
+        print(
+            f"What is proven on a GPU? Run {several}on {describe_machine(DEVICE)}. {rehearsed}\n"
+            f"All that is found: {self.file}. A name is followed by its value: _ms, _s and _gb at "
+            "its end are units, duration is in seconds, lengths in tokens.\n\n"
+            f"{'step':<10} {'took s':>8}  found",
+            flush=True,
+        )
+
     def add(self, name, found, seconds):
         self.content["steps"][name] = dict(seconds=round(seconds, 1), found=found)
         partial = self.file.with_name(self.file.name + ".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
         partial.replace(self.file)
-        print(f"{name:<10} {seconds:6.1f} s  {shorten(found)}", flush=True)
+        print(f"{name:<10} {seconds:>8.1f}  {shorten(found)}", flush=True)
 
 
 def shorten(found) -> str:
@@ -612,6 +627,7 @@ def run_here(name, file: Path):
 
 
 def run_all(report, names) -> int:
+    report.begin()
     started = time.monotonic()
     outcomes = Counter()
     for name in names or STEPS:
@@ -653,4 +669,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # at once, as run_cluster.py does
+    run_main(main)

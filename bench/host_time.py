@@ -26,8 +26,9 @@ import pool  # noqa: E402
 from balancer import Request  # noqa: E402
 from cluster import Cluster  # noqa: E402
 from model import Llama, LlamaConfig, random_weights  # noqa: E402
-from options import Parser, number  # noqa: E402
+from options import Parser, number, run_main  # noqa: E402
 from pool import LakeConfig, digest_with_tokens, hash_plan  # noqa: E402
+from provenance import describe_machine  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 from work import AtOnce  # noqa: E402
@@ -112,10 +113,11 @@ def iterate(lake, scheduler, model, timer):
 
 def main(arguments: list[str]) -> int:
     parser = Parser(description="Time what the host does in an iteration of decodes.")
-    parser.add_argument("--requests", type=number(int, 1, 4096), default=64)
-    parser.add_argument("--prompt", type=number(int, 2, 1 << 17), default=4096, help="tokens")
-    parser.add_argument("--iterations", type=number(int, 1, 100_000), default=100)
-    parser.add_argument("--json", action="store_true")
+    add = parser.add_argument
+    add("--requests", type=number(int, 1, 4096), default=64, help="that decode (64)")
+    add("--prompt", type=number(int, 2, 1 << 17), default=4096, help="tokens of each (4096)")
+    add("--iterations", type=number(int, 1, 100_000), default=100, help="that are timed (100)")
+    add("--json", action="store_true", help="print JSON in place of the table")
     options = parser.parse_args(arguments)
     stub_the_device()
     torch.set_num_threads(1)
@@ -131,11 +133,22 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    print(f"{options.requests} decodes, one rank: {layer:.0f} µs a layer; once, in ms:")
-    for name, value in ms.items():
-        print(f"  {name:14} {value:6.2f}")
+    show(options, ms, layer)
     return 0
 
 
+def show(options, ms: dict, layer: float):
+    """The table, from ms of each step and µs of a layer."""
+    print(
+        f"What the host does in an iteration: {options.requests} decodes, one rank, prompts of "
+        f"{options.prompt:,} tokens, median of {options.iterations}.\nKernels do nothing, tensors "
+        f"are tiny; segments of {C} tokens.\nRun on one thread of {describe_machine()}.\n\n"
+        f"{'step':<14} {'times':>5} {'ms each':>8}"
+    )
+    for name, value in ms.items():
+        print(f"{name:<14} {1:>5} {value:>8.3f}")
+    print(f"{'a layer':<14} {LAYERS:>5} {layer / 1e3:>8.3f}")
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

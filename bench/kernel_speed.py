@@ -49,7 +49,8 @@ from torch.nn.attention.bias import causal_lower_right  # noqa: E402
 import kernels  # noqa: E402
 from kernels import Outputs, merge, programs_at_once  # noqa: E402
 from model import cut, one_line, shown  # noqa: E402
-from options import Parser  # noqa: E402
+from options import Parser, output_file, run_main  # noqa: E402
+from provenance import describe_machine  # noqa: E402
 from work import AtOnce, KVSpans, QueryRows, Work  # noqa: E402
 
 
@@ -414,13 +415,63 @@ def cases(options):
                 yield MergeCase(model, rows, parts)
 
 
-def format_result(result: dict) -> str:
-    def cell(key, value):
-        if isinstance(value, str):
-            return f"{key} {value}" if key.startswith("x_") else value
-        return f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value:,}"
+def describe(options, copy: float | None) -> str:
+    """What is measured, on what, with which settings: the lines above the tables."""
+    said = "There is no GPU: tiny shapes through Triton's interpreter, checked and not timed."
+    if options.shared:
+        said = "A shared prefix, read once and by each for itself, in turn: medians of 5 rounds."
+    elif GPU:
+        said = f"Times are medians; a copy moves {copy / 1e12:.2f} TB/s; x: a peer's time over ours."
+    triton = kernels.triton.__version__
+    return (
+        f"Kernels of attention and merge, {options.dtype} (merge: float32), each checked against "
+        f"float64.\n{said}\nRun on {describe_machine(DEVICE)}, Triton {triton}."
+    )
 
-    return "  ".join(cell(key, value) for key, value in result.items())
+
+# By key of a result: name and unit.
+COLUMNS = {
+    "kind": ("kind", ""),
+    "model": ("model", ""),
+    "batch": ("batch", "sequences"),
+    "rows": ("rows", "queries"),
+    "context": ("context", "tokens"),
+    "segment": ("segment", "tokens"),
+    "shared": ("shared", "tokens"),
+    "parts": ("parts", "of a row"),
+    "error": ("error", "relative"),
+    "ms": ("time", "ms"),
+    "TBs": ("moves", "TB/s"),
+    "TFLOPs": ("computes", "TFLOP/s"),
+    "of_copy": ("of a copy's", "share"),
+    "ms_once": ("read once", "ms"),
+    "ms_alone": ("alone", "ms"),
+    "x_alone": ("alone", "x once"),
+    "x_least": ("least", "x once"),
+    "x_most": ("most", "x once"),
+}
+
+
+def format_row(cells: list[str]) -> str:
+    """The kind, the model, and numbers; why there is no number may be longer than its column."""
+    kind, model, *numbers = cells
+    return f"{kind:<8}{model:<14}" + "".join(f"{text:>12}" for text in numbers)
+
+
+def format_heads(result: dict) -> str:
+    """Names and units of its columns."""
+    columns = [COLUMNS.get(key, (key.removeprefix("x_"), "x ours")) for key in result]
+    names, units = zip(*columns)
+    return f"\n{format_row(names)}\n{format_row(units)}"
+
+
+def format_result(result: dict) -> str:
+    def cell(value):
+        if isinstance(value, str):
+            return value
+        return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+    return format_row([*map(cell, result.values())])
 
 
 def write_json(file, copy, results: list[dict]):
@@ -465,7 +516,7 @@ def parse_options(arguments: list[str]):
     shared = "decodes over a shared prefix, as 64x8192+512 (own tokens last); nothing else"
     add("--shared", type=shared_case, metavar="BxS+T", help=shared)
     add("--small", action="store_true", help="a few shapes of the first model")
-    add("--json", type=argparse.FileType("w"), help="a file for the lines")
+    add("--json", type=output_file, metavar="FILE", help="a file for the lines")
     options = parser.parse_args(arguments)
     if kernels.triton is None:
         parser.error("Triton is not installed; it is what is measured")
@@ -488,16 +539,7 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     copy = copy_bandwidth()
-    if GPU:
-        print(
-            f"copy: {copy / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}",
-            flush=True,
-        )
-    elif not options.shared:
-        print(
-            "no GPU: tiny shapes through the interpreter, checked and not timed",
-            flush=True,
-        )
+    print(describe(options, copy), flush=True)
     results = []
     for case in [options.shared] if options.shared else cases(options):
         try:
@@ -510,6 +552,8 @@ def main(arguments: list[str]) -> int:
         except (ValueError, torch.OutOfMemoryError) as error:
             print(f"bench/kernel_speed.py: {one_line(error)}", file=sys.stderr)
             return 1
+        if not results or list(result) != list(results[-1]):
+            print(format_heads(result))
         results.append(result)
         print(format_result(result), flush=True)
         if options.json:  # after every result: a later one may not fit
@@ -518,4 +562,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -97,5 +97,42 @@ def check_segments(number):
         raise ValueError(f"the pool has {number:,} segments; {said}")
 
 
+def output_file(text):
+    """The type of an option: a file, opened at once, so that a wrong name is told before hours of
+    work. It is written again as more is found, so a pipe will not do."""
+    said = None
+    try:
+        file = None if text == "-" else open(file_name(text), "w")
+    except OSError as error:
+        said = f"{error.strerror}; a file that can be written is expected"
+    else:
+        if file is None or not file.seekable():
+            said = "a file is expected, as the table is what is printed"
+    if said:
+        raise argparse.ArgumentTypeError(f"{wording().shown(text)}: {said}")
+    return file
+
+
+def run_main(main):
+    """Runs a program, and ends the process with its exit status. Ctrl-C is a line. Who reads the
+    output may leave early, as `head` does: there is nobody to tell then."""
+    status = 1
+    try:
+        try:
+            status = main(sys.argv[1:]) or 0
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        status = 1  # not all was read
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            warn(f"{os.path.basename(sys.argv[0])}: stopped by Ctrl-C")
+    except SystemExit as ended:  # of the parser
+        status = ended.code or 0
+    # At once: processes and threads that are still at work would be waited for, and what is left of
+    # a process group may end an orderly exit in an abort.
+    os._exit(status)
+
+
 if __name__ == "__main__":
     print(__doc__)

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError, FileType
+from argparse import ArgumentTypeError
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -48,7 +48,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from model import load_config, random_weights, shown  # noqa: E402
-from options import Parser, file_name, number  # noqa: E402
+from options import Parser, file_name, number, output_file, run_main  # noqa: E402
+from provenance import describe_machine  # noqa: E402
 
 OURS = "tokenlake"
 # A token that differs is a near tie if the logits of both are this close: so much is rounding.
@@ -291,7 +292,27 @@ def summarise(load: dict, seconds: dict, differences) -> list[dict]:
     return rows
 
 
-HEAD = f"{'':<26}{'seconds':>25}{'tokens/s':>10}{'x one by one':>20}{'x best peer':>20}  equal"
+def describe(options) -> str:
+    """What is measured, on what, with which settings: the lines above the tables."""
+    model = Path(options.model).name if options.model else (
+        f"a random Llama, {options.layers} layers of hidden {options.hidden_size}"
+    )
+    own = f"{'up to twice ' if options.uneven else ''}{options.own_tokens} own tokens"
+    return (
+        f"How fast is run_cluster.py beside transformers {version('transformers')}? Seconds until "
+        "all requests are answered, and how many times\nas fast that is as generate() one by one, "
+        f"and as the best of theirs: median (least–most) of rounds: {options.rounds}.\n"
+        f"{model}, {options.dtype}; prompts of {options.prefix_tokens} prefix and {own}, answers of "
+        f"{options.output_tokens}.\nRun with {options.threads} threads on "
+        f"{describe_machine(options.device)}."
+    )
+
+
+HEAD = (
+    f"{'served by':<26}{'seconds':>25}{'output':>10}{'x one by one':>20}{'x best of theirs':>20}"
+    f"  equal\n"
+    f"{'':<26}{'s':>25}{'tokens/s':>10}{'times':>20}{'times':>20}  answers"
+)
 
 
 def show(name: str, load: dict, rows: list[dict], differences, limit):
@@ -370,7 +391,7 @@ def parse_options(arguments: list[str]):
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
     dtypes = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
     add("--dtype", choices=dtypes, default="float32")
-    add("--json", type=FileType("w"), help="a file for all figures")
+    add("--json", type=output_file, metavar="FILE", help="a file for all figures")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if problem := find_problem(options, cores):
@@ -435,6 +456,7 @@ def main(arguments: list[str]) -> int:
         loads=[],
     )
     loads = {"on": [True], "off": [False], "both": [True, False]}[options.sharing]
+    print(describe(options), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(options.model or Path(name, "model"))
         if not options.model:
@@ -449,4 +471,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

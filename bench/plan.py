@@ -22,8 +22,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from balancer import Request, Run  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from options import Parser, check_segments, number  # noqa: E402
+from options import Parser, check_segments, number, run_main  # noqa: E402
 from pool import LakeConfig, plan_digest  # noqa: E402
+from provenance import describe_machine  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 
 C = 16
@@ -164,11 +165,8 @@ def main(arguments: list[str]) -> int:
     if options.table:
         sizes = TABLE
         shared = True
-    if options.table and not options.json:
-        print(
-            f"{'instances':>9} {'requests':>9} {'segments':>9} {'references':>10} "
-            f"{'median ms':>10} {'p99 ms':>8} {'+ digest':>8}"
-        )
+    if not options.json:
+        print(f"{describe(shared, options.repeat)}\n\n{HEAD}", flush=True)
     for instances, requests, segments in sizes:
         alone, whole = milliseconds(instances, requests, segments, shared, options.repeat)
         result = dict(
@@ -183,14 +181,34 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def describe(shared: bool, repeat: int) -> str:
+    """What is measured, on what, with which settings: the lines above the table."""
+    first = "the first is all requests' own, as the others are"
+    if shared:
+        first = "the first is shared by all, with replicas everywhere"
+    return (
+        f"How long gen_plans takes for an iteration in which every request decodes: {repeat} "
+        "plans alone (median, p99),\nand as many with the digest that ranks compare (median). "
+        f"Segments of {C} tokens, striped;\n{first}. No tensors. Run on {describe_machine()}."
+    )
+
+
+HEAD = (
+    f"{'instances':>9} {'requests':>12} {'segments':>11} {'reads':>10} {'median':>10} {'p99':>8} "
+    f"{'with digest':>11}\n"
+    f"{'':>9} {'per instance':>12} {'per request':>11} {'segments':>10} {'ms':>10} {'ms':>8} "
+    f"{'ms':>11}"
+)
+
+
 def format_row(result: dict) -> str:
     instances, requests, segments, median, p99, with_digest = result.values()
-    references = instances * requests * segments
+    reads = instances * requests * segments
     return (
-        f"{instances:>9} {requests:>9} {segments:>9} {references:>10,} "
-        f"{median:>10.2f} {p99:>8.2f} {with_digest:>8.2f}"
+        f"{instances:>9} {requests:>12} {segments:>11} {reads:>10,} "
+        f"{median:>10.2f} {p99:>8.2f} {with_digest:>11.2f}"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -17,11 +17,8 @@ and, where Matplotlib is, the figures. So no table says what was not measured: a
 them. Which records another version of the code has measured is said, too.
 """
 
-import ast
-import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -34,14 +31,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import compare  # noqa: E402
+import provenance  # noqa: E402
 from model import cut  # noqa: E402
-from options import Parser, file_name  # noqa: E402
+from options import Parser, file_name, run_main  # noqa: E402
 
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
@@ -141,9 +138,9 @@ def measure(name: str, trace: str | None) -> dict:
         raise RuntimeError(f"{name}: exit status {done.returncode}: {last}")
     return dict(
         command=command_of(name),
-        commit=commit(),
+        commit=provenance.commit(),
         code=digest_of_code(name),
-        machine=machine(),
+        machine=provenance.machine(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         seconds=round(time.perf_counter() - started),
         result=parse(figures),
@@ -162,54 +159,10 @@ def parse(text: str) -> list:
     return values
 
 
-def commit() -> str | None:
-    """For who reads the record. Changes that are not committed are a plus sign; None: no git."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def digest_of_code(name: str) -> str:
-    """Of the program that an experiment runs, and all files of ours that it needs: a commit of
-    results, of text or of another program changes none of them."""
+    """Of the program that an experiment runs."""
     program, *_ = EXPERIMENTS[name].split()
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(files_needed(HERE / program)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def files_needed(program: Path) -> set[Path]:
-    """The program, and what it imports or starts of ours, and that in turn."""
-    needed = set()
-    new = {program}
-    while new:
-        file = new.pop()
-        needed.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [f"{alias.name}.py" for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.py"]
-            elif isinstance(node, ast.Constant):
-                names = re.findall(r"^\w+\.py$", str(node.value))
-            files = {folder / name for folder in (HERE, HERE.parent) for name in names}
-            new |= {file for file in files if file.is_file()} - needed
-    return needed
-
-
-def machine() -> dict:
-    return dict(
-        cpus=os.cpu_count(),
-        platform=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        torch=torch.__version__,
-        numpy=np.__version__,
-    )
+    return provenance.digest_of_code(HERE / program)
 
 
 def is_current(name: str, record: dict) -> bool:
@@ -224,6 +177,8 @@ def measure_all(names: list[str], trace: str | None, again: bool):
         if name in records and is_current(name, records[name]) and not again:
             print(f"{name}: is there already; --again measures it again", flush=True)
             continue
+        before = f", {records[name]['seconds']} s the last time" if name in records else ""
+        print(f"{name}: is measured{before}", flush=True)
         record = measure(name, trace)
         RESULTS.mkdir(exist_ok=True)
         partial = RESULTS / f"{name}.partial"
@@ -579,10 +534,12 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise  # see run_main
     except (OSError, ValueError) as error:
         parser.refuse(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -30,7 +30,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from options import Parser, number  # noqa: E402
+from options import Parser, number, run_main  # noqa: E402
+from provenance import describe_machine  # noqa: E402
 
 BLOCK = 16  # tokens of a hash id
 TRACE_SCALE = 512 // BLOCK
@@ -124,6 +125,17 @@ class Run:
     def finish(self, kill_every: float, rng):
         """Watches until all is served; `kill_every` seconds, from the first answer on, one rank is
         killed (inf: none)."""
+        try:
+            self._watch(kill_every, rng)
+        finally:  # if we are interrupted it does not outlive us
+            self.process.terminate()
+            self.process.wait()
+        self.seconds = time.monotonic() - self.began
+        if self.process.returncode:
+            self.log.seek(0)
+            raise RuntimeError(f"the run has failed:\n{self.log.read()[-4000:]}")
+
+    def _watch(self, kill_every: float, rng):
         next_kill = None
         while self.process.poll() is None:
             self.look()
@@ -134,10 +146,6 @@ class Run:
                 self.kill_one(rng)
                 next_kill = now + kill_every
             time.sleep(LOOK)
-        self.seconds = time.monotonic() - self.began
-        if self.process.returncode:
-            self.log.seek(0)
-            raise RuntimeError(f"the run has failed:\n{self.log.read()[-4000:]}")
 
     def answers(self) -> list[tuple]:
         """(request id, answer) of each record, by id."""
@@ -161,12 +169,30 @@ class Run:
         return rows
 
 
+def describe(options) -> str:
+    """What is measured, on what, with which settings: the lines above the table, and its head."""
+    return (
+        f"Does a long run stay right, and as small as it began? {options.num_requests:,} requests "
+        f"of the built-in model, {options.ranks} ranks,\n{' '.join(OPTIONS)};\nthen again with a "
+        f"random rank killed every {options.kill_every:g} s. Memory: of each rank's longest process,\n"
+        f"after a third of its life, if {LONG_ENOUGH} s are left (else –). Run on {describe_machine()}.\n\n"
+        f"{'run':<12} {'requests':>9} {'took':>7} {'kills':>6} {'rank':>5} {'after warm-up':>13} "
+        f"{'at the end':>10} {'grows':>22}\n"
+        f"{'':<12} {'':>9} {'s':>7} {'':>6} {'':>5} {'MiB':>13} "
+        f"{'MiB':>10} {'KiB per 1,000 requests':>22}"
+    )
+
+
 def show(name: str, run: Run):
-    served = f"{len(run.answers()):,} requests in {run.seconds:,.0f} s"
-    print(f"{name}: {served}, {run.kills} kills")
-    for rank, first, last, slope in run.memory():
-        said = f"{first:,.1f} MiB after warm-up, {last:,.1f} at the end"
-        print(f"  rank {rank}  {said}, {slope:+,.0f} KiB per 1,000 requests", flush=True)
+    """A row for each rank; the first has what is true of all."""
+    cells = f"{name:<12} {len(run.answers()):>9,} {run.seconds:>7,.0f} {run.kills:>6}"
+    rows = [
+        f" {rank:>5} {first:>13,.1f} {last:>10,.1f} {slope:>+22,.0f}"
+        for rank, first, last, slope in run.memory()
+    ]
+    for row in rows or [f" {'–':>5} {'–':>13} {'–':>10} {'–':>22}"]:
+        print(f"{cells:<37}{row}", flush=True)
+        cells = ""
 
 
 def parse_options(arguments: list[str]):
@@ -177,12 +203,13 @@ def parse_options(arguments: list[str]):
     add("--ranks", type=number(int, 1, 1024), default=4, help="default 4")
     seconds = number(float, 1e-6, np.inf)
     add("--kill-every", type=seconds, default=12.0, help="seconds (12)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the trace (0)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
+    print(describe(options), flush=True)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -193,7 +220,11 @@ def main(arguments: list[str]) -> int:
         both = {"undisturbed": np.inf, "with kills": options.kill_every}
         for name, kill_every in both.items():
             run = Run(trace, folder / name.replace(" ", "-"), options.ranks)
-            run.finish(kill_every, rng)
+            try:
+                run.finish(kill_every, rng)
+            except RuntimeError as error:
+                print(f"soak.py: {error}", file=sys.stderr)
+                return 1
             show(name, run)
             answers.append(run.answers())
     same = answers[0] == answers[1]
@@ -203,4 +234,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)
