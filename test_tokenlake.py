@@ -5352,6 +5352,7 @@ import gpu as gpu_module  # noqa: E402
 import kernel_speed  # noqa: E402
 import peers  # noqa: E402
 import plan  # noqa: E402
+import provenance  # noqa: E402
 import replay  # noqa: E402
 import report  # noqa: E402
 import simulate  # noqa: E402
@@ -5372,8 +5373,8 @@ def test_plans_are_as_recorded(part):
 
 
 @pytest.mark.parametrize("command, said", [
-    (["kernel_speed.py"], "merge  tiny"),
-    (["host_time.py", "--requests", 3, "--prompt", 600, "--iterations", 4], "3 decodes, one rank: "),
+    (["kernel_speed.py"], "merge   tiny"),
+    (["host_time.py", "--requests", 3, "--prompt", 600, "--iterations", 4], "3 decodes, one rank, "),
     (["plan.py", "--instances", 3, "--requests", 2, "--segments", 5, "--json"], "plan_ms_p99"),
     (["simulate.py", "--workload", "toolagent", "--policy", "tokenlake:dp", "--num-requests", 8],
      '"completed": 8'),
@@ -5451,7 +5452,7 @@ def test_any_option_of_benchmarks_is_refused_shortly(program, names, capsys):
             with pytest.raises(SystemExit, match="2"):
                 program.main([f"--{name}={value}"])
             text = capsys.readouterr().err
-            assert text.count("\n") == 1 and len(text) < 300, text
+            assert text.count("\n") == 1 and len(text) < 300 and "<lambda>" not in text, text
 
 
 def test_a_peer_that_fails_is_a_line(monkeypatch):
@@ -5462,7 +5463,83 @@ def test_a_peer_that_fails_is_a_line(monkeypatch):
     assert kernel_speed.times_ours(lambda: 6.0, 2.0) == 3.0
     said = kernel_speed.times_ours(broken, 2.0)
     assert said.startswith("failed: ImportError") and "\n" not in said
-    assert f"x_flash {said}" in kernel_speed.format_result(dict(kind="decode", x_flash=said))
+    result = dict(kind="decode", model="tiny", x_flash=said)
+    assert kernel_speed.format_result(result).endswith(said)
+    assert kernel_speed.format_heads(result).split() == ["kind", "model", "flash", "x", "ours"]
+
+
+@pytest.mark.parametrize("program, arguments, columns", [
+    (plan, "--instances 3 --requests 2 --segments 5 --repeat 2",
+     "instances requests segments reads median p99 with digest"),
+    (golden_plans, "", "what came up times"),
+    (kernel_speed, "--shared 3x64+16", "kind model batch rows context segment shared error read once "
+     "alone alone least most")])
+def test_tables_begin_with_what_was_measured(monkeypatch, capsys, program, arguments, columns):
+    """And on what, before a line without text; then the names of the columns."""
+    monkeypatch.setattr(golden_plans, "NUM_SCENES", 2)
+    assert program.main(arguments.split()) == 0
+    heading, table = capsys.readouterr().out.split("\n\n")
+    assert f"Run on {provenance.describe_machine()}" in heading
+    assert table.splitlines()[0].split() == columns.split()
+
+
+def test_a_soak_says_what_it_measures(capsys):
+    options = soak.parse_options(["--num-requests", "50"])
+    heading, columns = soak.describe(options).split("\n\n")
+    assert "50 requests" in heading and provenance.describe_machine() in heading
+    run = SimpleNamespace(answers=lambda: [1] * 50, seconds=61.2, kills=1,
+                          memory=lambda: [(0, 300.0, 301.5, 30.0), (1, 300.0, 302.5, -2.0)])
+    soak.show("with kills", run)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["with", "kills", "50", "61", "1", "0", "300.0", "301.5", "+30"]
+    assert second.split() == ["1", "300.0", "302.5", "-2"]
+    assert len(first) == len(second) == max(map(len, columns.splitlines()))
+    soak.show("undisturbed", SimpleNamespace(**vars(run) | dict(memory=lambda: [])))
+    assert capsys.readouterr().out.split() == ["undisturbed", "50", "61", "1", *"––––"]
+
+
+@pytest.mark.parametrize("command", [
+    ["plan.py", "--instances", "2", "--requests", "1", "--segments", "2", "--repeat", "1"],
+    ["host_time.py", "--requests", "2", "--prompt", "600", "--iterations", "2"],
+    ["kernel_speed.py"], ["gpu.py", "sanitizer"],
+    ["compare.py", "--workload", "sharegpt", "--model", "llama-3.1-8b", "--num-requests", "3",
+     "--seeds", "1", "--policies", "router", "--rates", "5", "--rate", "4096"]])
+def test_who_reads_no_further_is_no_error(tmp_path, command):
+    """As `head` does not: the exit is quiet."""
+    script, *arguments = command
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, HERE / "bench" / script, *arguments], cwd=tmp_path,
+                          stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == "" or script == "compare.py" and "Error" not in done.stderr
+
+
+@pytest.mark.parametrize("body, status, out, error", [
+    ("print('found'); return 0", 0, "found\n", ""), ("return 3", 3, "", ""), ("return None", 0, "", ""),
+    ("print('found'); raise KeyboardInterrupt", 1, "found\n", "p.py: stopped by Ctrl-C\n"),
+    ("Parser(prog='p.py').refuse('wrong')", 2, "", "p.py: error: wrong\n")])
+def test_programs_end_with_their_status(tmp_path, body, status, out, error):
+    (tmp_path / "p.py").write_text(
+        f"import sys\nsys.path[:0] = {[str(HERE), str(HERE / 'bench')]}\n"
+        f"from options import Parser, run_main\ndef main(arguments):\n    {body}\nrun_main(main)\n")
+    done = subprocess.run([sys.executable, "p.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, error)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("-", "'-': a file is expected"), ("/dev/full/x", "Not a directory; a file that can be written"),
+    (".", "Is a directory; a file that can be written is expected"), ("pipe", "a file is expected")])
+def test_figures_of_a_benchmark_go_into_a_file(tmp_path, monkeypatch, capsys, name, said):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    both_ends = os.open("pipe", os.O_RDWR)  # or who opens it would wait for a reader
+    with pytest.raises(SystemExit, match="2"):
+        kernel_speed.main(["--json", name])
+    os.close(both_ends)
+    text = capsys.readouterr().err
+    assert f"argument --json: {name!r}: " in text and said in text and text.count("\n") == 1
 
 
 def test_the_proof_on_a_gpu_is_rehearsed(tmp_path):
@@ -5474,7 +5551,9 @@ def test_the_proof_on_a_gpu_is_rehearsed(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {name: step["found"] for name, step in json.loads(file.read_text())["steps"].items()}
-    assert list(found) == steps and len(done.stdout.splitlines()) == len(steps)
+    heading, table = done.stdout.split("\n\n")
+    assert f"Run on {provenance.describe_machine()}" in heading and "a rehearsal" in heading
+    assert [line.split()[0] for line in table.splitlines()] == ["step", *steps] == ["step", *found]
     assert found["demo"]["verified"] == found["bf16-8b"]["verified"] == 6
     assert found["bf16-8b"]["max_logprob_error"] < 3 * found["bf16-8b"]["logprob_rounding"]
     scenes = found["engine"]["scenes"]
@@ -5515,7 +5594,8 @@ def test_a_step_that_fails_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_module, "run_step", lambda name, seconds: json.loads(
         (tmp_path / name).read_text()))
     assert gpu_module.main(["--output", str(tmp_path / "gpu.json")]) == 1
-    assert capsys.readouterr().out.count("\n") == 2
+    heading, table = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["step", "facts", "demo"]
     with pytest.raises(SystemExit, match="2"):
         gpu_module.main(["fact"])
     assert "fact: there are facts, demo" in capsys.readouterr().err
@@ -6000,6 +6080,8 @@ def test_comparison_finds_goodput_and_draws(tmp_path):
                "tokenlake,pd:1x3", "--rates", "5,50", "--rate", "64", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "goodput" in done.stdout, done.stderr
+    assert "Simulated: sharegpt, 20 requests; 4 instances of 2 A100, llama-3.1-8b, " in done.stdout
+    assert "131,072 bytes of KV a token" in done.stdout and "tokenlake: goodput " in done.stderr
     result = json.loads((tmp_path / "out" / "compare.json").read_text())["policies"]
     assert list(result) == ["tokenlake", "pd:1x3"]
     for found in result.values():
@@ -6010,8 +6092,141 @@ def test_comparison_finds_goodput_and_draws(tmp_path):
         if found["p90_goodput"]["mean"] > 50:
             assert found["curve"][1]["slo_attainment"] >= 0.9
     if importlib.util.find_spec("matplotlib"):
-        assert (tmp_path / "out" / "latency.png").stat().st_size > 10_000
-        assert (tmp_path / "out" / "balance.png").stat().st_size > 10_000
+        assert (tmp_path / "out" / "latency.svg").stat().st_size > 10_000
+        assert (tmp_path / "out" / "balance.svg").stat().st_size > 10_000
+
+
+SMALL_COMPARISON = """--workload sharegpt --model llama-3.1-8b --num-requests 12 --seeds 1
+    --policies tokenlake,router --rates 5,50 --rate 64""".split()
+
+
+def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """With what was found, the last line torn; and to the same result, also with more policies. All
+    was kept, nothing is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "draw_if_possible", lambda *_: None)
+    policies = lambda folder: json.loads((tmp_path / folder / "compare.json").read_text())["policies"]
+    assert compare.main([*SMALL_COMPARISON, "--output", "whole"]) == 0
+    lines = (tmp_path / "whole" / "measured.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 + 4
+    (tmp_path / "cut").mkdir()
+    kept = b"".join(lines[:4])
+    (tmp_path / "cut" / "measured.jsonl").write_bytes(kept + lines[4][:-9])
+    assert compare.main([*SMALL_COMPARISON, "--output", "cut"]) == 0
+    said = capsys.readouterr().err
+    assert "2 searches for a goodput, 2 are there already" in said
+    assert "4 simulations at common rates, 1 are there already" in said
+    again = (tmp_path / "cut" / "measured.jsonl").read_bytes()
+    assert again.startswith(kept) and sorted(again.splitlines(keepends=True)) == sorted(lines)
+    assert policies("cut") == policies("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "ProcessPoolExecutor", lambda *_, **__: SimpleNamespace(
+            shutdown=lambda: None))
+        assert compare.main([*SMALL_COMPARISON, "--output", "whole"]) == 0
+    assert (tmp_path / "whole" / "measured.jsonl").read_bytes() == b"".join(lines)
+    more = [*SMALL_COMPARISON, "--policies", "router,pd:1x3", "--output", "whole"]
+    assert compare.main(more) == 0
+    assert "2 searches for a goodput, 1 are there already" in capsys.readouterr().err
+    assert list(policies("whole")) == ["router", "pd:1x3"]
+    assert policies("whole")["router"] == policies("cut")["router"]
+
+
+@pytest.mark.parametrize("change, content, said", [
+    (["--num-requests", "13"], "", "--output out: it was begun with another --num-requests: 12, now 13;"),
+    (["--rate", "9"], "", "another --rate: 64.0, now 9.0; the same, or a new folder, is expected"),
+    ([], "1\n", "out/measured.jsonl:2: no measurement; a new folder is expected"),
+    ([], '{"what": "all", "case": [], "found": 1}\n', "out/measured.jsonl:2: no measurement"),
+    ([], None, "--output out: already holds compare.json, without measured.jsonl; a new folder")])
+def test_another_comparison_needs_another_folder(
+        tmp_path, monkeypatch, capsys, change, content, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text("{}")
+    if content is not None:
+        options = compare.parser().parse_args(SMALL_COMPARISON)
+        first = json.dumps(compare.basis(options)) + "\n"
+        (tmp_path / "out" / "measured.jsonl").write_text(first + content)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([*SMALL_COMPARISON, "--output", "out", *change])
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_what_a_comparison_kept_is_of_the_same_code_and_trace(tmp_path, monkeypatch):
+    """And of one program at a time."""
+    monkeypatch.chdir(tmp_path)
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(json.dumps(IDS))
+    options = compare.parser().parse_args(["--workload", "t.jsonl"])
+    measured = compare.Measured(tmp_path, compare.basis(options))
+    with pytest.raises(ValueError, match="another comparison writes there"):
+        compare.Measured(tmp_path, compare.basis(options))
+    measured.file.close()
+    compare.Measured(tmp_path, compare.basis(options)).file.close()
+    trace.write_text(json.dumps(IDS) + "\n")
+    with pytest.raises(ValueError, match="begun with another content of the trace; the same"):
+        compare.Measured(tmp_path, compare.basis(options))
+    trace.write_text(json.dumps(IDS))
+    monkeypatch.setattr(compare, "digest_of_code", lambda program: "another")
+    with pytest.raises(ValueError, match="begun with another version of the code; the same"):
+        compare.Measured(tmp_path, compare.basis(options))
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_comparison_is_stopped_in_a_line(tmp_path, to_all):
+    """By Ctrl-C, of which its workers hear or not; none of them is left."""
+    command = [sys.executable, HERE / "bench" / "compare.py", "--workload", "loogle",
+               "--num-requests", "5000", "--seeds", "1", "--policies", "tokenlake,router"]
+    with subprocess.Popen([*command, "--output", "out"], cwd=tmp_path, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr.readline() == "2 searches for a goodput\n"
+        # Once there are workers, they have been given work.
+        while len(children_of(process.pid)) < os.cpu_count():
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = children_of(process.pid)
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == ""
+    assert error == ("compare.py: stopped by Ctrl-C; out/measured.jsonl has what was found, "
+                     "the same command goes on\n")
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children_of(process: int) -> list[int]:
+    """Its worker processes, by id."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(id) for task in tasks for id in task.read_text().split()]
+
+
+def test_figures_say_what_they_show():
+    """The CV is that of the README's table; instances and the goal have names; there is no
+    background, so that a page may be light or dark."""
+    pytest.importorskip("matplotlib")
+    record = report.read_records()["loogle"]
+    policies = record["result"][0]["policies"]
+    plt = compare.pyplot()
+    balance = compare.draw_balance(plt, policies)
+    rows = [line.split("|") for line in report.loogle_table(record).splitlines()[2:]]
+    titles = {f"{row[1].strip()}: CV {row[6].strip()}" for row in rows}
+    assert {axis.get_title() for axis in balance.axes} == titles
+    legend, = balance.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["0", "1", "2", "3"]
+    lines = balance.axes[0].lines
+    assert len({line.get_linestyle() for line in lines}) == len(lines) == 4
+    latency = compare.draw_latency(plt, policies)
+    assert [text.get_text() for text in latency.axes[0].texts] == ["goal: 0.9"]
+    legend, = latency.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(policies)
+    shapes = {(line.get_marker(), line.get_fillstyle()) for line in latency.axes[1].lines}
+    assert len(shapes) == len(policies)
+    for name in ("latency", "balance"):
+        drawn = (report.FIGURES / f"{name}.svg").read_text()
+        assert compare.INK in drawn and "fill: #ffffff" not in drawn
+    plt.close("all")
 
 
 def test_the_readme_says_what_was_measured():
@@ -6058,7 +6273,8 @@ def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsy
 
 def test_records_are_of_what_a_program_needs():
     """Of what it imports, and what that does, and what it starts; not of others."""
-    needed = {name: {file.name for file in report.files_needed(report.HERE / f"{name}.py")}
+    files_needed = provenance.files_needed
+    needed = {name: {file.name for file in files_needed(report.HERE / f"{name}.py")}
               for name in ("plan", "compare", "peers", "simulate")}
     assert {"plan.py", "tokenlake.py", "pool.py", "kernels.py", "balancer.py"} <= needed["plan"]
     assert not needed["plan"] & {"run_cluster.py", "compare.py", "report.py", "test_tokenlake.py"}

@@ -591,6 +591,8 @@ def shorten(found) -> str:
             for scene in value:
                 over = f", {scene['over_floor']:.2f} of its floor" if "over_floor" in scene else ""
                 cells.append(f"{scene['scene']}: {scene['iteration_ms']:.1f} ms{over}")
+        elif isinstance(value, list):
+            cells.append(f"{len(value)} {key}")
     return cut("  ".join(cells), 300)
 
 
