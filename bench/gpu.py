@@ -607,9 +607,11 @@ def run_step(name, seconds) -> dict:
         )
         try:
             _, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
             os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
             process.communicate()
+            if isinstance(end, KeyboardInterrupt):
+                raise
             return dict(failed=f"it took more than {seconds:.0f} s")
         if file.exists():
             return json.loads(file.read_text())
