@@ -3350,7 +3350,7 @@ def test_prompts_may_be_text(tmp_path):
     """With a tokenizer: a session's first turn begins as texts begin, later ones go on; every answer
     is written as text, too."""
     save_model(tmp_path / "model", dict(vocab_size=6))
-    made = write_tokenizer(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
     lines = [dict(prompt="a lake of keys", session_id=1, output_length=4),
              dict(prompt="keys of a lake", session_id=1, output_length=4),
              dict(prompt="lake", output_length=4), dict(input_ids=[1, 2], output_length=2)]
@@ -5840,7 +5840,7 @@ def test_prefills_hand_over_to_the_least_loaded_decode():
 
 
 def test_a_request_alone_takes_what_the_roofline_says():
-    """TTFT and TBT on one instance, by hand: chunks of a prompt, then decodes."""
+    """TTFT and TPOT on one instance, by hand: chunks of a prompt, then decodes."""
     run = simulated("tokenlake", asks([(0, list(range(20)), 512, 30)]), N=1)
     ttft, tbt = run.latency(0)
     alone = run.roofline.alone(run.lines[0], 64)
@@ -5858,12 +5858,12 @@ def test_simulated_fleets_serve_everything(policy, monkeypatch):
                           5 + i % 40) for i in range(120)])
     run = simulated(policy, load(), slots=40)
     summary = run.summary()
-    assert summary["requests"] == 120 and 0.1 < summary["hit_rate"] < 0.5
+    assert summary["completed"] == 120 and 0.1 < summary["hit_rate"] < 0.5
     assert {len(x) for x in run.times.values()} == {5 + i for i in range(40)}
     assert all(b > a for x in run.times.values() for a, b in zip(x, x[1:]))
     monkeypatch.setattr(simulate, "REUSE", 0)
     exact = simulated(policy, load(), slots=40).summary()
-    assert summary["duration_s"] == pytest.approx(exact["duration_s"], rel=0.02)
+    assert summary["duration"] == pytest.approx(exact["duration"], rel=0.02)
     lines = asks([(0, [1, 2, 3], 512, 4), (0, list(range(100, 160)), 512, 4)])
     run = simulated(policy, lines, slots=40)
     assert len(run.times) == (2 if "lake" in policy else 1)
@@ -6087,7 +6087,7 @@ def test_comparison_finds_goodput_and_draws(tmp_path):
     for found in result.values():
         assert found["p90_goodput"].keys() >= {"mean", "spread"} and 0 <= found["hit_rate"] <= 1
         assert [x["rate"] for x in found["curve"]] == [5, 50] and found["cache_load_cv"] >= 0
-        assert all({"slo_attainment", "normalised_ttft", "tbt_ms", "hit_rate"} <= x.keys()
+        assert all({"slo_attainment", "normalised_ttft", "mean_tpot_ms", "hit_rate"} <= x.keys()
                    for x in found["curve"])
         if found["p90_goodput"]["mean"] > 50:
             assert found["curve"][1]["slo_attainment"] >= 0.9

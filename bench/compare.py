@@ -8,7 +8,7 @@ The first simulates: per policy it finds the P90 goodput, the highest rate of re
 of them keep their SLO (simulate.py), by bisection, then runs all policies at the same rates. It
 prints a table. With `--output DIR` it writes compare.json and figures: latency.svg (attainment and
 latency over rate), balance.svg (cache reads per instance over time), and with `--capacities`
-capacity.svg. A request of which TTFT or TBT is not kept, and one that is refused as too long, has
+capacity.svg. A request of which TTFT or TPOT is not kept, and one that is refused as too long, has
 missed.
 
 What it measures it writes to DIR/measured.jsonl as it is found. So nothing is lost when it is
@@ -65,7 +65,7 @@ LOWEST = 1 / 256  # requests/s that are tried
 HIGHEST = 4096.0
 # Rates of the curves, times the best goodput.
 RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
-POINT_KEYS = "slo_attainment refused normalised_ttft tbt_ms hit_rate cache_load_cv".split()
+POINT_KEYS = "slo_attainment refused normalised_ttft mean_tpot_ms hit_rate cache_load_cv".split()
 SEGMENT = 8  # tokens, on real ranks; so are the blocks of their traces
 IN_FLIGHT = 4  # requests for each of them
 MEASURED = "measured.jsonl"
@@ -355,7 +355,7 @@ def describe(config: dict) -> str:
         seeds = f"Means of seeds {config['seed']} to {last_seed}"
     return (
         f"P90 goodput: the highest rate at which 90 % of requests keep their SLO, TTFT and mean "
-        f"TBT at most {sim.SLO} times\n"
+        f"TPOT at most {sim.SLO} times\n"
         "those of the request alone; spread: between seeds. CV: of the cache reads of instances, "
         f"in 10 s. {seeds}.\n"
         f"Simulated: {Path(config['workload']).stem}, {config['num_requests']:,} requests; "
@@ -379,7 +379,7 @@ def show(result: dict) -> str:
     curve = next(iter(policies.values()))["curve"]
     middle = len(curve) // 2
     low, high = (f"at {curve[i]['rate']:.3g} requests/s:" for i in (0, middle))
-    names = "goodput spread TTFT TTFT TBT hits CV refused".split()
+    names = "goodput spread TTFT TTFT TPOT hits CV refused".split()
     units = "requests/s requests/s ms/token ms/token ms % reads %".split()
     table = [
         describe(result["config"]),
@@ -397,7 +397,7 @@ def show(result: dict) -> str:
             cell(goodputs["spread"], ".3g"),
             cell(at_lowest["normalised_ttft"], ".4f"),
             cell(at_middle["normalised_ttft"], ".4f"),
-            cell(at_middle["tbt_ms"], ".1f"),
+            cell(at_middle["mean_tpot_ms"], ".1f"),
             cell(at_middle["hit_rate"], ".1%").rstrip("%"),
             cell(at_middle["cache_load_cv"], ".3f"),
             cell(at_middle["refused"], ".1%").rstrip("%"),
@@ -487,7 +487,7 @@ def draw_latency(plt, policies: dict):
     """Attainment and latency over rate."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
     attainment, ttft, tbt = axes
-    for axis, key in zip(axes, ("slo_attainment", "normalised_ttft", "tbt_ms")):
+    for axis, key in zip(axes, ("slo_attainment", "normalised_ttft", "mean_tpot_ms")):
         plot_curves(axis, policies, "curve", "rate", key)
         axis.set_xlabel("requests/s")
     attainment.set_ylabel("share of requests that keep the SLO")
@@ -685,7 +685,7 @@ class RealRun:
         return dict(
             policy=self.policy,
             requests=len(requests),
-            iterations=len(self.reads),
+            rounds=len(self.reads),  # an iteration of every lake
             computed_tokens=sum(s.counters["computed_tokens"] for s in schedulers),
             preemptions=sum(s.counters["preemptions"] for s in schedulers),
             verified=len(verdict.recomputed) - len(verdict.wrong),
@@ -733,7 +733,7 @@ def real(options) -> int:
 
 def describe_real(options, ranks: int, num_requests: int) -> str:
     """What is measured, on what, with which settings: the lines above the table."""
-    scale = TRACE_BLOCK // SEGMENT
+    scale = BLOCK // SEGMENT
     return (
         f"Every policy serves the same requests on {ranks} real ranks, one policy after another, "
         "and every token is compared\nwith recomputation without a cache. "
@@ -748,7 +748,7 @@ def describe_real(options, ranks: int, num_requests: int) -> str:
 MOVED = "query put replica pull".split()
 REAL_HEADER = (
     f"{'policy':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
-    f"{'iterations':>10} {'queries':>8} {'new KV':>8} {'replicas':>8} {'pulled':>8}\n"
+    f"{'rounds':>10} {'queries':>8} {'new KV':>8} {'replicas':>8} {'pulled':>8}\n"
     f"{'':>10} {'requests':>9} {'%':>6} {'reads':>5} {'tokens':>9} {'segments':>8} "
     f"{'':>10} {'MB moved':>8} {'MB moved':>8} {'MB moved':>8} {'MB moved':>8}"
 )
@@ -761,7 +761,7 @@ def show_real(result: dict) -> str:
         f"{result['policy']:>10} {result['verified']:>5}/{result['requests']:<3} "
         f"{100 * result['hit_rate']:>6.1f} {result['cache_load_cv']:>5.2f} "
         f"{result['computed_tokens']:>9,} {result['evictions']:>8,} "
-        f"{result['iterations']:>10,} {query:>8,.1f} {put:>8,.1f} {replica:>8,.1f} {pull:>8,.1f}"
+        f"{result['rounds']:>10,} {query:>8,.1f} {put:>8,.1f} {replica:>8,.1f} {pull:>8,.1f}"
     )
 
 

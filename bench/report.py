@@ -255,13 +255,13 @@ def schedulers_table(record: dict) -> str:
         if rate:
             label += f", {rate:g} requests/s"
         for row in group:
-            ttft = short(row["ttft_ms"] / 1e3, 2)
-            tbt = short(row["tbt_ms"], 2)
+            ttft = short(row["mean_ttft_ms"] / 1e3, 2)
+            tbt = short(row["mean_tpot_ms"], 2)
             idle = percent(row["idle_fraction"])
-            duration = f"{row['duration_s']:.1f}"
+            duration = f"{row['duration']:.1f}"
             rows.append([label, row["scheduler"], duration, ttft, tbt, idle])
             label = ""
-    head = "load, scheduler, makespan s, mean TTFT s, mean TBT ms, idle"
+    head = "load, scheduler, duration s, mean TTFT s, mean TPOT ms, idle"
     return markdown(head.split(", "), rows)
 
 
@@ -291,7 +291,7 @@ def loogle_table(record: dict) -> str:
                 goodput(entry),
                 short(relaxed["normalised_ttft"]),
                 short(busy["normalised_ttft"]),
-                short(busy["tbt_ms"], 2),
+                short(busy["mean_tpot_ms"], 2),
                 f"{busy['cache_load_cv']:.2f}",
                 percent(busy["hit_rate"]),
             ]
@@ -301,7 +301,7 @@ def loogle_table(record: dict) -> str:
         "P90 goodput, requests/s",
         "TTFT at 1 request/s, ms per token",
         "at 4 requests/s: TTFT",
-        "TBT ms",
+        "TPOT ms",
         "CV of cache reads",
         "hit rate",
     ]
@@ -373,8 +373,8 @@ def lakes_table(*records: dict) -> str:
                 option(record, "--policy"),
                 option(record, "--rate"),
                 f"{100 * summary['slo_attainment']:.1f} %",
-                short(summary["ttft_ms"], 2),
-                short(summary["tbt_ms"], 2),
+                short(summary["mean_ttft_ms"], 2),
+                short(summary["mean_tpot_ms"], 2),
                 percent(summary["hit_rate"]),
                 f"{summary['cache_load_cv']:.2f}",
                 short(summary["plan_ms_median"], 2),
@@ -382,7 +382,7 @@ def lakes_table(*records: dict) -> str:
                 percent(summary["idle_fraction"]),
             ]
         )
-    head = "instances, policy, requests/s, keep the SLO, TTFT ms, TBT ms, hits, CV, "
+    head = "instances, policy, requests/s, keep the SLO, TTFT ms, TPOT ms, hits, CV, "
     head += "planning ms, MiB sent, idle"
     return markdown(head.split(", "), rows)
 

@@ -106,7 +106,7 @@ DEFAULT_LOAD = "loogle"
 RATE = number(float, 1e-6, 1e6)
 TOKENS = number(int, 1, 2**40)
 MOST_TOKENS = 2**30  # of a request, whose chunks are listed
-SLO = 10  # TTFT per input token and TBT, times those of a request served alone
+SLO = 10  # TTFT per input token and TPOT, times those of a request served alone
 
 
 class Roofline:
@@ -158,7 +158,7 @@ class Roofline:
         return ALPHA + self.token_bytes * tokens / self.link
 
     def alone(self, line, chunk: int = 1024) -> tuple[float, float]:
-        """TTFT and TBT of a request on an idle instance, without cache."""
+        """TTFT and TPOT of a request on an idle instance, without cache."""
         prompt = line.input_length
         start = np.arange(0, prompt, chunk)
         rows = np.minimum(prompt - start, chunk)
@@ -245,7 +245,7 @@ class Simulation:
         self.reuses_left = [0] * len(fleet.lakes)  # see `steady`
         # By request id.
         self.arrived = {}
-        self.allowed = {}  # [2] TTFT and TBT that keep the SLO
+        self.allowed = {}  # [2] TTFT and TPOT that keep the SLO
         self.times = {}  # a list: of its tokens
         self.missed = set()  # who has missed the SLO
         self.deadlines = []  # heap of (time, request id): when a first token is due
@@ -419,7 +419,7 @@ class Simulation:
     # Results.
 
     def latency(self, index: int) -> tuple[float, float]:
-        """TTFT and mean TBT, in seconds."""
+        """TTFT and mean TPOT, in seconds."""
         times = self.times[index]
         first = times[0]
         gaps = max(1, len(times) - 1)
@@ -522,7 +522,7 @@ def most_slots(lines, C: int) -> int:
     return 2 * sum(-(-line.total // C) for line in lines) + 4096
 
 
-def allowed_tbt(lines, roofline: Roofline) -> float:
+def allowed_tpot(lines, roofline: Roofline) -> float:
     """ms between tokens with which 99 of 100 requests keep their SLO."""
     allowed = [SLO * 1e3 * roofline.alone(line)[1] for line in lines]
     return np.percentile(allowed, 1)
@@ -553,7 +553,7 @@ def simulate(
         max_batch=options.max_batch // N,
     )
     roofline = Roofline(model, options.hardware, options.tp)
-    slo = options.tbt_slo_ms or allowed_tbt(lines, roofline)
+    slo = options.tbt_slo_ms or allowed_tpot(lines, roofline)
     fleet = make_fleet(
         policy or options.policy, N, model, config, slo, dtype=torch.bfloat16
     )
