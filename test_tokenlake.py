@@ -5347,6 +5347,7 @@ def test_ranges():
 sys.path.insert(0, str(HERE / "bench"))
 import baselines  # noqa: E402
 import compare  # noqa: E402
+import drawing  # noqa: E402
 import golden_plans  # noqa: E402
 import gpu as gpu_module  # noqa: E402
 import kernel_speed  # noqa: E402
@@ -6208,8 +6209,8 @@ def test_figures_say_what_they_show():
     pytest.importorskip("matplotlib")
     record = report.read_records()["loogle"]
     policies = record["result"][0]["policies"]
-    plt = compare.pyplot()
-    balance = compare.draw_balance(plt, policies)
+    plt = drawing.pyplot()
+    balance = drawing.draw_balance(plt, policies)
     rows = [line.split("|") for line in report.loogle_table(record).splitlines()[2:]]
     titles = {f"{row[1].strip()}: CV {row[6].strip()}" for row in rows}
     assert {axis.get_title() for axis in balance.axes} == titles
@@ -6217,7 +6218,7 @@ def test_figures_say_what_they_show():
     assert [text.get_text() for text in legend.get_texts()] == ["0", "1", "2", "3"]
     lines = balance.axes[0].lines
     assert len({line.get_linestyle() for line in lines}) == len(lines) == 4
-    latency = compare.draw_latency(plt, policies)
+    latency = drawing.draw_latency(plt, policies)
     assert [text.get_text() for text in latency.axes[0].texts] == ["goal: 0.9"]
     legend, = latency.legends
     assert [text.get_text() for text in legend.get_texts()] == list(policies)
@@ -6225,7 +6226,7 @@ def test_figures_say_what_they_show():
     assert len(shapes) == len(policies)
     for name in ("latency", "balance"):
         drawn = (report.FIGURES / f"{name}.svg").read_text()
-        assert compare.INK in drawn and "fill: #ffffff" not in drawn
+        assert drawing.INK in drawn and "fill: #ffffff" not in drawn
     plt.close("all")
 
 

@@ -34,31 +34,22 @@ from pathlib import Path
 from threading import Thread
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import simulate as sim  # noqa: E402
-from balancer import variation  # noqa: E402
 from baselines import make_fleet  # noqa: E402
-from engine import Engine  # noqa: E402
-from model import Llama, LlamaConfig, Sampler, random_weights, shown  # noqa: E402
-from cluster import Cluster, LakeError  # noqa: E402
-from pool import (  # noqa: E402
-    PUT,
-    InstanceMoves,
-    LakeConfig,
-    Moves,
-)
+from cluster import LakeError  # noqa: E402
+from drawing import cell, draw, name_fleet  # noqa: E402
+from model import shown  # noqa: E402
 from options import number, run_main, warn  # noqa: E402
+from pool import LakeConfig  # noqa: E402
 from provenance import describe_machine, digest_of_code  # noqa: E402
-from results import CV_WINDOW, sum_bytes  # noqa: E402
-from oracle import verify  # noqa: E402
-from run_cluster import PATH, Forgiving  # noqa: E402
-from traces import RandomTokens, TraceForm, read_trace  # noqa: E402
-from workloads import BLOCK, WORKLOADS, generate  # noqa: E402
+from real_ranks import real  # noqa: E402
+from run_cluster import PATH  # noqa: E402
+from workloads import WORKLOADS  # noqa: E402
 
 PRECISION = 0.04  # of a goodput
 LOWEST = 1 / 256  # requests/s that are tried
@@ -66,8 +57,6 @@ HIGHEST = 4096.0
 # Rates of the curves, times the best goodput.
 RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 POINT_KEYS = "slo_attainment refused normalised_ttft mean_tpot_ms hit_rate cache_load_cv".split()
-SEGMENT = 8  # tokens, on real ranks; so are the blocks of their traces
-IN_FLIGHT = 4  # requests for each of them
 MEASURED = "measured.jsonl"
 MEASURING = {  # what, in the words of its progress
     "goodput": "searches for a goodput",
@@ -368,11 +357,6 @@ def describe(config: dict) -> str:
     )
 
 
-def name_fleet(config: dict) -> str:
-    hardware = config["hardware"].upper()
-    return f"{config['instances']} instances of {config['tp']} {hardware}, {config['model']}"
-
-
 def show(result: dict) -> str:
     """A table of what was found, at the lowest and the middle rate of the curve."""
     policies = result["policies"]
@@ -415,354 +399,6 @@ def format_cells(cells: list[str]) -> str:
 def format_goodput(rate: float) -> str:
     """Where all may come at once and keep the SLO, no limit was found."""
     return "unlimited" if rate > HIGHEST / 4 else f"{rate:.3g}"
-
-
-def cell(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-# Figures.
-
-
-# A line each: colours of a middle tone, on white as on black, and a marker and a dash for who tells
-# no colours apart.
-COLOURS = "#2e86d1 #d5600f #1a9e74 #b565a7 #a8861d #7f7f7f".split()
-MARKERS = "osDv^P"
-DASHES = "-", "--", "-.", ":"
-INK = "#787d85"  # of text and axes
-MOST_LINES = 8  # that a legend names
-
-
-def pyplot():
-    """Matplotlib, which is not required, to draw into files. There is no background, so that a page
-    may have any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    inked = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color"
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "figure.constrained_layout.use": True,
-            "figure.titlesize": "medium",
-            "axes.titlesize": "medium",
-            "legend.frameon": False,
-            "savefig.transparent": True,
-            "svg.hashsalt": "tokenlake",  # the same figure is the same file
-            **dict.fromkeys(inked.split(), INK),
-        }
-    )
-    return plt
-
-
-def draw(result: dict, folder: Path):
-    """The figures, after Figures 9 to 12 of the paper."""
-    plt = pyplot()
-    config = result["config"]
-    policies = result["policies"]
-    workload = Path(config["workload"]).stem
-    setting = f"{workload}, {config['num_requests']:,} requests, {name_fleet(config)}"
-    title = f"{setting}, {config['capacity_tokens']:,} tokens of cache"
-    seeds = "one seed" if config["seeds"] == 1 else f"mean of {config['seeds']} seeds"
-    save(draw_latency(plt, policies), f"{title}; {seeds}", folder / "latency.svg")
-    curve = next(iter(policies.values()))["curve"]
-    shown = f"lines: seed {config['seed']}; CV: {seeds}"
-    at_rate = f"{title}\nat {curve[len(curve) // 2]['rate']:g} requests/s; {shown}"
-    save(draw_balance(plt, policies), at_rate, folder / "balance.svg")
-    if any("capacities" in entry for entry in policies.values()):
-        save(draw_capacity(plt, policies), f"{setting}; {seeds}", folder / "capacity.svg")
-
-
-def save(figure, title: str, path: Path):
-    figure.suptitle(title)
-    figure.savefig(path, metadata={"Date": None})
-
-
-def draw_latency(plt, policies: dict):
-    """Attainment and latency over rate."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.9))
-    attainment, ttft, tbt = axes
-    for axis, key in zip(axes, ("slo_attainment", "normalised_ttft", "mean_tpot_ms")):
-        plot_curves(axis, policies, "curve", "rate", key)
-        axis.set_xlabel("requests/s")
-    attainment.set_ylabel("share of requests that keep the SLO")
-    attainment.axhline(0.9, color=INK, linestyle=(0, (1, 3)))
-    along_axis = attainment.get_yaxis_transform()
-    attainment.text(1, 0.89, "goal: 0.9", transform=along_axis, ha="right", va="top")
-    attainment.set_ylim(0, 1.03)
-    ttft.set_ylabel("TTFT, ms per input token")
-    ttft.set_yscale("log")
-    tbt.set_ylabel("time between tokens, ms")
-    add_legend(figure, attainment)
-    return figure
-
-
-def add_legend(figure, axis, title: str | None = None):
-    """Below all panels, of the lines in one of them."""
-    handles, labels = axis.get_legend_handles_labels()
-    place = "outside lower center"
-    figure.legend(handles, labels, loc=place, ncols=MOST_LINES, title=title)
-
-
-def draw_balance(plt, policies: dict):
-    """Cache reads per instance over time."""
-    columns = min(3, len(policies))
-    rows = -(-len(policies) // columns)
-    figsize = (4 * columns, 1.1 + 2.5 * rows)
-    figure, axes = plt.subplots(
-        rows, columns, squeeze=False, sharey=True, figsize=figsize
-    )
-    for axis in axes.ravel()[len(policies) :]:
-        axis.remove()
-    for axis, (policy, entry) in zip(axes.ravel(), policies.items()):
-        plot_reads(axis, np.array(entry["reads"]).T / 1e6)
-        middle = entry["curve"][len(entry["curve"]) // 2]
-        axis.set_title(f"{policy}: CV {cell(middle['cache_load_cv'], '.2f')}")
-        axis.set_xlabel("seconds")
-    for first in axes[:, 0]:
-        first.set_ylabel("million tokens of cache\nread in 10 s")
-    if len(axes[0][0].lines) <= MOST_LINES:
-        of_pd = " (of pd:PxD the first P compute prompts, the others decode)"
-        named = of_pd if any("pd:" in policy for policy in policies) else ""
-        add_legend(figure, axes[0][0], f"instances{named}")
-    return figure
-
-
-def plot_reads(axis, reads: np.ndarray):
-    """A line per instance. reads: [instances, windows of 10 s]"""
-    for instance, values in enumerate(reads):
-        axis.plot(
-            np.arange(len(values)) * 10,
-            values,
-            color=COLOURS[instance % len(COLOURS)],
-            linestyle=DASHES[instance % len(DASHES)],
-            linewidth=1.4,
-            label=str(instance),
-        )
-
-
-def draw_capacity(plt, policies: dict):
-    """Hits and goodput over capacity."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.9))
-    hits, goodputs = axes
-    for axis, key in zip(axes, ("hit_rate", "p90_goodput")):
-        plot_curves(axis, policies, "capacities", "capacity_tokens", key, x_unit=1e3)
-        axis.set(xlabel="cache, thousand tokens", ylim=(0, None))
-    hits.set_ylabel("hit rate")
-    goodputs.set_ylabel("P90 goodput, requests/s")
-    add_legend(figure, hits)
-    return figure
-
-
-def plot_curves(axis, policies: dict, curve: str, x: str, y: str, x_unit: float = 1):
-    """A line per policy; dotted, with hollow markers, in its colour what serves in order of
-    arrival."""
-    families = []
-    for policy, entry in policies.items():
-        family = policy.removesuffix(":fcfs")
-        if family not in families:
-            families.append(family)
-        number = families.index(family)
-        points = [p for p in entry[curve] if p[y] is not None]
-        axis.plot(
-            [p[x] / x_unit for p in points],
-            [p[y] for p in points],
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5,
-            fillstyle="full" if policy == family else "none",
-            linestyle="-" if policy == family else ":",
-            label=policy,
-        )
-
-
-# On real ranks.
-
-
-class RealRun:
-    """A fleet on real ranks: every lake steps in turn, on every rank, and transfers are moves."""
-    def __init__(
-        self, policy: str, cluster: Cluster, group, model: Llama, config: LakeConfig
-    ):
-        self.cluster = cluster
-        self.policy = policy
-        self.model = model
-        self.fleet = make_fleet(
-            policy,
-            cluster.size,
-            model.config,
-            config,
-            cluster=cluster,
-            dtype=model.dtype,
-        )
-        self.engines = [
-            Engine(cluster, lake, scheduler, model, Sampler())
-            for lake, scheduler in zip(self.fleet.lakes, self.fleet.schedulers)
-        ]
-        # A request may have rows in several lakes: who has done what is counted together.
-        for engine in self.engines:
-            engine.computed = self.engines[0].computed
-            engine.sampled = self.engines[0].sampled
-        self.pool = next(lake.pool for lake in self.fleet.lakes if lake.pool)
-        if self.pool.move_group is None:  # a lake of one has no group of its own
-            self.pool.move_group = group[0]
-        self.reads = []  # per iteration: [ranks] tokens of cache
-
-    def carry(self, transfers):
-        """Moves the KV, layer by layer, and tells the fleet."""
-        while transfers:
-            transfer = transfers.pop(0)
-            leave, arrive, length = transfer.spans(SEGMENT)
-            moves = Moves.of(
-                (PUT, transfer.source, leave, transfer.target, arrive, length)
-            )
-            own_moves = InstanceMoves(
-                moves, self.cluster.size, self.cluster.rank, self.pool.device
-            )
-            for layer in range(len(self.pool.slabs)):
-                wait = self.pool.move(layer, own_moves)
-                wait()
-            self.fleet.landed(transfer)
-            for i in range(len(self.engines)):
-                transfers += self.fleet.advance(i)
-
-    def check_room(self, lines):
-        """Raises ValueError for a request that no lake has room for."""
-        lake = self.fleet.lakes[0]
-        room = len(lake.instances) * lake.balancer.slots * SEGMENT
-        longest = max(line.total for line in lines)
-        if longest > room:
-            raise ValueError(
-                f"--slots: a request has {longest} tokens, {room} fit into a lake"
-            )
-
-    def serve(self, lines, at_once: int) -> dict:
-        """All lines, `at_once` of them in flight. Collective; the report is the same everywhere."""
-        self.check_room(lines)
-        waiting = list(lines)
-        tokens = RandomTokens(self.model.config.vocab_size, SEGMENT, 0)
-        requests = []
-        in_flight = 0
-        while waiting or in_flight:
-            while waiting and in_flight < at_once:
-                line = waiting.pop(0)
-                request = line.arrive(tokens)
-                requests.append(request)
-                in_flight += 1
-                self.carry(self.fleet.arrive(request))
-            in_flight -= self.step()
-        return self.report(requests)
-
-    def step(self) -> int:
-        """An iteration of every lake that has requests; returns how many of these ended."""
-        num_ended = 0
-        reads = np.zeros(self.cluster.size)
-        for i, engine in enumerate(self.engines):
-            if engine.scheduler.waiting or engine.scheduler.running:
-                before = sum(engine.reads)
-                _, ended = engine.step()
-                num_ended += len(ended)
-                reads[engine.lake.instances] += sum(engine.reads) - before
-                self.carry(self.fleet.advance(i))
-        self.reads.append(reads)
-        return num_ended
-
-    def reads_by_window(self) -> list:
-        """As Engine.reads has them: here an iteration is one of every lake."""
-        first_iterations = range(0, len(self.reads), CV_WINDOW)
-        return [sum(self.reads[first : first + CV_WINDOW]) for first in first_iterations]
-
-    def report(self, requests) -> dict:
-        """What real.json says. Collective."""
-        verdict = verify(self.engines[0], requests, lambda n: None)
-        schedulers = self.fleet.schedulers
-        prompts = sum(request.num_prompt for request in requests)
-        return dict(
-            policy=self.policy,
-            requests=len(requests),
-            rounds=len(self.reads),  # an iteration of every lake
-            computed_tokens=sum(s.counters["computed_tokens"] for s in schedulers),
-            preemptions=sum(s.counters["preemptions"] for s in schedulers),
-            verified=len(verdict.recomputed) - len(verdict.wrong),
-            hit_rate=sum(self.fleet.cached_tokens.values()) / prompts,
-            cache_load_cv=variation(self.reads_by_window()),
-            moved_bytes=sum_bytes(self.cluster, self.pool),
-            evictions=sum(lake.balancer.evictions for lake in self.fleet.lakes),
-        )
-
-
-def real(options) -> int:
-    """Every policy on these ranks. Returns 0 if all tokens are right."""
-    cluster = Cluster().connect()
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // cluster.local_size))
-    try:
-        config = LlamaConfig()
-        weights = random_weights(config, options.seed, torch.float32, "cpu")
-        model = Llama(config, weights)
-        ranks = list(range(cluster.size))
-        group = cluster.new_groups(ranks, torch.device("cpu"), 1)
-        lake_config = LakeConfig(SEGMENT, options.slots, chunk_tokens=64, max_batch=8)
-        trace = generate(options.workload, options.num_requests, 1.0, options.seed)
-        trace = [json.dumps(line) for line in trace]
-        out = Forgiving(sys.stdout)  # all ranks go on, also if nobody reads what one says
-        if cluster.rank == 0 and not options.json:
-            heading = describe_real(options, cluster.size, len(trace))
-            print(f"{heading}\n\n{REAL_HEADER}", file=out, flush=True)
-        results = []
-        for policy in options.policies:
-            run = RealRun(policy, cluster, group, model, lake_config)
-            form = TraceForm(scale=BLOCK // SEGMENT)
-            lines = read_trace(trace, options.workload, form)
-            results.append(run.serve(lines, IN_FLIGHT * cluster.size))
-            if cluster.rank == 0:
-                row = json.dumps(results[-1]) if options.json else show_real(results[-1])
-                print(row, file=out, flush=True)
-        if cluster.rank == 0 and options.output:
-            write_json(options.output / "real.json", results)
-    finally:
-        cluster.close()
-    wrong = [result for result in results if result["verified"] < result["requests"]]
-    return 1 if wrong else 0
-
-
-def describe_real(options, ranks: int, num_requests: int) -> str:
-    """What is measured, on what, with which settings: the lines above the table."""
-    scale = BLOCK // SEGMENT
-    return (
-        f"Every policy serves the same requests on {ranks} real ranks, one policy after another, "
-        "and every token is compared\nwith recomputation without a cache. "
-        f"{options.workload}, its lengths divided by {scale}: {num_requests} requests, seed "
-        f"{options.seed}, {IN_FLIGHT * ranks} at once;\nthe built-in model in float32, "
-        f"{options.slots} segments of {SEGMENT} tokens a rank. Run on {describe_machine()}:\n"
-        "ranks share its cores, so times would mean little, and none is shown. "
-        f"CV: of the cache reads of ranks, within {CV_WINDOW} iterations."
-    )
-
-
-MOVED = "query put replica pull".split()
-REAL_HEADER = (
-    f"{'policy':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
-    f"{'rounds':>10} {'queries':>8} {'new KV':>8} {'replicas':>8} {'pulled':>8}\n"
-    f"{'':>10} {'requests':>9} {'%':>6} {'reads':>5} {'tokens':>9} {'segments':>8} "
-    f"{'':>10} {'MB moved':>8} {'MB moved':>8} {'MB moved':>8} {'MB moved':>8}"
-)
-
-
-def show_real(result: dict) -> str:
-    """A row of the table."""
-    query, put, replica, pull = (result["moved_bytes"][kind] / 1e6 for kind in MOVED)
-    return (
-        f"{result['policy']:>10} {result['verified']:>5}/{result['requests']:<3} "
-        f"{100 * result['hit_rate']:>6.1f} {result['cache_load_cv']:>5.2f} "
-        f"{result['computed_tokens']:>9,} {result['evictions']:>8,} "
-        f"{result['rounds']:>10,} {query:>8,.1f} {put:>8,.1f} {replica:>8,.1f} {pull:>8,.1f}"
-    )
 
 
 # The command line.

@@ -27,6 +27,7 @@ from options import (  # noqa: E402
     add_trace_form,
     check_segments,
     file_name,
+    run_main,
     trace_form,
     warn,
     wording,
@@ -198,7 +199,7 @@ def show(result: dict, options, num_requests: int) -> str:
     return "\n".join(rows)
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str]):
     parser = make_parser()
     options = parser.parse_args(arguments)
     N = options.instances
@@ -221,4 +222,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -36,6 +36,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import compare  # noqa: E402
+import drawing  # noqa: E402
+import real_ranks  # noqa: E402
 import provenance  # noqa: E402
 from model import cut  # noqa: E402
 from options import Parser, file_name, run_main  # noqa: E402
@@ -388,8 +390,8 @@ def lakes_table(*records: dict) -> str:
 
 
 def real_table(record: dict) -> str:
-    rows = map(compare.show_real, record["result"])
-    return "\n".join(["```", compare.REAL_HEADER, *rows, "```"])
+    rows = map(real_ranks.show_real, record["result"])
+    return "\n".join(["```", real_ranks.REAL_HEADER, *rows, "```"])
 
 
 def peers_table(record: dict) -> str:
@@ -490,7 +492,7 @@ def draw_figures(records: dict):
     if "loogle" not in records:
         return
     try:
-        compare.draw(records["loogle"]["result"][0], FIGURES)
+        drawing.draw(records["loogle"]["result"][0], FIGURES)
     except ModuleNotFoundError:
         print("no figures without Matplotlib (pip install matplotlib)", file=sys.stderr)
 

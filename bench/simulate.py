@@ -47,6 +47,7 @@ from options import (  # noqa: E402
     check_segments,
     file_name,
     number,
+    run_main,
     trace_form,
     warn,
 )
@@ -794,6 +795,8 @@ def main(arguments: list[str]) -> int:
             table(options)
         else:
             own = "at 1/s" if options.workload in WORKLOADS else "at its own times"
+            # A wrong policy is refused before anything is said.
+            make_fleet(options.policy, options.instances, MODELS["tiny"], LakeConfig())
             rate = f"at {options.rate:g}/s" if options.rate else own
             setting = f"{header(options)} of {options.workload} {rate}, {options.policy}"
             print(setting, file=sys.stderr, flush=True)
@@ -805,4 +808,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

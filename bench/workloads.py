@@ -30,7 +30,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from options import Parser, number  # noqa: E402
+from options import Parser, number, run_main  # noqa: E402
 from traces import TraceForm  # noqa: E402
 
 BLOCK = TraceForm().block  # tokens of a hash id
@@ -184,4 +184,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)
