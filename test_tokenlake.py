@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -6834,3 +6836,144 @@ def test_the_control_plane_equals_a_naive_model_for_long(monkeypatch, tmp_path):
     happened = sum((take_random_steps(monkeypatch, tmp_path, seed) for seed in range(100, 200)),
                    Counter())
     assert happened["steps"] >= 100_000 and happened["preemptions"] > happened["preempted"]
+
+
+# ── the README's commands ─────────────────────────────────────────────────────────────────────
+
+
+class Shown(NamedTuple):
+    """How a command of the README is tried: what stands in for it where it wants more than two
+    cores have, why, and what it says (a regular expression)."""
+    said: str
+    instead: str | None = None
+    why: str = ""
+    seconds: int = 60  # that it takes about; from 20 on it is slow
+
+
+SERVE = "torchrun --standalone --nproc-per-node="
+TINY = "run_cluster.py --model DIR --trace FILE.jsonl --trace-scale 256 --num-requests 20 --speed inf"
+REPLAY = "python balancer.py --trace FILE.jsonl --instances 8"
+VERIFIED = "equal recomputation without a cache, token for token"
+# By what the README shows, in its order.
+COMMANDS = {
+    "pip install -r requirements.txt && torchrun --standalone --nproc-per-node=4 run_cluster.py":
+        Shown(f"48/48 {VERIFIED}", seconds=120),
+    "pytest": Shown("7 passed", "pytest -k salt", "all of them run this one"),
+    "pytest -m slow": Shown("tests collected", "pytest -m slow --collect-only -q", "they take an hour"),
+    "pip install transformers": Shown("", None, "from the network", 0),
+    "python bench/workloads.py toolagent --num-requests 1000 --rate 4 > FILE.jsonl": Shown("^$", seconds=9),
+    f"{REPLAY} --placement hash --replicate-factor 0":
+        Shown(r"1,000 requests, planned on 8 .* homes by hash.*replicas_max +1 ", seconds=9),
+    f"{REPLAY} --placement hash": Shown(r"homes by hash.*replicas_max +8 ", seconds=9),
+    REPLAY: Shown(r"homes by stripe.*hit_rate +0\.7", seconds=9),
+    "python run_cluster.py": Shown(rf"1 on .*48/48 {VERIFIED}", seconds=9),
+    f"{SERVE}2 run_cluster.py --trace FILE.jsonl --trace-scale 64 --segment-tokens 8 "
+    "--num-requests 200 --speed inf --verify --output out": Shown(f"200/200 {VERIFIED}", seconds=30),
+    "grep -v ^torch requirements.txt | pip install -r /dev/stdin":
+        Shown("Would install|already satisfied", "grep -v ^torch requirements.txt | "
+              "pip install --dry-run -r /dev/stdin", "what is installed stays as it is"),
+    "hf download ORG/NAME --local-dir DIR": Shown("", None, "from the network", 0),
+    f"{SERVE}8 run_cluster.py --model DIR --trace FILE.jsonl":
+        Shown(r"2 on .*requests  20 in", f"{SERVE}2 {TINY}", "two ranks on CPUs, a tiny folder"),
+    "python bench/gpu.py": Shown("facts", "python bench/gpu.py facts", "a rehearsal takes two minutes"),
+    "torchrun --nproc-per-node=8 bench/gpu.py":
+        Shown(r"exchanges", "torchrun --standalone --nproc-per-node=2 bench/gpu.py", "two ranks on CPUs"),
+    "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+    "run_cluster.py --model DIR --trace FILE.jsonl":
+        Shown(r"2 on .*requests  20 in", " & ".join(
+            ["torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:PORT "
+             "--rdzv-id=PORT " + TINY] * 2) + "; wait", "two agents on one machine, a tiny folder"),
+    "python bench/workloads.py loogle --num-requests 200 --rate 1 > FILE.jsonl": Shown("^$", seconds=9),
+    "pip install tokenizers": Shown("", None, "from the network", 0),
+    f"{SERVE}4 --max-restarts=10 run_cluster.py --output out --resume":
+        Shown(f"48/48 {VERIFIED}", seconds=25),
+    "python bench/soak.py": Shown("200", "python bench/soak.py --num-requests 200 --kill-every 8",
+                                  "fewer requests", 90),
+    "python bench/golden_plans.py": Shown("320 scenes.*0 ", seconds=45),
+    "python bench/simulate.py --table --trace FILE.jsonl --model llama-3.1-8b --tp 1 --num-requests 200 "
+    "--capacity-tokens 1000000 --chunk-tokens 1024 --max-batch 128 --rate 4":
+        Shown(r"4 instances of 1 A100.*FILE +pd:3x1", "python bench/simulate.py --table --trace "
+              "FILE.jsonl --model llama-3.1-8b --tp 1 --num-requests 10 --capacity-tokens 1000000 "
+              "--chunk-tokens 1024 --max-batch 128 --rate 4", "fewer requests", 40),
+    "python bench/plan.py": Shown("with digest", seconds=30),
+    "python bench/compare.py --workload loogle --capacity-tokens 400000 --num-requests 1000 --rate 4 "
+    "--rates 1,2,3,4,5,6 --policies tokenlake,router,pd:1x3,pd:3x1,router:fcfs --seeds 3 --output DIR":
+        Shown(r"goodput.*router:fcfs", "python bench/compare.py --workload loogle --capacity-tokens "
+              "400000 --num-requests 20 --rate 4 --rates 1,2 --policies "
+              "tokenlake,router,pd:1x3,pd:3x1,router:fcfs --seeds 1 --output compared", "fewer requests", 60),
+    f"{SERVE}4 bench/compare.py --real --policies tokenlake,lakes:2x2,router,pd:1x3,pd:3x1":
+        Shown(r"tokenlake +80/80 .*pd:3x1 +80/80 ", seconds=60),
+    "python bench/report.py --measure NAME":
+        Shown("planning-unshared", "python bench/report.py --measure planning-unshared --again",
+              "the shortest", 40),
+    "python bench/report.py": Shown("of an earlier state|^$", seconds=20),
+    "python bench/simulate.py --policy lakes:8x32 --instances 256 --num-requests 10000 --rate 240 "
+    "--capacity-tokens 25600000 --max-batch 32768":
+        Shown('"slo_attainment": 1.0', "python bench/simulate.py --policy lakes:2x4 --instances 8 "
+              "--num-requests 100 --rate 8 --capacity-tokens 800000 --max-batch 1024", "fewer instances", 25),
+    "python bench/simulate.py --validate": Shown('"correlation"', seconds=25),
+    "python bench/peers.py": Shown("tokenlake, 1 rank", "python bench/peers.py --sharing on --ranks 1 "
+                                   "--rounds 1 --num-requests 4 --layers 1 --batch 2", "a small load", 60),
+    "python kernels.py": Shown("decode", seconds=25),
+    "python bench/kernel_speed.py": Shown("merge", seconds=25),
+    "python bench/host_time.py": Shown("decodes, one rank", seconds=25),
+}
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+PROGRAMS = "pip", "grep", "hf", "python", "pytest", "torchrun"
+
+
+def shown_commands() -> list[str]:
+    """Of the README: lines of its fenced blocks, and what stands in backticks, that begin with a
+    program; each once."""
+    text = (HERE / "README.md").read_text()
+    fenced = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    lines = fenced.replace("\\\n", "").splitlines()
+    lines += re.findall("`([^`]*)`", re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [" ".join(line.split()) for line in lines]
+    return list(dict.fromkeys(line for line in lines if line != "python" and line.split() and
+                              line.split()[0] in PROGRAMS))
+
+
+def test_all_commands_of_the_readme_are_tried():
+    assert sorted(shown_commands()) == sorted(COMMANDS)
+    assert all(shown.why for shown in COMMANDS.values() if shown.instead or not shown.seconds)
+
+
+@pytest.fixture(scope="module")
+def fresh_clone(tmp_path_factory):
+    """All files of the project as they are now, nothing that was made; a trace, and a tiny model."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = "git ls-files --cached --others --exclude-standard -z".split()
+    for name in subprocess.run(listed, cwd=HERE, stdout=subprocess.PIPE, check=True).stdout.split(b"\0")[:-1]:
+        target = folder / os.fsdecode(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / os.fsdecode(name), target)
+    lines = workloads.generate("toolagent", 1000, 4.0, 0)
+    (folder / "FILE.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_model(folder / "DIR", dict(vocab_size=512))
+    return folder
+
+
+@pytest.mark.parametrize("command", [
+    pytest.param(command, marks=[pytest.mark.slow] * (shown.seconds >= 20))
+    for command, shown in COMMANDS.items() if shown.seconds])
+def test_a_command_of_the_readme(fresh_clone, tmp_path, command):
+    """In a fresh clone, as it stands there or as the table says; the first one in an environment
+    where nothing is installed."""
+    shown = COMMANDS[command]
+    path = os.path.dirname(sys.executable)
+    if command.startswith("pip install -r"):
+        subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+        path = tmp_path / "bin"
+    shutil.rmtree(fresh_clone / "out", ignore_errors=True)
+    line = (shown.instead or command).replace("PORT", str(free_port()))
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", line], cwd=fresh_clone, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
+    assert done.returncode == 0, done.stdout
+    assert re.search(shown.said, done.stdout, re.DOTALL), done.stdout
