@@ -53,6 +53,7 @@ import traces
 import work as work_module
 from balancer import Balancer, PrefixTree, Request
 from kernels import merge, partial_attention
+import cluster as cluster_module
 from cluster import Cluster
 import oracle as oracle_module
 from model import Llama, LlamaConfig, Sampler, load_config, load_weights, random_weights
@@ -1740,6 +1741,42 @@ def test_bad_input_with_several_ranks_is_said_once(tmp_path):
         tmp_path, "--scheduler", "pd:3x2", ranks=3)
     refused(tmp_path, "--trace", tmp_path / "missing", ranks=3)
     assert "staging" in refused(tmp_path, "--max-batch", 99999999999, ranks=2)
+
+
+def test_a_profile_that_comes_too_late_is_told(tmp_path):
+    """The run is as ever, there is no file, and a line says why."""
+    served = serve(tmp_path, [dict(input_ids=tokens(9, 1), output_length=3)], "--profile", 500)
+    assert f"--profile 500 iterations are left out: the run ended after " in served.text
+    assert "3; nothing is written" in served.text and not list(tmp_path.glob("out*/profile*"))
+
+
+@pytest.mark.parametrize("version, said", [
+    ("2.10.1+cu128", "torch 2.10.1+cu128 is installed; 2.11 or later is expected"), ("1.13", "2.11 or"),
+    ("2.11.0a0+git123", None), ("2.13.0+cpu", None), ("3.0", None)])
+def test_an_old_torch_is_refused(monkeypatch, capsys, version, said):
+    """By one line of one rank, exit status 2, before what it lacks is missed."""
+    monkeypatch.setattr(sys, "argv", ["x/run_cluster.py"])
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        ending = pytest.raises(SystemExit, match="2") if said else contextlib.nullcontext()
+        with ending:
+            cluster_module.require_torch(version)
+        text = capsys.readouterr().err
+        assert text.startswith("run_cluster.py: ") and said in text if said and rank == "0" else not text
+
+
+MODULES = sorted(p.relative_to(HERE).as_posix() for p in [*HERE.glob("*.py"), *HERE.glob("bench/*.py")])
+PARTS = [name for name in MODULES if "print(__doc__)" in (HERE / name).read_text()]
+
+
+def test_parts_say_what_they_are():
+    """Who runs a module that is no program gets its lesson."""
+    assert len(PARTS) >= 12 and "traces.py" in PARTS
+    for name in MODULES:
+        assert "__main__" in (HERE / name).read_text() or name == "test_tokenlake.py", name
+    for name in random.Random(0).sample(PARTS, 3):
+        done = subprocess.run([sys.executable, HERE / name], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() in (HERE / name).read_text() and not done.stderr
 
 
 @pytest.mark.parametrize("after, expected", [([], 8), (["7"], 2)])
@@ -5275,6 +5312,26 @@ def watch_times(rank, seen):
     return observe
 
 
+def test_a_run_says_what_it_is(tmp_path):
+    """Before the first request, to whom reads the output; names may have line breaks."""
+    lines = [dict(input_ids=[1, 2], output_length=1)]
+    folder = save_model(tmp_path / "a\nb")
+    text = serve(tmp_path, lines, "--model", folder, "--slots", 7, "--segment-tokens", 4,
+                 "--max-batch", 3, ranks=2).text
+    config = load_config(folder)
+    ranks, model, pool_line, scheduler, trace, blank, *table = text.splitlines()
+    assert re.fullmatch(r"       ranks  2 on CPU, \d+ cores; exchanges by gloo", ranks)
+    assert model == (f"       model  {tmp_path}/a\\nb, its weights: 1 layers, 4 heads (2 of KV) of 8, "
+                     f"{config.num_parameters:,} parameters, float64")
+    assert pool_line == "        pool  14 slots (7 per rank), each a segment of 4 tokens: 56 tokens"
+    assert scheduler == ("   scheduler  auto: 16 prompt tokens per rank and iteration, "
+                         "3 requests at once")
+    assert re.fullmatch(r"       trace  /.*trace1.jsonl: 1 requests", trace) and blank == ""
+    assert table[0].startswith("    requests  1 in ")
+    alone = serve(tmp_path, lines, "--dtype", "float32").text.splitlines()
+    assert alone[0].endswith(" cores; no exchanges") and "built-in, random weights" in alone[1]
+
+
 def test_times_and_their_summary(tmp_path):
     """TTFT from arrival, TPOT over the tokens after the first, percentiles over requests; time begins
     with the first line."""
@@ -6863,7 +6920,7 @@ COMMANDS = {
     "pip install transformers": Shown("", None, "from the network", 0),
     "python bench/workloads.py toolagent --num-requests 1000 --rate 4 > FILE.jsonl": Shown("^$", seconds=9),
     f"{REPLAY} --placement hash --replicate-factor 0":
-        Shown(r"1,000 requests, planned on 8 .* homes by hash.*replicas_max +1 ", seconds=9),
+        Shown(r"1,000 requests, planned on 8 .*homes by hash.*replicas_max +1 ", seconds=9),
     f"{REPLAY} --placement hash": Shown(r"homes by hash.*replicas_max +8 ", seconds=9),
     REPLAY: Shown(r"homes by stripe.*hit_rate +0\.7", seconds=9),
     "python run_cluster.py": Shown(rf"1 on .*48/48 {VERIFIED}", seconds=9),

@@ -75,3 +75,7 @@ def describe_machine(device: str = "cpu") -> str:
         cores = f"{torch.cuda.get_device_name()}, {cores}"
     python, torch_version = facts["python"], facts["torch"]
     return f"{cores}, {facts['platform']}, Python {python}, torch {torch_version}"
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -201,3 +201,7 @@ def cut(items, size) -> list:
 
 def first_difference(answer, other) -> int:
     return next(i for i, pair in enumerate(zip(answer, other)) if pair[0] != pair[1])
+
+
+if __name__ == "__main__":
+    print(__doc__)
