@@ -9,23 +9,12 @@ import hashlib
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-
-
-def commit() -> str | None:
-    """For who reads the record. Changes that are not committed are a plus sign; None: no git."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def digest_of_code(program: Path) -> str:

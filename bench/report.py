@@ -41,6 +41,7 @@ import real_ranks  # noqa: E402
 import provenance  # noqa: E402
 from model import cut  # noqa: E402
 from options import Parser, file_name, run_main  # noqa: E402
+from results import commit  # noqa: E402
 
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
@@ -140,7 +141,7 @@ def measure(name: str, trace: str | None) -> dict:
         raise RuntimeError(f"{name}: exit status {done.returncode}: {last}")
     return dict(
         command=command_of(name),
-        commit=provenance.commit(),
+        commit=commit(),
         code=digest_of_code(name),
         machine=provenance.machine(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
