@@ -761,9 +761,7 @@ def validate(arguments: list[str]):
     return 0
 
 
-def main(arguments: list[str]) -> int:
-    if "--validate" in arguments:
-        return validate([x for x in arguments if x != "--validate"])
+def make_parser() -> Parser:
     command_line = parser("Simulate a fleet.")
     add = command_line.add_argument
     add(
@@ -787,6 +785,24 @@ def main(arguments: list[str]) -> int:
         help="fit it to this machine and compare; all other "
         "options are then those of run_cluster.py",
     )
+    return command_line
+
+
+def run_one(options):
+    """A simulation: its summary, and above that, for people, what it is of."""
+    # A wrong policy is refused before anything is said.
+    make_fleet(options.policy, options.instances, MODELS["tiny"], LakeConfig())
+    own = "at 1/s" if options.workload in WORKLOADS else "at its own times"
+    rate = f"at {options.rate:g}/s" if options.rate else own
+    said = f"{header(options)} of {options.workload} {rate}, {options.policy}"
+    print(said, file=sys.stderr, flush=True)
+    print(json.dumps(simulate(options).summary(), indent=1))
+
+
+def main(arguments: list[str]) -> int:
+    if "--validate" in arguments:
+        return validate([x for x in arguments if x != "--validate"])
+    command_line = make_parser()
     options = command_line.parse_args(arguments)
     try:
         choose_trace(options)
@@ -794,14 +810,9 @@ def main(arguments: list[str]) -> int:
         if options.table:
             table(options)
         else:
-            own = "at 1/s" if options.workload in WORKLOADS else "at its own times"
-            # A wrong policy is refused before anything is said.
-            make_fleet(options.policy, options.instances, MODELS["tiny"], LakeConfig())
-            rate = f"at {options.rate:g}/s" if options.rate else own
-            setting = f"{header(options)} of {options.workload} {rate}, {options.policy}"
-            print(setting, file=sys.stderr, flush=True)
-            summary = simulate(options).summary()
-            print(json.dumps(summary, indent=1))
+            run_one(options)
+    except BrokenPipeError:
+        raise  # see run_main
     except (OSError, ValueError) as error:
         command_line.refuse(error)
     return 0
