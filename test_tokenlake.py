@@ -6946,7 +6946,7 @@ COMMANDS = {
         Shown(f"48/48 {VERIFIED}", seconds=25),
     "python bench/soak.py": Shown("200", "python bench/soak.py --num-requests 200 --kill-every 8",
                                   "fewer requests", 90),
-    "python bench/golden_plans.py": Shown("320 scenes.*0 ", seconds=45),
+    "python bench/golden_plans.py": Shown("0 of 320 scenes are planned otherwise", seconds=45),
     "python bench/simulate.py --table --trace FILE.jsonl --model llama-3.1-8b --tp 1 --num-requests 200 "
     "--capacity-tokens 1000000 --chunk-tokens 1024 --max-batch 128 --rate 4":
         Shown(r"4 instances of 1 A100.*FILE +pd:3x1", "python bench/simulate.py --table --trace "
