@@ -72,6 +72,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FOREIGN = (".bin", ".gguf", ".pt", ".pth")  # weights that are not read
 LFS_POINTER = b"version https://git-lfs.github.com/"
+SURROGATE = re.compile("[\ud800-\udfff]")
 # organisation/model, as the hub names models.
 HUB_NAME = re.compile(r"\w[\w.-]{,95}/\w[\w.-]{,95}", re.ASCII)
 # Weights of no layer.
@@ -628,7 +629,8 @@ def require_known(folder, config, stored):
     for name, (file, key) in stored.items():
         # The head of a model with tied embeddings, and angles that are computed here.
         unused = name == HEAD or name.endswith("rotary_emb.inv_freq")
-        require(name in names or unused, file, f"{cut(key)} is not a tensor of a Llama")
+        said = f"{cut(key)} is not a tensor of a Llama of {config.num_layers} layers"
+        require(name in names or unused, file, said)
     missing = [name for name in names if name not in stored]
     if missing == [HEAD]:
         said = f"{HEAD} is missing, and {CONFIG} does not say tie_word_embeddings true"
@@ -817,6 +819,8 @@ class Text:
         """Token ids; with the special ones of a beginning where a session begins. Raises ValueError
         if there is no tokenizer."""
         self._tokenizer = self._tokenizer or self._load()
+        said = "prompt has half of a character (a surrogate); text is expected"
+        require(not SURROGATE.search(text), said)
         return self._tokenizer.encode(text, add_special_tokens=begins).ids
 
     def decode(self, ids: list[int]) -> str:

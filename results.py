@@ -60,9 +60,10 @@ class Results:
         self.is_rank_0 = cluster.rank == 0
         self.folder = folder if self.is_rank_0 else None
         self.totals = Totals()
-        self.earlier = (
-            {}
-        )  # EarlierAnswers by request id, of the run that this one goes on with
+        # EarlierAnswers by request id, of the run that this one goes on with.
+        self.earlier = {}
+        # What that run has said at its end, if it has served all.
+        self.earlier_summary = None
         self.error = None  # why nothing is written any more
         self._file = None
 
@@ -76,18 +77,27 @@ class Results:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)
             self._lock()
-            if (
-                not resuming
-            ):  # since that was asked first, another run may have begun and ended
+            if not resuming:
+                # Since that was asked first, another run may have begun and ended.
                 require_unused(self.folder)
             if resuming and path.stat().st_size:
                 self._require_same_basis(basis)
                 self._recover(path, lines)
-            # It says how the earlier run ended, not this one.
-            (self.folder / "summary.json").unlink(missing_ok=True)
+            if len(self.earlier) == len(lines):
+                self.earlier_summary = self._read_summary()
+            if self.earlier_summary is None:
+                # It says how the earlier run ended, not this one.
+                (self.folder / "summary.json").unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(f"--output {self.folder}: {error.strerror}") from None
         self.write_json("run.json", basis | {LAUNCH: launch_id()})
+
+    def _read_summary(self) -> dict | None:
+        """That of a run which has ended well."""
+        with contextlib.suppress(ValueError):
+            summary = read_json(self.folder / "summary.json")
+            if isinstance(summary, dict) and summary.get("status") == "completed":
+                return summary
 
     def _lock(self):
         """For as long as it is open: two runs would write a request twice."""
@@ -233,7 +243,8 @@ def require_unused(folder: Path):
 
 
 def answers_basis(options, lines, model, sums: dict) -> dict:
-    """What the answers of a run depend on. sums: checksums of the model's weights."""
+    """What the answers of a run, and their times, depend on. sums: checksums of the model's
+    weights."""
 
     def digest(value):
         return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
@@ -242,12 +253,12 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     fields = [*fields.split(), "input_ids", "hash_ids"]
     asked = [attrgetter(*fields)(line) for line in lines]
     follows = [line.previous and line.previous.index for line in lines]
-    names = "trace_scale", "trace_block", "seed", "temperature", "stop_at_eos"
+    names = "trace_scale", "trace_block", "seed", "temperature", "stop_at_eos", "speed"
     return {
         "number of requests": len(lines),
         "--dtype": dtype_name(model.dtype),
         "generator of noise": GENERATOR,
-        **{"--" + name.replace("_", "-"): getattr(options, name) for name in names},
+        **{"--" + name.replace("_", "-"): plain(getattr(options, name)) for name in names},
         # What depends on these comes last, so that they are named.
         "trace": digest((asked, follows)),
         "model": digest((model.config, sums)),
@@ -359,14 +370,14 @@ def summarise_config(server) -> dict:
         dtype=dtype_name(server.model.dtype),
     )
     del values["command"]
-    return {key: x if is_plain(x) else str(x) for key, x in values.items()}
+    return {key: plain(value) for key, value in values.items()}
 
 
-def is_plain(value) -> bool:
-    """Whether JSON has it."""
+def plain(value):
+    """As JSON has it; else as text."""
     if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, int)
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, int) else str(value)
 
 
 def summarise_environment(command: str) -> dict:
@@ -420,6 +431,15 @@ def summarise(server, outcome) -> dict:
     )
 
 
+def summarise_again(earlier: dict, summary: dict, outcome) -> dict:
+    """summary.json of a run that had nothing to serve: what the earlier one has measured stays, and
+    what this one has found of its answers is added."""
+    if earlier.keys() != summary.keys():  # of another version
+        return summary
+    found = summarise_verdict(outcome.verdict) if outcome.verdict else {}
+    return earlier | found | dict(status=outcome.status, error=outcome.error)
+
+
 def summarise_verdict(verdict) -> dict:
     """What verification found; null where it was not asked for, or is not finite."""
     names = "verified max_logit_gap max_logprob_error logprob_rounding differing_requests".split()
@@ -455,6 +475,8 @@ def format_header(server) -> str:
         scheduler=options.scheduler,
         trace=options.trace or "the demo",
         num_requests=len(server.lines),
+        span=max(line.timestamp for line in server.lines) / 1e3,
+        speed=describe_speed(options.speed),
     )
     # Names of files may have line breaks.
     return "\n".join(one_line(line.format(**values)) for line in HEADER)
@@ -469,11 +491,20 @@ HEADER = (
     "{lake.segment_tokens} tokens: {pool_tokens:,} tokens",
     "   scheduler  {scheduler}: {lake.chunk_tokens:,} prompt tokens per rank and iteration, "
     "{lake.max_batch:,} requests at once",
-    "       trace  {trace}: {num_requests:,} requests",
+    "       trace  {trace}: {num_requests:,} requests over {span:,.1f} s{speed}",
 )
+
+
+def describe_speed(speed: float) -> str:
+    """At which time goes, if that is another than the trace's."""
+    if math.isinf(speed):
+        return ", sent at once"
+    return "" if speed == 1 else f", {speed:g} times as fast"
+
+
 REPORT = """\
     requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
-    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens were in the pool when they came
+    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens were cached when their turn came
     computed  {computed_tokens:,} of {asked_tokens:,} prompt and fed-back answer tokens; the rest were hits
               ({recomputed_tokens:,} again, after preemption)
   cache load  {shares} of cache reads, by rank; coefficient of variation {cache_load_cv:.2f}
@@ -484,7 +515,8 @@ REPORT = """\
               ({puts_local:.1%} of new KV stayed where it was computed)
     pressure  {evictions:,} segments evicted, {preemptions:,} requests preempted"""
 RESUMED = "\n     resumed  {resumed} of them were there already"
-VERIFIED = "\n    verified  {verified}/{completed} "
+VERIFIED = "\n    verified  {verified}/{checked} "
+DIFFERENT = "; {different} DIFFER"
 EQUAL = "equal recomputation without a cache, token for token"
 NEAR = "are as near recomputation without a cache as rounding allows"
 LOGPROBS = "\n              log-probabilities differ by {max_logprob_error:.2g} at most, "
@@ -501,8 +533,10 @@ def format_report(summary: dict) -> str:
     """The report that ends a run, from its summary. What was not measured is a dash."""
     form = REPORT
     if summary["verified"] is not None:
-        form += VERIFIED + (EQUAL if summary["max_logit_gap"] == 0 else NEAR) + LOGPROBS
+        form += VERIFIED + (EQUAL if summary["max_logit_gap"] == 0 else NEAR)
+        form += (DIFFERENT if summary["differing_requests"] else "") + LOGPROBS
     reads = summary["cache_reads"]
+    different = len(summary["differing_requests"] or [])
     values = {key: np.nan if value is None else value for key, value in summary.items()}
     if summary["resumed"]:
         form += RESUMED
@@ -512,6 +546,8 @@ def format_report(summary: dict) -> str:
 
     text = form.format(
         **values,
+        different=different,
+        checked=(summary["verified"] or 0) + different,
         shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
         read=f"{values['kv_bytes_read'] / 1e6:,.1f}",
         moved=", ".join(

@@ -18,6 +18,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -60,10 +61,11 @@ from model import (
 from oracle import WIDER, verify
 from pool import LakeConfig, iteration_bytes
 from results import Outcome, Results, answers_basis, format_header, format_report
-from results import require_unused, resumes, sum_bytes, summarise
+from results import require_unused, resumes, sum_bytes, summarise, summarise_again
 from scheduler import Policy, Scheduler
 from tokenlake import TokenLake
 from traces import (
+    LONG_SEGMENTS,
     TIME_UNITS,
     RandomTokens,
     TraceForm,
@@ -76,6 +78,7 @@ from traces import (
 DTYPES = [dtype_name(dtype) for dtype in WIDER]
 # Bytes of a GPU for the contexts of CUDA, cuBLAS and NCCL, for each rank.
 GPU_RESERVE = 1 << 30
+FEW_TOKENS = 3  # in a block that stands for a hash id: of a vocabulary of 512 such ones are alike
 SHOWN_PAUSE = 2  # seconds without anything to do, from which on they are shown
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -128,7 +131,7 @@ CHOICES = None  # --help names them
 OPTIONS = {
     "what is served": [
         ("--trace", PATH, "FILE", None,
-         "a request per line, as JSON (README: Traces); default: a demo of chat sessions"),
+         "a request per line, as JSON (README: Traces and results); default: a demo of chat sessions"),
         ("--num-requests", COUNT, "K", None,
          "only the first K requests (the demo has 48)"),
         ("--trace-block", COUNT, "B", None,
@@ -137,9 +140,9 @@ OPTIONS = {
         ("--trace-time-unit", one_of(*TIME_UNITS), CHOICES, None,
          "of the trace's timestamps; default: ms"),
         ("--trace-scale", COUNT, "F", None,
-         "make a trace smaller: divide its lengths, and its blocks, by F"),
+         "make a trace smaller: divide its lengths by F, and its blocks, which F has to divide"),
         ("--speed", POSITIVE, "X", 1.0,
-         "requests come, and users think, X times faster; inf: all at once"),
+         "requests come, and users think, X times faster (1); inf: all at once"),
     ],
     "the model": [
         ("--model", PATH, "DIR", None,
@@ -194,7 +197,8 @@ OPTIONS = {
         ("--output", PATH, "DIR", None,
          "write requests.jsonl and summary.json there"),
         ("--resume", FLAG, None, False,
-         "go on with what --output holds, if it holds anything"),
+         "go on with what --output holds, if it holds anything: of the same trace, model, "
+         "--seed and the like"),
         ("--verify", SWITCH, None, None,
          "compute every answer again, without a cache, and compare; default: for the demo"),
         ("--timeout", SECONDS, "SECONDS", 300.0,
@@ -273,7 +277,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         said = f"--{name.replace('_', '-')} needs --trace FILE"
         require(options.trace or not getattr(options, name), said)
     form = trace_form(options)
-    options.trace_block = form.block
+    if options.trace:
+        options.trace_block = form.block
+        options.trace_time_unit = options.trace_time_unit or "ms"
     said = f"a divisor of {form.block} is expected (the tokens of a hash id)"
     require(form.block % form.scale == 0, f"--trace-scale: '{form.scale}': {said}")
     require(options.output or options.profile is None, "--profile needs --output DIR")
@@ -311,6 +317,7 @@ def prepare(options, cluster, device, memory):
     check_weights(options, config, dtype, device, cluster, memory)
     lake_config = size_lake(options, config, lines, dtype, device, cluster, memory)
     check_lines(lines, config, lake_config, cluster.size)
+    warn_of_long_segments(lines, options, lake_config.segment_tokens, cluster.rank)
     if options.model and not options.random_weights:
         weights = load_weights(options.model, config, dtype, device)
     else:
@@ -341,13 +348,13 @@ def read_lines(options, config, text, rank) -> list[TraceLine]:
     if not options.trace:
         demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
         return read_trace(demo, "demo")
+    form = trace_form(options)
+    warn_first = warn if rank == 0 else lambda said: None
+    if form.scaled_block < FEW_TOKENS:
+        said = f"some blocks of {form.scaled_block} tokens are equal by chance, and hit"
+        warn_first(f"--trace-scale {form.scale}: {said}")
     return open_trace(
-        "--trace",
-        options.trace,
-        trace_form(options),
-        options.num_requests,
-        warn if rank == 0 else lambda said: None,
-        text.encode,
+        "--trace", options.trace, form, options.num_requests, warn_first, text.encode
     )
 
 
@@ -430,6 +437,13 @@ def size_lake(options, config, lines, dtype, device, cluster, memory):
     return replace(lake_config, slots=slots)
 
 
+def warn_of_long_segments(lines, options, segment_tokens, rank):
+    block = trace_form(options).scaled_block
+    has_blocks = any(line.hash_ids is not None for line in lines)
+    if rank == 0 and has_blocks and segment_tokens > block:
+        warn(LONG_SEGMENTS.format(segment_tokens, block))
+
+
 def check_lines(lines, config, lake_config, num_ranks):
     """Raises ValueError for a token that is not in the vocabulary, and for a request that is longer
     than the model's positions or than the pool."""
@@ -440,7 +454,9 @@ def check_lines(lines, config, lake_config, num_ranks):
         require(highest < V, f"{line.where}: {said}")
     longest = max(lines, key=lambda line: line.total)
     said = f"prompt and answer are {longest.total} tokens, the model has {config.max_positions}"
-    said += " positions (--trace-scale makes a trace smaller)"
+    said += " positions"
+    if longest.input_ids is None:
+        said += " (--trace-scale makes a trace smaller)"
     require(longest.total <= config.max_positions, f"{longest.where}: {said}")
     # The last token takes no room: it is never fed to the model.
     needed = -(-(longest.total - 1) // lake_config.segment_tokens)
@@ -463,6 +479,8 @@ def profiler(file: Path, after, results):
         except OSError as error:
             results.error = f"{file}: {error.strerror}"
 
+    # It warns that nothing is left out before, which is meant.
+    warnings.filterwarnings("ignore", message="Profiler won't be using warmup")
     return torch.profiler.profile(
         with_stack=True,
         schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),
@@ -507,8 +525,6 @@ class Server:
         self.asked_tokens = 0  # of requests that have ended: see `summarise_pool`
         # By request id: rank 0's ns since the start, of its arrival and its tokens.
         self.times = {}
-        # By line: how many of its next turns have not been sent yet.
-        self.turns_to_come = [len(line.next_turns) for line in lines]
         self.arrivals = []  # a heap of (time, request id)
         self.pause_said = ""
         for line in lines:
@@ -567,7 +583,7 @@ class Server:
             self.times[index] = [due]
             line = self.lines[index]
             self.scheduler.add(line.arrive(self.tokens))
-            self._is_sent(line)
+            self._leave(line)
 
     def _recall(self, line, answer):
         """What an earlier run has finished: next turns and `verify` want its tokens."""
@@ -575,16 +591,13 @@ class Server:
             request = line.arrive(self.tokens)
             request.tokens += answer.output_ids
             request.logprobs += answer.output_logprobs
-        self._is_sent(line)
+        self._leave(line)
         self._end_turn(line, answer.ended_ns)
 
-    def _is_sent(self, line):
-        """Its predecessor's tokens are part of its prompt now."""
-        previous = line.previous
-        if previous:
-            self.turns_to_come[previous.index] -= 1
-            if self.turns_to_come[previous.index] == 0:
-                self._forget(previous)
+    def _leave(self, line):
+        """It is sent."""
+        if previous := line.leave():
+            self._forget(previous)
 
     def _finish(self, request) -> dict:
         """A request has ended: writes and returns its record."""
@@ -732,7 +745,9 @@ def set_up(arguments, cluster) -> "Server":
         options.plan_ahead = all(cluster.gather_objects(device.type == "cuda"))
     prepared = cluster.together(prepare, options, cluster, device, memory)
     lines, text, lake_config, model = prepared
-    made = vars(options), lines, lake_config, model.config, model.dtype
+    options_but_spelling = vars(options) | dict(command=None)
+    follows = [line.previous and line.previous.index for line in lines]
+    made = options_but_spelling, lines, follows, lake_config, model.config, model.dtype
     what = "options, another trace or another model"
     cluster.together(cluster.require_same, repr(made), what)
     # They are read for other ranks and for run.json; a large model takes seconds.
@@ -836,6 +851,8 @@ def verify_all(server, bar, outcome):
 def report(server, outcome):
     """summary.json, then the table. What can't be written is an error, too."""
     summary = summarise(server, outcome)
+    if earlier := server.results.earlier_summary:
+        summary = summarise_again(earlier, summary, outcome)
     unwritten = [server.results.error] if server.results.error else []
     if outcome.error and unwritten and unwritten[0] in outcome.error:
         unwritten = []

@@ -45,6 +45,12 @@ class TraceForm(NamedTuple):
         return self.block // self.scale
 
 
+LONG_SEGMENTS = (
+    "--segment-tokens {} is more than the trace's blocks of {} tokens have: of what prompts share, "
+    "only whole segments hit"
+)
+
+
 # ── what stands in for tokens ────────────────────────────────────────────────────────────────────
 
 
@@ -55,9 +61,11 @@ class RandomTokens:
         self.block = block
         self.seed = seed
 
-    def of_block(self, hash_id: int) -> list[int]:
-        # A generator is not seeded by a negative number: those count from 2**65, past all others.
-        return self._draw(hash_id % 2**65, self.block)
+    def of_block(self, hash_id: int, length: int) -> list[int]:
+        """The first tokens of a block: a prompt may end in it."""
+        # A generator is not seeded by a negative number: those count down from 2**65, where no
+        # positive one of 64 bits comes to.
+        return self._draw(hash_id % 2**65, length)
 
     def of_request(self, index: int, length: int) -> list[int]:
         """The prompt of a request that shares nothing, by its index: no hash id seeds it."""
@@ -82,9 +90,9 @@ class NumberedTokens:
         self.block_numbers = {}  # by hash id: any 64 bits, so blocks are numbered as they come
         self.next_own = FIRST_OF_REQUESTS
 
-    def of_block(self, hash_id: int) -> array:
+    def of_block(self, hash_id: int, length: int) -> array:
         number = self.block_numbers.setdefault(hash_id, len(self.block_numbers))
-        return self._count(FIRST_OF_BLOCKS + self.block * number, self.block)
+        return self._count(FIRST_OF_BLOCKS + self.block * number, length)
 
     def of_request(self, index: int, length: int) -> array:
         first = self.next_own
@@ -115,16 +123,19 @@ class TraceLine:
     salt: str
     timestamp: float  # ms since the first line's
     think_ms: float
-    input_length: int  # of a turn that continues another, an upper bound until it is sent
+    # Of a turn that continues another it is an upper bound: an answer may end early.
+    input_length: int
     output_length: int
     input_ids: list[int] | None = None  # its own; a turn's, behind all before
     hash_ids: list[int] | None = None
     next_turns: list["TraceLine"] = field(default_factory=list, repr=False)
-    request: Request | None = None  # from its arrival on
+    turns_to_come: int = field(default=0, repr=False)  # of these, that have not been sent yet
+    # From its arrival on, until nobody wants its tokens any more.
+    request: Request | None = field(default=None, repr=False)
 
     @property
     def total(self) -> int:
-        """Tokens of prompt and answer."""
+        """Tokens of prompt and answer, at most."""
         return self.input_length + self.output_length
 
     @property
@@ -137,17 +148,28 @@ class TraceLine:
         if self.input_ids is not None:
             prompt = [*(self.previous.request.tokens if self.previous else []), *self.input_ids]
         elif self.hash_ids is not None:
-            blocks = map(tokens.of_block, self.hash_ids)
+            # The last block may be cut.
+            starts = range(0, self.input_length, tokens.block)
+            lengths = [min(tokens.block, self.input_length - start) for start in starts]
+            blocks = map(tokens.of_block, self.hash_ids, lengths)
             prompt = next(blocks)
             for block in blocks:
                 prompt += block
-            prompt = prompt[: self.input_length]
         else:
             prompt = tokens.of_request(self.index, self.input_length)
         self.request = Request(
             self.index, prompt, len(prompt) + self.output_length, self.salt
         )
         return self.request
+
+    def leave(self) -> "TraceLine | None":
+        """It is sent, so its prompt holds its predecessor's tokens. Returns the predecessor if no
+        other turn is going to want them."""
+        previous = self.previous
+        if previous:
+            previous.turns_to_come -= 1
+            if previous.turns_to_come == 0:
+                return previous
 
 
 # ── what a line may say ──────────────────────────────────────────────────────────────────────────
@@ -173,7 +195,7 @@ TIME = Key(lambda value: _is_number(value, -(2**53)), "a number from -2**53 to 2
 PAUSE = Key(lambda value: _is_number(value, 0), "a number of ms from 0 to 2**53")
 NAME = Key(lambda value: type(value) in (str, int), "a string or an integer")
 TEXT = Key(lambda value: type(value) is str, "a string")
-LIST = Key(lambda value: type(value) is list and len(value) > 0, "a list of integers")
+LIST = Key(lambda value: type(value) is list and len(value) > 0, "a list of integers, not empty,")
 # Of the elements of a list.
 TOKEN = Key(lambda value: _is_integer(value, 0, 2**63), "an integer from 0 to 2**63 - 1")
 HASH_ID = Key(
@@ -191,6 +213,7 @@ SESSIONS = {
     "session_id": {"session_id": NAME},
     "chat_id": {"chat_id": NAME, "parent_chat_id": NAME},
 }
+SESSION_KEYS = [key for way in SESSIONS.values() for key in way]
 OTHERS = {
     "timestamp": TIME,
     "output_length": LENGTH,
@@ -199,6 +222,7 @@ OTHERS = {
     "salt": TEXT._replace(default=""),
 }
 KNOWN = [key for way in (*PROMPTS.values(), *SESSIONS.values(), OTHERS) for key in way]
+MOST_WARNINGS = 10  # of keys that are ignored
 NO_PARENT = (None, -1, "-1")  # Bailian's traces have −1
 
 
@@ -208,6 +232,13 @@ NO_PARENT = (None, -1, "-1")  # Bailian's traces have −1
 def no_tokenizer(prompt, begins):
     said = "prompt is text, and there is no tokenizer"
     raise ValueError(f"{said}; token ids (input_ids) are expected")
+
+
+class Session(NamedTuple):
+    """Where a line stands."""
+    previous: TraceLine | None  # whom it follows
+    id: str | int | None
+    own_name: tuple | None  # by which others find it, if they can follow it
 
 
 class Reader:
@@ -221,6 +252,7 @@ class Reader:
         # By salt, key and id: tenants do not know of each other's.
         self.last_of_session = {}
         self.ignored = set()  # keys that were warned of
+        self.orphans = []  # lines that follow a chat which is not there
         self.first_time = None
         self.last_time = None
 
@@ -229,9 +261,10 @@ class Reader:
         where = f"{self.name}:{number}"
         try:
             raw = _parse(text)
+            _require_one_way(raw)
             keys = _keys_of(raw)
-            self._warn_of_ignored(raw, keys, where)
             line = self._make_line(_check(raw, keys), where)
+            self._warn_of_ignored(raw, keys, where)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         self.lines.append(line)
@@ -240,17 +273,25 @@ class Reader:
         """Says once of each key that nothing is done with it: public traces have keys of their own,
         and others are misspelt."""
         for key in raw:
-            if key in keys or key in self.ignored:
+            if key in keys or key in self.ignored or len(self.ignored) > MOST_WARNINGS:
                 continue
-            self.ignored.add(key)
+            said = f"unknown key {_shown(key)} is ignored"
+            if not self.ignored:
+                said += f" (known are {', '.join(KNOWN)})"
             if key in KNOWN:
                 said = f"{key} is ignored, as another key says it"
-            else:
-                said = f"unknown key {_shown(key)} is ignored (known are {', '.join(KNOWN)})"
+            self.ignored.add(key)
+            if len(self.ignored) > MOST_WARNINGS:
+                said = "more keys are ignored, of which nothing is said"
             self.warn(f"{where}: {said}")
+        pause = "think_ms" if "think_ms" in raw else "delay"
+        no_session = not any(key in raw for key in SESSION_KEYS)
+        if pause in raw and no_session and pause not in self.ignored:
+            self.ignored.add(pause)
+            self.warn(f"{where}: {pause} is ignored, as the line has no session")
 
     def _make_line(self, values: dict, where) -> TraceLine:
-        previous, session_id, own_name = self._find_session(values)
+        previous, session_id, own_name = self._find_session(values, where)
         scale = self.form.scale
         input_ids = self._token_ids(values, previous)
         if input_ids is None:
@@ -275,25 +316,32 @@ class Reader:
         )
         if previous:
             previous.next_turns.append(line)
+            previous.turns_to_come += 1
         if own_name:
             self.last_of_session[own_name] = line
         return line
 
-    def _find_session(self, values):
-        """Whom a line follows, what its session is called, and by what name others follow it, if
-        they can."""
+    def _find_session(self, values, where) -> Session:
         salt = values["salt"]
         name = values.get("session_id")
         if name is not None:
             own_name = salt, "session_id", name
-            return self.last_of_session.get(own_name), name, own_name
+            return Session(self.last_of_session.get(own_name), name, own_name)
         chat = values.get("chat_id")
         parent = values.get("parent_chat_id")
         previous = None
-        if parent not in NO_PARENT:  # a slice of a trace may be without it
+        if parent not in NO_PARENT:
             previous = self.last_of_session.get((salt, "chat_id", parent))
+            if previous is None:
+                self.orphans.append(where)
         own_name = None if chat is None else (salt, "chat_id", chat)
-        return previous, previous.session_id if previous else chat, own_name
+        return Session(previous, previous.session_id if previous else chat, own_name)
+
+    def warn_of_orphans(self):
+        """A slice of a trace lacks chats, and ids may be misspelt."""
+        if self.orphans:
+            said = "follow a parent_chat_id that no line before has with this salt, so they begin chats"
+            self.warn(f"{len(self.orphans)} lines {said} (the first is {self.orphans[0]})")
 
     def _token_ids(self, values, previous):
         """Those of its own, or None."""
@@ -349,6 +397,7 @@ def read_trace(
     filled = (numbered for numbered in texts if numbered[1].strip())
     for number, text in islice(filled, limit):
         reader.read(number, text)
+    reader.warn_of_orphans()
     if not reader.lines:
         raise ValueError(f"{name}: is empty; one JSON object per line is expected")
     return reader.lines
@@ -370,22 +419,36 @@ def _drop_mark(text):
 
 def _parse(text) -> dict:
     """What a line says; null says nothing."""
+    if text[:2] == b"\x1f\x8b":
+        raise ValueError("compressed by gzip; text is expected (zcat makes that)")
     try:
         raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        said = f"not JSON ({error.msg} at column {error.colno})"
+        raise ValueError(f"{said}; one object per line is expected") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}); one object per line is expected") from None
     if not isinstance(raw, dict):
-        raise ValueError("a JSON object is expected")
+        is_list = isinstance(raw, list) and raw
+        hint = " (`jq -c '.[]'` makes lines of an array)" if is_list else ""
+        raise ValueError(f"a JSON object is expected{hint}")
     return {key: value for key, value in raw.items() if value is not None}
 
 
-def _keys_of(raw) -> dict[str, Key]:
-    """The keys that count in a line, of those that say the same."""
+def _require_one_way(raw):
+    """Raises ValueError if a line says the same twice."""
     if "input_ids" in raw and ("hash_ids" in raw or "input_length" in raw):
         said = "input_ids stands in place of input_length and hash_ids"
         raise ValueError(f"{said}; one or the other is expected")
+    if "prompt" in raw and "input_length" in raw:
+        said = "prompt stands in place of input_length and hash_ids"
+        raise ValueError(f"{said}; one or the other is expected")
     if "think_ms" in raw and "delay" in raw:
         raise ValueError("delay is another name of think_ms; one or the other is expected")
+
+
+def _keys_of(raw) -> dict[str, Key]:
+    """The keys that count in a line: of ways to say the same, those of the first that is there."""
     prompt = next((key for key in PROMPTS if key in raw), "input_length")
     session = "session_id" if "session_id" in raw else "chat_id"
     return PROMPTS[prompt] | SESSIONS[session] | OTHERS
@@ -401,9 +464,8 @@ def _check(raw, keys) -> dict:
         elif key in ("input_length", "output_length"):
             raise ValueError(f"{key} is missing; {rule.expected} is expected")
         if key in raw and key in ELEMENTS:
-            rule = ELEMENTS[key]
             for i, element in enumerate(value):
-                _require(rule, f"{key}[{i}]", element)
+                _require(ELEMENTS[key], f"{key}[{i}]", element)
     return values
 
 

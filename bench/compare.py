@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,14 +41,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import simulate as sim  # noqa: E402
-from baselines import make_fleet  # noqa: E402
 from cluster import LakeError  # noqa: E402
 from drawing import cell, draw, name_fleet  # noqa: E402
-from model import shown  # noqa: E402
+from model import one_line, shown  # noqa: E402
 from options import number, run_main, warn  # noqa: E402
-from pool import LakeConfig  # noqa: E402
 from provenance import describe_machine, digest_of_code  # noqa: E402
 from real_ranks import real  # noqa: E402
+from results import plain, summarise_environment  # noqa: E402
 from run_cluster import PATH  # noqa: E402
 from workloads import WORKLOADS  # noqa: E402
 
@@ -58,6 +58,9 @@ HIGHEST = 4096.0
 RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 POINT_KEYS = "slo_attainment refused normalised_ttft mean_tpot_ms hit_rate cache_load_cv".split()
 MEASURED = "measured.jsonl"
+NOT_IN_BASIS = (
+    "policies seeds seed rates capacities capacity_tokens output json real slots trace"
+).split()
 MEASURING = {  # what, in the words of its progress
     "goodput": "searches for a goodput",
     "point": "simulations at common rates",
@@ -148,11 +151,12 @@ def worker_processes():
 
 
 def basis(options) -> dict:
-    """What a measurement depends on, besides its case."""
-    names = "workload num_requests model hardware tp instances chunk_tokens max_batch"
+    """What a measurement depends on, besides its case: every option but those that say which cases
+    there are, and where they go."""
     named = {
-        "--" + name.replace("_", "-"): getattr(options, name)
-        for name in [*names.split(), "tbt_slo_ms", "rate"]
+        "--" + name.replace("_", "-"): plain(value)
+        for name, value in vars(options).items()
+        if name not in NOT_IN_BASIS
     }
     trace = None
     if options.workload not in WORKLOADS:
@@ -332,7 +336,8 @@ def compare(options) -> dict:
     for name, value in vars(options).items():
         config[name] = str(value) if isinstance(value, Path) else value
     policies = {policy: comparison.result(policy) for policy in options.policies}
-    return dict(config=config, policies=policies)
+    environment = summarise_environment(shlex.join(sys.argv))
+    return dict(config=config, environment=environment, policies=policies)
 
 
 def describe(config: dict) -> str:
@@ -340,14 +345,16 @@ def describe(config: dict) -> str:
     roofline = sim.Roofline(sim.MODELS[config["model"]], config["hardware"], config["tp"])
     last_seed = config["seed"] + config["seeds"] - 1
     seeds = f"Seed {last_seed}"
-    if config["seeds"] > 1:
+    if config["workload"] not in WORKLOADS:
+        seeds = "A file has no seed, so there is one run of each"
+    elif config["seeds"] > 1:
         seeds = f"Means of seeds {config['seed']} to {last_seed}"
     return (
         f"P90 goodput: the highest rate at which 90 % of requests keep their SLO, TTFT and mean "
         f"TPOT at most {sim.SLO} times\n"
         "those of the request alone; spread: between seeds. CV: of the cache reads of instances, "
         f"in 10 s. {seeds}.\n"
-        f"Simulated: {Path(config['workload']).stem}, {config['num_requests']:,} requests; "
+        f"Simulated: {one_line(Path(config['workload']).stem)}, {config['num_requests']:,} requests; "
         f"{name_fleet(config)}, {config['capacity_tokens']:,} tokens of cache,\n"
         f"chunks of {config['chunk_tokens']:,} tokens, up to {config['max_batch']:,} requests "
         f"at once. Run on {describe_machine()}.\n"
@@ -467,6 +474,8 @@ def check(options):
         raise ValueError("--real: a generated load, and ranks by torchrun, are expected")
     for tokens in options.capacities:
         sim.check_capacity(options, "--capacities", tokens)
+    if options.workload not in WORKLOADS:
+        options.seeds = 1  # a file is the same with each
     if not options.policies:
         raise ValueError("--policies: names separated by commas are expected")
     if options.workload == "demo":
@@ -474,13 +483,15 @@ def check(options):
             "--workload demo has no rate; a generated load or a file is expected"
         )
     for policy in options.policies:
-        make_fleet(policy, N, sim.MODELS["tiny"], LakeConfig())
+        sim.check_policy("--policies", policy, N)
+    options.rates.sort()
 
 
 def main(arguments: list[str]) -> int:
     command_line = parser()
     options = command_line.parse_args(arguments)
     try:
+        sim.choose_trace(options)
         check(options)
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
@@ -516,11 +527,13 @@ def give_up(options, why: str) -> int:
 
 
 def draw_if_possible(result: dict, folder: Path):
-    """Figures, where Matplotlib is."""
+    """Figures, where Matplotlib is, and the folder takes them."""
     try:
         draw(result, folder)
     except ModuleNotFoundError:
         warn("compare.py: no figures without Matplotlib (pip install matplotlib)")
+    except (OSError, ValueError) as error:
+        warn(f"compare.py: no figures in {folder}: {error}")
 
 
 if __name__ == "__main__":

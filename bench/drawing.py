@@ -49,7 +49,7 @@ def draw(result: dict, folder: Path):
     plt = pyplot()
     config = result["config"]
     policies = result["policies"]
-    workload = Path(config["workload"]).stem
+    workload = Path(config["workload"]).stem.replace("$", r"\$")  # for formulas
     setting = f"{workload}, {config['num_requests']:,} requests, {name_fleet(config)}"
     title = f"{setting}, {config['capacity_tokens']:,} tokens of cache"
     seeds = "one seed" if config["seeds"] == 1 else f"mean of {config['seeds']} seeds"

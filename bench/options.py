@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from traces import TIME_UNITS, TraceForm  # noqa: E402
 
+MOST_TOKENS = 2**30  # of a request, whose chunks are listed
 MOST_SEGMENTS = 2**26  # of a pool, whose balancer lists them in a few GB
 
 
@@ -36,8 +37,10 @@ class Parser(argparse.ArgumentParser):
         self.refuse(cut(" ".join(map(cut, message.split(" "))), 200))
 
     def refuse(self, problem):
-        """Of what is wrong with the input otherwise."""
-        self.exit(2, f"{self.prog}: error: {wording().one_line(problem)}\n")
+        """Of what is wrong with the input otherwise. Of several ranks the first says it."""
+        first = os.environ.get("RANK", "0") == "0"
+        said = f"{self.prog}: error: {wording().one_line(problem)}\n"
+        self.exit(2, said if first else None)
 
 
 def warn(said):
@@ -97,6 +100,14 @@ def check_segments(number):
         raise ValueError(f"the pool has {number:,} segments; {said}")
 
 
+def check_tokens(lines):
+    """Raises ValueError for a request that is too long."""
+    longest = max(lines, key=lambda line: line.total)
+    if longest.total > MOST_TOKENS:
+        said = f"prompt and answer are {longest.total} tokens; at most {MOST_TOKENS} are expected"
+        raise ValueError(f"{longest.where}: {said}")
+
+
 def output_file(text):
     """The type of an option: a file, opened at once, so that a wrong name is told before hours of
     work. It is written again as more is found, so a pipe will not do."""
@@ -117,6 +128,8 @@ def run_main(main):
     """Runs a program, and ends the process with its exit status. Ctrl-C is a line. Who reads the
     output may leave early, as `head` does: there is nobody to tell then."""
     status = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # if its encoding lacks a character
     try:
         try:
             status = main(sys.argv[1:]) or 0
@@ -124,6 +137,8 @@ def run_main(main):
             sys.stdout.flush()
     except BrokenPipeError:
         status = 1  # not all was read
+    except OSError as error:  # a full disk, say
+        warn(f"{os.path.basename(sys.argv[0])}: {error.strerror}")
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             warn(f"{os.path.basename(sys.argv[0])}: stopped by Ctrl-C")

@@ -130,17 +130,18 @@ class RealRun:
         verdict = verify(self.engines[0], requests, lambda n: None)
         schedulers = self.fleet.schedulers
         prompts = sum(request.num_prompt for request in requests)
+        moved = sum_bytes(self.cluster, self.pool)
         return dict(
             policy=self.policy,
-            requests=len(requests),
+            completed=len(requests),
             rounds=len(self.reads),  # an iteration of every lake
             computed_tokens=sum(s.counters["computed_tokens"] for s in schedulers),
             preemptions=sum(s.counters["preemptions"] for s in schedulers),
             verified=len(verdict.recomputed) - len(verdict.wrong),
             hit_rate=sum(self.fleet.cached_tokens.values()) / prompts,
             cache_load_cv=variation(self.reads_by_window()),
-            moved_bytes=sum_bytes(self.cluster, self.pool),
             evictions=sum(lake.balancer.evictions for lake in self.fleet.lakes),
+            **{f"{kind}_bytes": n for kind, n in moved.items()},
         )
 
 
@@ -176,7 +177,7 @@ def real(options) -> int:
             (options.output / "real.json").write_text(text)
     finally:
         cluster.close()
-    wrong = [result for result in results if result["verified"] < result["requests"]]
+    wrong = [result for result in results if result["verified"] < result["completed"]]
     return 1 if wrong else 0
 
 
@@ -205,9 +206,9 @@ REAL_HEADER = (
 
 def show_real(result: dict) -> str:
     """A row of the table."""
-    query, put, replica, pull = (result["moved_bytes"][kind] / 1e6 for kind in MOVED)
+    query, put, replica, pull = (result[f"{kind}_bytes"] / 1e6 for kind in MOVED)
     return (
-        f"{result['policy']:>10} {result['verified']:>5}/{result['requests']:<3} "
+        f"{result['policy']:>10} {result['verified']:>5}/{result['completed']:<3} "
         f"{100 * result['hit_rate']:>6.1f} {result['cache_load_cv']:>5.2f} "
         f"{result['computed_tokens']:>9,} {result['evictions']:>8,} "
         f"{result['rounds']:>10,} {query:>8,.1f} {put:>8,.1f} {replica:>8,.1f} {pull:>8,.1f}"

@@ -26,13 +26,15 @@ from options import (  # noqa: E402
     Parser,
     add_trace_form,
     check_segments,
+    check_tokens,
     file_name,
+    number,
     run_main,
     trace_form,
     warn,
     wording,
 )
-from traces import NumberedTokens, TraceLine, open_trace  # noqa: E402
+from traces import LONG_SEGMENTS, NumberedTokens, TraceLine, open_trace  # noqa: E402
 
 WINDOW_MS = 10_000  # of the trace, that a CV is taken over
 KV_BYTES = 131_072  # of a token, all layers: Llama-3.1-8B in 16 bits
@@ -73,7 +75,7 @@ class Replay:
             )
             if runs is None:
                 said = f"the requests of {timestamp} ms need more than {N * S} segments"
-                raise ValueError(said)
+                raise ValueError(f"{said}; more --capacity-tokens are expected")
             away = [run for run in runs if run.puts and run.preferred != run.slot // S]
             self.put_tokens += sum(run.rows for run in away)
         for request in requests:
@@ -119,8 +121,11 @@ def replay(
         arrived = []
         while due and due[0][0] == now:
             _, index = heapq.heappop(due)
-            lines[index].arrive(tokens)
-            arrived.append(lines[index])
+            line = lines[index]
+            line.arrive(tokens)
+            if previous := line.leave():
+                previous.request = None
+            arrived.append(line)
         run.iterate(now, arrived)
         for line in arrived:
             for turn in line.next_turns:
@@ -145,28 +150,42 @@ def make_parser() -> Parser:
     trace = "a request per line, as JSON (README: Traces)"
     add("--trace", type=file_name, required=True, metavar="FILE", help=trace)
     add_trace_form(parser)
-    add("--instances", type=int, default=8, metavar="N", help="default 8")
+    instances = number(int, 1, 1024)
+    add("--instances", type=instances, default=8, metavar="N", help="default 8")
     add(
         "--placement", choices=("stripe", "hash"), default="stripe", help="default stripe"
     )
-    factor = "0: none; default 3"
-    add("--replicate-factor", type=float, default=3.0, metavar="c", help=factor)
-    add("--segment-tokens", type=int, default=512, metavar="C", help="default 512")
+    add(
+        "--replicate-factor",
+        type=number(float, 0, 1e6),
+        default=3.0,
+        metavar="c",
+        help="c·N·ln N of N instances' most read segments may be copied; 0: none; default 3",
+    )
+    segment = number(int, 1, 2**40)
+    add("--segment-tokens", type=segment, default=512, metavar="C", help="default 512")
     capacity = "of the whole pool; default: all fits"
-    add("--capacity-tokens", type=int, metavar="T", help=capacity)
+    add("--capacity-tokens", type=number(int, 1, 2**40), metavar="T", help=capacity)
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def check_numbers(options):
-    """Raises ValueError naming the option."""
-    for name, value in vars(options).items():
-        lowest = 0 if name == "replicate_factor" else 1
-        highest = 1024 if name == "instances" else 2**40
-        if type(value) in (int, float) and not lowest <= value <= highest:
-            said = f"a number from {lowest} to {highest} is expected"
-            shown = wording().cut(str(value))
-            raise ValueError(f"--{name.replace('_', '-')} {shown}: {said}")
+def count_slots(options, lines: list[TraceLine]) -> int:
+    """Of an instance: as many as --capacity-tokens fill, or as all prompts and the answers that
+    are put would twice. Raises ValueError if there are none, or too many."""
+    N = options.instances
+    C = options.segment_tokens
+    check_tokens(lines)
+    if options.capacity_tokens is None:
+        longest = [x.total if x.is_continued else x.input_length for x in lines]
+        slots = -(-2 * sum(-(-tokens // C) for tokens in longest) // N)
+    else:
+        slots = options.capacity_tokens // (N * C)
+    if slots == 0:
+        said = f"{N * C} at least, a segment per instance, are expected"
+        raise ValueError(f"--capacity-tokens {options.capacity_tokens}: {said}")
+    check_segments(N * slots)
+    return slots
 
 
 # What is counted, in words.
@@ -186,8 +205,9 @@ def show(result: dict, options, num_requests: int) -> str:
     """A table with a header."""
     capacity = options.capacity_tokens
     room = "room for all" if capacity is None else f"room for {capacity:,} tokens"
+    name = wording().one_line(options.trace)
     header = (
-        f"{options.trace}: {num_requests:,} requests, planned on {options.instances} instances "
+        f"{name}: {num_requests:,} requests, planned on {options.instances} instances "
         f"with {room} in segments of {options.segment_tokens};\nhomes by {options.placement}, "
         f"replicate factor {options.replicate_factor:g}; a token is taken for {KV_BYTES:,} bytes "
         "(Llama-3.1-8B in 16 bits)"
@@ -202,19 +222,20 @@ def show(result: dict, options, num_requests: int) -> str:
 def main(arguments: list[str]):
     parser = make_parser()
     options = parser.parse_args(arguments)
-    N = options.instances
-    C = options.segment_tokens
     try:
-        check_numbers(options)
         form = trace_form(options)
         lines = open_trace("--trace", options.trace, form, warn=warn)
-        room = options.capacity_tokens
-        if room is None:
-            longest = [x.total if x.is_continued else x.input_length for x in lines]
-            room = 2 * C * sum(-(-tokens // C) for tokens in longest)
-        slots = -(-room // (N * C))
-        check_segments(N * slots)
-        balancer = Balancer(N, slots, C, options.placement, options.replicate_factor)
+        slots = count_slots(options, lines)
+        has_blocks = any(line.hash_ids is not None for line in lines)
+        if has_blocks and options.segment_tokens > form.block:
+            warn(LONG_SEGMENTS.format(options.segment_tokens, form.block))
+        balancer = Balancer(
+            options.instances,
+            slots,
+            options.segment_tokens,
+            options.placement,
+            options.replicate_factor,
+        )
         result = replay(lines, balancer, NumberedTokens(form.block))
     except ValueError as error:
         parser.refuse(error)

@@ -21,9 +21,11 @@ import argparse
 import heapq
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import count, groupby
 from operator import attrgetter
@@ -40,11 +42,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import run_cluster  # noqa: E402
 from balancer import variation  # noqa: E402
 from baselines import VARIANTS, make_fleet  # noqa: E402
+from drawing import cell  # noqa: E402
 from model import LlamaConfig, shown  # noqa: E402
 from options import (  # noqa: E402
     Parser,
     add_trace_form,
     check_segments,
+    check_tokens,
     file_name,
     number,
     run_main,
@@ -53,7 +57,12 @@ from options import (  # noqa: E402
 )
 from replay import WINDOW_MS  # noqa: E402
 from pool import LakeConfig  # noqa: E402
-from results import Totals, summarise_totals  # noqa: E402
+from results import (  # noqa: E402
+    Totals,
+    plain,
+    summarise_environment,
+    summarise_totals,
+)
 from traces import (  # noqa: E402
     NumberedTokens,
     TraceForm,
@@ -106,7 +115,6 @@ DEFAULT_LOAD = "loogle"
 # Rates per second, and tokens of cache, that a simulation may have.
 RATE = number(float, 1e-6, 1e6)
 TOKENS = number(int, 1, 2**40)
-MOST_TOKENS = 2**30  # of a request, whose chunks are listed
 SLO = 10  # TTFT per input token and TPOT, times those of a request served alone
 
 
@@ -158,15 +166,14 @@ class Roofline:
         """Of KV between two instances."""
         return ALPHA + self.token_bytes * tokens / self.link
 
-    def alone(self, line, chunk: int = 1024) -> tuple[float, float]:
-        """TTFT and TPOT of a request on an idle instance, without cache."""
-        prompt = line.input_length
+    def alone(self, prompt: int, answer: int, chunk: int = 1024) -> tuple[float, float]:
+        """TTFT and TPOT of a request with so many tokens on an idle instance, without cache."""
         start = np.arange(0, prompt, chunk)
         rows = np.minimum(prompt - start, chunk)
         load = np.maximum(rows, self.ridge) * (start + rows / 2)
         ttft = self.compute(rows, load).sum()
-        tbt = self.compute(1, self.ridge * (prompt + line.output_length / 2))
-        return float(ttft), float(tbt)
+        tpot = self.compute(1, self.ridge * (prompt + answer / 2))
+        return float(ttft), float(tpot)
 
 
 @dataclass
@@ -208,17 +215,17 @@ class Alone:
         return cls(batch, features, old.sum(), np.array([tokens]))
 
 
+class Traffic(NamedTuple):
+    """Of an iteration of a lake of several."""
+    sent_mib: float  # or received, by a mean instance
+    fan_out: int  # instances that a row's query goes to, at most
+
+
 class Iteration(NamedTuple):
     """An iteration of a lake, planned."""
     plan: object  # QueryPlan or Alone
     seconds: np.ndarray  # [N] at each of its instances
-
-
-class PlanRecord(NamedTuple):
-    """Of an iteration that a lake of several planned."""
-    milliseconds: float  # that planning took
-    sent_mib: float  # or received, per instance
-    fan_out: int  # instances that a row's query goes to, at most
+    traffic: Traffic | None = None
 
 
 class Simulation:
@@ -235,7 +242,7 @@ class Simulation:
         self.lines = lines
         self.roofline = roofline
         self.tokens = NumberedTokens(block)
-        self.speed = speed  # of the trace's clock
+        self.speed = speed  # of the trace's clock; users think as long as ever
         self.num_instances = sum(len(lake.instances) for lake in fleet.lakes)
         self.now = 0.0  # seconds, as all times here
         self.events = []  # heap of (time, number, action, arguments)
@@ -246,6 +253,7 @@ class Simulation:
         self.reuses_left = [0] * len(fleet.lakes)  # see `steady`
         # By request id.
         self.arrived = {}
+        self.num_prompt = {}  # tokens; a turn's are fewer if the one before was refused
         self.allowed = {}  # [2] TTFT and TPOT that keep the SLO
         self.times = {}  # a list: of its tokens
         self.missed = set()  # who has missed the SLO
@@ -257,16 +265,18 @@ class Simulation:
         self.work_seconds = np.zeros(2)
         self.tokens_read = 0  # of KV, in every layer
         self.window_reads = {}  # by window of the CV: [instances] tokens of cache
-        self.plan_records = []
+        self.planning_ms = []  # of plans that lakes of several made
+        self.traffic = []  # by iteration of such a lake
         fleet.bandwidth = roofline.link
         for lake in fleet.lakes:
             lake.ridge = roofline.ridge
         for line in lines:
             if not line.previous:
-                self.call_at(self.seconds(line.timestamp), self.arrive, line)
+                self.call_at(self.due(line), self.arrive, line)
 
-    def seconds(self, trace_ms: float) -> float:
-        return trace_ms / 1e3 / self.speed
+    def due(self, line) -> float:
+        """The line's own time."""
+        return line.timestamp / 1e3 / self.speed
 
     def call_at(self, time: float, action: Callable, *arguments):
         heapq.heappush(self.events, (time, next(self.event_number), action, arguments))
@@ -295,8 +305,12 @@ class Simulation:
 
     def arrive(self, line):
         request = line.arrive(self.tokens)
+        if previous := line.leave():
+            previous.request = None
         self.arrived[line.index] = self.now
-        self.allowed[line.index] = SLO * np.array(self.roofline.alone(line))
+        self.num_prompt[line.index] = request.num_prompt
+        alone = self.roofline.alone(request.num_prompt, line.output_length)
+        self.allowed[line.index] = SLO * np.array(alone)
         allowed_ttft = self.allowed[line.index][0]
         heapq.heappush(self.deadlines, (self.now + allowed_ttft, line.index))
         if self.fleet.fits(request):
@@ -316,11 +330,10 @@ class Simulation:
     def leave(self, line):
         """Lets the session's next turns come."""
         for turn in line.next_turns:
-            thought = self.now + self.seconds(turn.think_ms)
-            due = max(self.seconds(turn.timestamp), thought)
+            due = max(self.due(turn), self.now + turn.think_ms / 1e3)
             self.call_at(due, self.arrive, turn)
         if not line.is_continued:
-            line.request = line.request.num_prompt  # its tokens are not needed any more
+            line.request = None
 
     # Transfers.
 
@@ -351,7 +364,9 @@ class Simulation:
                 lake, scheduler.predictor, batches, dops
             )
             self.reuses_left[i] = REUSE
-        plan, seconds = self.last_iteration[i]
+        plan, seconds, traffic = self.last_iteration[i]
+        if traffic:
+            self.traffic.append(traffic)
         slowest = seconds.max()
         self.work_seconds += seconds.mean(), slowest
         self.iterations += 1
@@ -365,6 +380,7 @@ class Simulation:
 
     def plan_iteration(self, lake, predictor, batches, dops) -> Iteration:
         """A lake's next iteration; its scheduler's time model learns how long it takes."""
+        traffic = None
         if len(lake.instances) == 1:
             plan = Alone.of(lake, batches[0])
             features = plan.features
@@ -373,19 +389,14 @@ class Simulation:
         else:
             started = time.perf_counter()
             plan, transfer_plan, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
-            planning = time.perf_counter() - started
+            self.planning_ms.append(1e3 * (time.perf_counter() - started))
             features = lake.features(plan, transfer_plan)
             seconds = self.roofline.iteration(features, plan, transfer_plan)
-            self.plan_records.append(
-                PlanRecord(
-                    milliseconds=1e3 * planning,
-                    sent_mib=features[:, 2].mean() / 1024,
-                    fan_out=plan.ships.sum(1).max(),
-                )
-            )
+            sent_mib = features[:, 2].mean() / 1024
+            traffic = Traffic(sent_mib, plan.ships.sum(1).max())
         predictor.measured(features, seconds.max())
         predictor.coefficients = predictor.fitted
-        return Iteration(plan, seconds)
+        return Iteration(plan, seconds, traffic)
 
     def steady(self, i: int) -> bool:
         """Whether a lake's last plan still holds: the same decodes, in the same segments. It is
@@ -441,7 +452,7 @@ class Simulation:
         for line in served:
             record = self.record(line, cached_tokens[line.index])
             totals.add(record, len(self.times[line.index]))
-            normalised.append(record["ttft_ms"] / line.input_length)
+            normalised.append(record["ttft_ms"] / record["input_length"])
         return summarise_totals(totals, self.now) | dict(
             normalised_ttft=mean(normalised),
             slo_attainment=self.kept / len(self.lines),
@@ -459,7 +470,7 @@ class Simulation:
         gaps = (1e3 * np.diff(times)).tolist()
         return dict(
             arrival_s=self.arrived[line.index],
-            input_length=line.input_length,
+            input_length=self.num_prompt[line.index],
             cached_tokens=cached_tokens,
             ttft_ms=1e3 * self.latency(line.index)[0],
             tpot_ms=mean(gaps),
@@ -475,14 +486,14 @@ class Simulation:
         return float(1 - computing / elapsed)
 
     def planning(self) -> dict:
-        """Of iterations that a lake of several planned."""
-        if not self.plan_records:
+        """Of lakes of several: what planning took, and what a plan sends."""
+        if not self.traffic:
             return dict(plan_ms_median=None, sent_mib=None, fan_out=None)
-        milliseconds, sent_mib, fan_out = np.array(self.plan_records, float).T
+        sent_mib, fan_out = zip(*self.traffic)
         return dict(
-            plan_ms_median=float(np.median(milliseconds)),
-            sent_mib=float(sent_mib.mean()),
-            fan_out=float(fan_out.mean()),
+            plan_ms_median=float(np.median(self.planning_ms)),
+            sent_mib=mean(sent_mib),
+            fan_out=int(max(fan_out)),
         )
 
 
@@ -491,7 +502,7 @@ def mean(values) -> float | None:
 
 
 def load(
-    name: str,
+    name: str | Path,
     num_requests: int,
     rate: float,
     seed: int,
@@ -506,11 +517,15 @@ def load(
     if name in WORKLOADS:
         generated = generate(name, num_requests, rate, seed)
         return read_trace(map(json.dumps, generated), name)
-    if not os.path.exists(name):
+    option = "--trace" if isinstance(name, Path) else "--workload"
+    if option == "--workload" and not os.path.exists(name):
         known = ", ".join(["demo", *WORKLOADS])
         said = f"no such load, and no such file; {known}, or a trace's file, is expected"
-        raise ValueError(f"--workload {shown(name)}: {said}")
-    return open_trace("--workload", name, form, num_requests, warn)
+        raise ValueError(f"{option} {shown(name)}: {said}")
+    if os.path.exists(name) and not os.path.isfile(name):
+        said = "not a file that can be read twice; one is expected"
+        raise ValueError(f"{option} {shown(str(name))}: {said}")
+    return open_trace(option, name, form, num_requests, warn)
 
 
 def segment_tokens(model_name: str) -> int:
@@ -525,7 +540,10 @@ def most_slots(lines, C: int) -> int:
 
 def allowed_tpot(lines, roofline: Roofline) -> float:
     """ms between tokens with which 99 of 100 requests keep their SLO."""
-    allowed = [SLO * 1e3 * roofline.alone(line)[1] for line in lines]
+    allowed = [
+        SLO * 1e3 * roofline.alone(line.input_length, line.output_length)[1]
+        for line in lines
+    ]
     return np.percentile(allowed, 1)
 
 
@@ -560,10 +578,18 @@ def simulate(
     )
     speed = 1.0
     if rate and options.workload not in ("demo", *WORKLOADS):
-        # A file's requests, as often as `rate` says.
-        duration_ms = max(1.0, max(line.timestamp for line in lines))
-        speed = rate * duration_ms / (1e3 * len(lines))
+        speed = speed_of_rate(lines, rate)
     return Simulation(fleet, lines, roofline, form.block, speed).run(limit)
+
+
+def speed_of_rate(lines, rate: float) -> float:
+    """How much faster a file's times go if its requests come so often, per second: its sessions
+    begin that often, divided by their turns. Raises ValueError if they all begin at once."""
+    span_ms = max(line.timestamp for line in lines if not line.previous)
+    if span_ms == 0:
+        said = "the requests of the trace begin at once; times that differ are expected"
+        raise ValueError(f"--rate {rate:g}: {said}")
+    return rate * span_ms / (1e3 * len(lines))
 
 
 def parser(description: str) -> Parser:
@@ -593,11 +619,13 @@ def parser(description: str) -> Parser:
     )
     slo = "default: what 99 of 100 requests allow"
     add("--tbt-slo-ms", type=number(float, 1e-3, 1e9), help=slo)
+    trace = "the load; with simulate.py --table: one of them, at its own times"
+    add("--trace", type=file_name, metavar="FILE", help=trace)
     add(
         "--workload",
         type=file_name,
-        default=DEFAULT_LOAD,
-        help=f"demo, {', '.join(WORKLOADS)} (see bench/workloads.py), or a trace's file",
+        help=f"demo, {', '.join(WORKLOADS)} (see bench/workloads.py), or a trace's file; "
+        f"default {DEFAULT_LOAD}",
     )
     add_trace_form(command_line)
     return command_line
@@ -615,11 +643,15 @@ def check_capacity(options, name: str, tokens: int):
 
 def choose_trace(options):
     """--trace is the load, but of a table, where it is one of several. Raises ValueError."""
-    if options.trace and not options.table:
-        if options.workload != DEFAULT_LOAD:
-            said = "--workload has a load, too; one or the other is expected"
-            raise ValueError(f"--trace {shown(options.trace)}: {said}")
-        options.workload = options.trace
+    is_table = getattr(options, "table", False)
+    if options.trace and options.workload and not is_table:
+        said = "--workload has a load, too; one or the other is expected"
+        raise ValueError(f"--trace {shown(options.trace)}: {said}")
+    if options.trace:
+        # As a file may be called like a generated load.
+        options.trace = Path(options.trace)
+    load_of_run = None if is_table else options.trace
+    options.workload = options.workload or load_of_run or DEFAULT_LOAD
 
 
 def check(options):
@@ -633,18 +665,25 @@ def check(options):
         raise ValueError(
             f"--max-batch {options.max_batch}: at least --instances is expected"
         )
-    for name in (options.workload, getattr(options, "trace", None)):
+    for name in dict.fromkeys([options.workload, getattr(options, "trace", None)]):
         if name and name not in ("demo", *WORKLOADS):
             check_trace(name, options)
+
+
+def check_policy(option: str, name: str, num_instances: int):
+    """Raises ValueError for a policy that there is not, or not of so many instances."""
+    try:
+        make_fleet(name, num_instances, MODELS["tiny"], LakeConfig())
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from None
 
 
 def check_trace(name: str, options):
     """Raises ValueError for a file's lines. This warns of them: a comparison reads it often."""
     lines = load(name, options.num_requests, 1.0, 0, trace_form(options), warn=warn)
-    longest = max(lines, key=attrgetter("total"))
-    if longest.total > MOST_TOKENS:
-        said = f"prompt and answer are {longest.total} tokens; at most {MOST_TOKENS} are"
-        raise ValueError(f"{longest.where}: {said} simulated")
+    check_tokens(lines)
+    if name == options.workload:
+        options.num_requests = len(lines)
 
 
 def header(options) -> str:
@@ -656,7 +695,7 @@ def header(options) -> str:
         f"simulated: {N} instances of {options.tp} {gpu}, {options.model} in 16 bits, "
         f"{options.capacity_tokens:,} tokens of cache in segments of {C};\n"
         f"  iterations of {options.chunk_tokens:,} prompt rows per instance and "
-        f"{options.max_batch:,} requests at most; {options.num_requests:,} requests"
+        f"{options.max_batch:,} requests at most; the first {options.num_requests:,} requests"
     )
 
 
@@ -672,10 +711,10 @@ def table(options):
     if options.trace:
         loads.append(dict(workload=options.trace, rate=None))
     schedulers = ["even", "dp"]
-    for prefills in sorted({1, N // 2, N - 1}):
+    for prefills in sorted({1, N // 2, N - 1} & set(range(1, N))):
         schedulers.append(f"pd:{prefills}x{N - prefills}")
     if not options.json:
-        print(header(options))
+        print(f"{header(options)}; the demo: the tiny model, in segments of 16")
         print(
             f"{'load':>12} {'scheduler':>10} {'duration s':>10} {'TTFT ms':>10} {'p90 ms':>10} "
             f"{'TPOT ms':>8} {'p99 ITL':>8} {'idle':>6} {'hits':>6}"
@@ -690,14 +729,18 @@ def table(options):
 
 
 def format_row(row: dict) -> str:
-    return (
-        f"{row['load'][:12]:>12} {row['scheduler']:>10} {row['duration']:>10.3f} "
-        f"{row['mean_ttft_ms']:>10,.2f} {row['p90_ttft_ms']:>10,.2f} "
-        f"{row['mean_tpot_ms']:>8.3f} {row['p99_itl_ms']:>8.2f} "
-        f"{row['idle_fraction']:>6.1%} {row['hit_rate']:>6.1%}"
-    )
+    """A row of the table; a dash for what nobody has, as where all answers are one token."""
+    cells = [
+        f"{row['load'][:12]:>12} {row['scheduler']:>10}",
+        f"{cell(row['duration'], '.3f'):>10}",
+        f"{cell(row['mean_ttft_ms'], ',.2f'):>10} {cell(row['p90_ttft_ms'], ',.2f'):>10}",
+        f"{cell(row['mean_tpot_ms'], '.3f'):>8} {cell(row['p99_itl_ms'], '.2f'):>8}",
+        f"{cell(row['idle_fraction'], '.1%'):>6} {cell(row['hit_rate'], '.1%'):>6}",
+    ]
+    return " ".join(cells)
 
 
+FEWEST_SAMPLES = 10  # that `validate` fits: half of them tell whether the others fit
 # What `validate` fits: attributes of a Roofline, and where the search begins.
 FITTED = {
     "flops": 1e10,
@@ -733,7 +776,8 @@ def fit(machine: Roofline, work, seconds) -> np.ndarray:
 
 def validate(arguments: list[str]):
     """Serves a trace with run_cluster.py on these ranks, fits the roofline's constants to every
-    second iteration, and says how well it gives the others."""
+    second iteration, and says how well it gives the others: how many these were, the correlation,
+    the median of relative errors, and the 5th, 50th and 95th percentile of their seconds."""
     samples = []
 
     def watch(server, finished):
@@ -741,10 +785,15 @@ def validate(arguments: list[str]):
         if predictor.samples and len(samples) < predictor.count:
             samples.append(predictor.samples[-1])
 
-    status = run_cluster.run(["--no-verify", *arguments], watch)
+    with redirect_stdout(sys.stderr):  # what is printed here is JSON
+        status = run_cluster.run(["--no-verify", *arguments], watch)
     rank = int(os.environ.get("RANK", 0))
     if status or rank > 0:
         return status
+    if len(samples) < FEWEST_SAMPLES:
+        said = f"{len(samples)} iterations were measured; {FEWEST_SAMPLES} are expected"
+        print(f"simulate.py: --validate: {said} (more requests)", file=sys.stderr)
+        return 2
     _, rows, load, sent_kib, seconds = np.array(samples).T
     work = np.stack((rows, load, sent_kib))
     machine = Roofline(LlamaConfig(), "a100", tp=1, itemsize=4)
@@ -771,8 +820,6 @@ def make_parser() -> Parser:
         "each also with :fcfs",
     )
     add("--rate", type=RATE, help="requests per second; default: 1, a trace's own")
-    trace = "the load; with --table: one of them, at its own times"
-    add("--trace", type=file_name, metavar="FILE", help=trace)
     add(
         "--table",
         action="store_true",
@@ -790,13 +837,17 @@ def make_parser() -> Parser:
 
 def run_one(options):
     """A simulation: its summary, and above that, for people, what it is of."""
-    # A wrong policy is refused before anything is said.
-    make_fleet(options.policy, options.instances, MODELS["tiny"], LakeConfig())
+    check_policy("--policy", options.policy, options.instances)
+    if options.workload == "demo" and options.rate:
+        raise ValueError(f"--rate {options.rate:g}: the demo has times of its own")
     own = "at 1/s" if options.workload in WORKLOADS else "at its own times"
     rate = f"at {options.rate:g}/s" if options.rate else own
     said = f"{header(options)} of {options.workload} {rate}, {options.policy}"
     print(said, file=sys.stderr, flush=True)
-    print(json.dumps(simulate(options).summary(), indent=1))
+    summary = simulate(options).summary()
+    summary["config"] = {key: plain(value) for key, value in vars(options).items()}
+    summary["environment"] = summarise_environment(shlex.join(sys.argv))
+    print(json.dumps(summary, indent=1))
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 ranks.
 
     python bench/soak.py                                       # 10,000 requests, 4 ranks
-    python bench/soak.py --num-requests 500 --kill-every 5
+    python bench/soak.py --num-requests 2000 --kill-every 5
 
 The same trace is served twice, by torchrun on this machine: undisturbed, then with a random rank
 killed (kill -9) every so often, under `--max-restarts` and `--resume`. Both have to end with one
@@ -227,6 +227,13 @@ def main(arguments: list[str]) -> int:
                 return 1
             show(name, run)
             answers.append(run.answers())
+    if run.kills == 0:
+        said = "more requests, or a smaller one, are expected"
+        print(
+            f"soak.py: --kill-every {options.kill_every:g}: no rank was killed; {said}",
+            file=sys.stderr,
+        )
+        return 1
     same = answers[0] == answers[1]
     once = [id for id, _ in answers[1]] == list(range(options.num_requests))
     print(f"answers {'equal' if same else 'DIFFER'}; {'none' if once else 'SOME'} lost or twice")
