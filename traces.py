@@ -284,6 +284,10 @@ class Reader:
             if len(self.ignored) > MOST_WARNINGS:
                 said = "more keys are ignored, of which nothing is said"
             self.warn(f"{where}: {said}")
+        self._warn_of_idle_pause(raw, where)
+
+    def _warn_of_idle_pause(self, raw, where):
+        """There is no answer that it could follow."""
         pause = "think_ms" if "think_ms" in raw else "delay"
         no_session = not any(key in raw for key in SESSION_KEYS)
         if pause in raw and no_session and pause not in self.ignored:
@@ -392,11 +396,13 @@ def read_trace(
     which blank ones do not count. Raises ValueError: file:line, what is wrong, what is right. warn
     and encode: see Reader."""
     reader = Reader(name, form, warn, encode)
-    texts = ((number, text) for number, text in enumerate(source, 1))
-    texts = ((number, _drop_mark(text) if number == 1 else text) for number, text in texts)
-    filled = (numbered for numbered in texts if numbered[1].strip())
-    for number, text in islice(filled, limit):
-        reader.read(number, text)
+    for number, text in enumerate(source, 1):
+        if len(reader.lines) == limit:
+            break
+        if number == 1:
+            text = _drop_mark(text)
+        if text.strip():
+            reader.read(number, text)
     reader.warn_of_orphans()
     if not reader.lines:
         raise ValueError(f"{name}: is empty; one JSON object per line is expected")
