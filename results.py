@@ -504,7 +504,7 @@ def describe_speed(speed: float) -> str:
 
 REPORT = """\
     requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
-    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens were cached when their turn came
+    hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens were found in the pool
     computed  {computed_tokens:,} of {asked_tokens:,} prompt and fed-back answer tokens; the rest were hits
               ({recomputed_tokens:,} again, after preemption)
   cache load  {shares} of cache reads, by rank; coefficient of variation {cache_load_cv:.2f}

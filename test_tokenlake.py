@@ -5493,6 +5493,13 @@ def test_demo_and_its_report(tmp_path):
         assert r["session_id"] == r["request_id"] // 3
         assert len(r["itl_ms"]) == len(r["output_ids"]) - 1 and r["ttft_ms"] > 0
     assert "18/18 equal recomputation" in run.text
+    shown = (HERE / "README.md").read_text().split("ends with a table:\n\n```\n")[1].split("\n```")[0]
+    assert shape(shown) == shape(run.text.replace(", sent at once", "").rstrip("\n"))
+
+
+def shape(text):
+    """Its words, without what differs from run to run."""
+    return re.sub(r"\d[\d,.]*(e-\d+)?", "#", text).splitlines()
 
 
 def watch_times(rank, seen):
