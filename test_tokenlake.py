@@ -4695,11 +4695,11 @@ def wrong_in_itself(rank, seen):
     """Rank 1's weights change once they were compared: answers and oracle are wrong alike there."""
     make = run_cluster.Server
 
-    def server(options, cluster, lines, lake_config, model, *rest):
+    def server(options, cluster, lines, text, lake_config, model, *rest):
         if rank == 1:
             up = model.weights.by_name(model.config)["model.layers.1.mlp.up_proj.weight"]
             up *= -1
-        return make(options, cluster, lines, lake_config, model, *rest)
+        return make(options, cluster, lines, text, lake_config, model, *rest)
     run_cluster.Server = server
 
 
