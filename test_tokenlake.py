@@ -1769,7 +1769,7 @@ def test_an_old_torch_is_refused(monkeypatch, capsys, version, said):
 
 
 MODULES = sorted(p.relative_to(HERE).as_posix() for p in [*HERE.glob("*.py"), *HERE.glob("bench/*.py")])
-PARTS = [name for name in MODULES if "print(__doc__)" in (HERE / name).read_text()]
+PARTS = [name for name in MODULES if (HERE / name).read_text().endswith("    print(__doc__)\n")]
 
 
 def test_parts_say_what_they_are():
@@ -1777,7 +1777,7 @@ def test_parts_say_what_they_are():
     assert len(PARTS) >= 12 and "traces.py" in PARTS
     for name in MODULES:
         assert "__main__" in (HERE / name).read_text(), name
-    for name in random.Random(0).sample(PARTS, 3):
+    for name in ("traces.py", random.choice(PARTS)):
         done = subprocess.run([sys.executable, HERE / name], capture_output=True, text=True, check=True)
         assert done.stdout.strip() in (HERE / name).read_text() and not done.stderr
 
