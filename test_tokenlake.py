@@ -7156,7 +7156,7 @@ COMMANDS = {
     "pip install tokenizers": Shown("", None, "from the network", 0),
     f"{SERVE}4 --max-restarts=10 run_cluster.py --output out --resume":
         Shown(f"48/48 {VERIFIED}", seconds=25),
-    "python bench/soak.py": Shown("200", "python bench/soak.py --num-requests 200 --kill-every 8",
+    "python bench/soak.py": Shown("answers equal; none lost", "python bench/soak.py --num-requests 300 --kill-every 1",
                                   "fewer requests", 90),
     "python bench/golden_plans.py": Shown("0 of 320 scenes are planned otherwise", seconds=45),
     "python bench/simulate.py --table --trace FILE.jsonl --model llama-3.1-8b --tp 1 --num-requests 200 "

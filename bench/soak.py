@@ -2,7 +2,7 @@
 ranks.
 
     python bench/soak.py                                       # 10,000 requests, 4 ranks
-    python bench/soak.py --num-requests 2000 --kill-every 5
+    python bench/soak.py --num-requests 500 --kill-every 2
 
 The same trace is served twice, by torchrun on this machine: undisturbed, then with a random rank
 killed (kill -9) every so often, under `--max-restarts` and `--resume`. Both have to end with one
@@ -123,8 +123,8 @@ class Run:
             self.kills += 1
 
     def finish(self, kill_every: float, rng):
-        """Watches until all is served; `kill_every` seconds, from the first answer on, one rank is
-        killed (inf: none)."""
+        """Watches until all is served. A rank is killed `kill_every` seconds after the first answer,
+        and after the first one since it was started again, and so on (inf: none)."""
         try:
             self._watch(kill_every, rng)
         finally:  # if we are interrupted it does not outlive us
@@ -137,14 +137,17 @@ class Run:
 
     def _watch(self, kill_every: float, rng):
         next_kill = None
+        written = 0  # bytes of answers, at the last kill
         while self.process.poll() is None:
             self.look()
             now = time.monotonic()
-            if next_kill is None and self.file.exists() and self.file.stat().st_size:
+            size = self.file.stat().st_size if self.file.exists() else 0
+            if next_kill is None and size > written:
                 next_kill = now + kill_every
             if next_kill and now >= next_kill:
                 self.kill_one(rng)
-                next_kill = now + kill_every
+                next_kill = None
+                written = size
             time.sleep(LOOK)
 
     def answers(self) -> list[tuple]:
