@@ -32,6 +32,7 @@ import torch
 from balancer import variation
 from model import GENERATOR, dtype_name, one_line, read_json, require, shown
 from oracle import Verdict
+from traces import predecessors
 
 HERE = Path(__file__).resolve().parent
 CV_WINDOW = 32  # iterations
@@ -252,7 +253,6 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
     fields = "session_id timestamp think_ms salt input_length output_length"
     fields = [*fields.split(), "input_ids", "hash_ids"]
     asked = [attrgetter(*fields)(line) for line in lines]
-    follows = [line.previous and line.previous.index for line in lines]
     names = "trace_scale", "trace_block", "seed", "temperature", "stop_at_eos", "speed"
     return {
         "number of requests": len(lines),
@@ -260,7 +260,7 @@ def answers_basis(options, lines, model, sums: dict) -> dict:
         "generator of noise": GENERATOR,
         **{"--" + name.replace("_", "-"): plain(getattr(options, name)) for name in names},
         # What depends on these comes last, so that they are named.
-        "trace": digest((asked, follows)),
+        "trace": digest((asked, predecessors(lines))),
         "model": digest((model.config, sums)),
     }
 

@@ -65,14 +65,15 @@ from results import require_unused, resumes, sum_bytes, summarise, summarise_aga
 from scheduler import Policy, Scheduler
 from tokenlake import TokenLake
 from traces import (
-    LONG_SEGMENTS,
     TIME_UNITS,
     RandomTokens,
     TraceForm,
     TraceLine,
     demo_trace,
     open_trace,
+    predecessors,
     read_trace,
+    warn_of_long_segments,
 )
 
 DTYPES = [dtype_name(dtype) for dtype in WIDER]
@@ -276,7 +277,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     for name in ("trace_block", "trace_time_unit", "trace_scale"):
         said = f"--{name.replace('_', '-')} needs --trace FILE"
         require(options.trace or not getattr(options, name), said)
-    form = trace_form(options)
+    form = TraceForm.of(options)
     if options.trace:
         options.trace_block = form.block
         options.trace_time_unit = options.trace_time_unit or "ms"
@@ -287,16 +288,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if options.verify is None:
         options.verify = not (options.trace or options.model)
     return options
-
-
-def trace_form(options) -> TraceForm:
-    """What the options say of the trace, where its lines do not."""
-    usual = TraceForm()
-    return TraceForm(
-        block=options.trace_block or usual.block,
-        unit_ms=TIME_UNITS[options.trace_time_unit or "ms"],
-        scale=options.trace_scale or usual.scale,
-    )
 
 
 # ── set-up: what the user gave is checked, and made ──────────────────────────────────────────────
@@ -317,7 +308,9 @@ def prepare(options, cluster, device, memory):
     check_weights(options, config, dtype, device, cluster, memory)
     lake_config = size_lake(options, config, lines, dtype, device, cluster, memory)
     check_lines(lines, config, lake_config, cluster.size)
-    warn_of_long_segments(lines, options, lake_config.segment_tokens, cluster.rank)
+    if cluster.rank == 0:
+        form = TraceForm.of(options)
+        warn_of_long_segments(lines, form, lake_config.segment_tokens, warn)
     if options.model and not options.random_weights:
         weights = load_weights(options.model, config, dtype, device)
     else:
@@ -348,7 +341,7 @@ def read_lines(options, config, text, rank) -> list[TraceLine]:
     if not options.trace:
         demo = demo_trace(options.num_requests or 48, config.vocab_size, options.seed)
         return read_trace(demo, "demo")
-    form = trace_form(options)
+    form = TraceForm.of(options)
     warn_first = warn if rank == 0 else lambda said: None
     if form.scaled_block < FEW_TOKENS:
         said = f"some blocks of {form.scaled_block} tokens are equal by chance, and hit"
@@ -437,13 +430,6 @@ def size_lake(options, config, lines, dtype, device, cluster, memory):
     return replace(lake_config, slots=slots)
 
 
-def warn_of_long_segments(lines, options, segment_tokens, rank):
-    block = trace_form(options).scaled_block
-    has_blocks = any(line.hash_ids is not None for line in lines)
-    if rank == 0 and has_blocks and segment_tokens > block:
-        warn(LONG_SEGMENTS.format(segment_tokens, block))
-
-
 def check_lines(lines, config, lake_config, num_ranks):
     """Raises ValueError for a token that is not in the vocabulary, and for a request that is longer
     than the model's positions or than the pool."""
@@ -499,7 +485,7 @@ class Server:
         self.text = text
         self.model = model
         self.results = results
-        block = trace_form(options).scaled_block
+        block = TraceForm.of(options).scaled_block
         self.tokens = RandomTokens(model.config.vocab_size, block, options.seed)
         ranks = list(range(cluster.size))
         self.lake = TokenLake(
@@ -746,8 +732,8 @@ def set_up(arguments, cluster) -> "Server":
     prepared = cluster.together(prepare, options, cluster, device, memory)
     lines, text, lake_config, model = prepared
     options_but_spelling = vars(options) | dict(command=None)
-    follows = [line.previous and line.previous.index for line in lines]
-    made = options_but_spelling, lines, follows, lake_config, model.config, model.dtype
+    asked = lines, predecessors(lines)
+    made = options_but_spelling, asked, lake_config, model.config, model.dtype
     what = "options, another trace or another model"
     cluster.together(cluster.require_same, repr(made), what)
     # They are read for other ranks and for run.json; a large model takes seconds.

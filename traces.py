@@ -44,11 +44,15 @@ class TraceForm(NamedTuple):
     def scaled_block(self) -> int:
         return self.block // self.scale
 
-
-LONG_SEGMENTS = (
-    "--segment-tokens {} is more than the trace's blocks of {} tokens have: of what prompts share, "
-    "only whole segments hit"
-)
+    @classmethod
+    def of(cls, options) -> "TraceForm":
+        """As --trace-block, --trace-time-unit and, where a program has it, --trace-scale say."""
+        usual = cls()
+        return cls(
+            block=options.trace_block or usual.block,
+            unit_ms=TIME_UNITS[options.trace_time_unit or "ms"],
+            scale=getattr(options, "trace_scale", None) or usual.scale,
+        )
 
 
 # ── what stands in for tokens ────────────────────────────────────────────────────────────────────
@@ -170,6 +174,22 @@ class TraceLine:
             previous.turns_to_come -= 1
             if previous.turns_to_come == 0:
                 return previous
+
+
+def predecessors(lines: list[TraceLine]) -> list[int | None]:
+    """Whom each line follows, by index: a line's repr does not say."""
+    return [line.previous and line.previous.index for line in lines]
+
+
+def warn_of_long_segments(lines, form: TraceForm, segment_tokens: int, warn):
+    """Of what prompts with blocks share only whole segments hit."""
+    has_blocks = any(line.hash_ids is not None for line in lines)
+    if has_blocks and segment_tokens > form.scaled_block:
+        said = f"is more than the trace's blocks of {form.scaled_block} tokens have"
+        warn(
+            f"--segment-tokens {segment_tokens} {said}: of what prompts share, only whole "
+            "segments hit"
+        )
 
 
 # ── what a line may say ──────────────────────────────────────────────────────────────────────────

@@ -44,7 +44,7 @@ import simulate as sim  # noqa: E402
 from cluster import LakeError  # noqa: E402
 from drawing import cell, draw, name_fleet  # noqa: E402
 from model import one_line, shown  # noqa: E402
-from options import number, run_main, warn  # noqa: E402
+from options import is_first_rank, number, run_main, warn  # noqa: E402
 from provenance import describe_machine, digest_of_code  # noqa: E402
 from real_ranks import real  # noqa: E402
 from results import plain, summarise_environment  # noqa: E402
@@ -521,7 +521,7 @@ def give_up(options, why: str) -> int:
         kept += "; --output DIR keeps what was found"
     if options.output and not options.real:
         kept = f"{options.output / MEASURED} has what was found, the same command goes on"
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         warn(f"compare.py: {why}; {kept}")
     return 1
 

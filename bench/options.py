@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from traces import TIME_UNITS, TraceForm  # noqa: E402
+from traces import TIME_UNITS  # noqa: E402
 
 MOST_TOKENS = 2**30  # of a request, whose chunks are listed
 MOST_SEGMENTS = 2**26  # of a pool, whose balancer lists them in a few GB
@@ -20,6 +20,11 @@ def wording():
     import model
 
     return model
+
+
+def is_first_rank() -> bool:
+    """Of several, which torchrun has started, it speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,9 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, problem):
         """Of what is wrong with the input otherwise. Of several ranks the first says it."""
-        first = os.environ.get("RANK", "0") == "0"
         said = f"{self.prog}: error: {wording().one_line(problem)}\n"
-        self.exit(2, said if first else None)
+        self.exit(2, said if is_first_rank() else None)
 
 
 def warn(said):
@@ -84,13 +88,6 @@ def add_trace_form(parser):
     parser.add_argument("--trace-block", type=number(int, 1, 2**40), help=block)
     unit = "of timestamps (default ms)"
     parser.add_argument("--trace-time-unit", choices=TIME_UNITS, help=unit)
-
-
-def trace_form(options) -> TraceForm:
-    return TraceForm(
-        block=options.trace_block or TraceForm().block,
-        unit_ms=TIME_UNITS[options.trace_time_unit or "ms"],
-    )
 
 
 def check_segments(number):
@@ -140,7 +137,7 @@ def run_main(main):
     except OSError as error:  # a full disk, say
         warn(f"{os.path.basename(sys.argv[0])}: {error.strerror}")
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             warn(f"{os.path.basename(sys.argv[0])}: stopped by Ctrl-C")
     except SystemExit as ended:  # of the parser
         status = ended.code or 0

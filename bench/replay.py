@@ -30,11 +30,16 @@ from options import (  # noqa: E402
     file_name,
     number,
     run_main,
-    trace_form,
     warn,
     wording,
 )
-from traces import LONG_SEGMENTS, NumberedTokens, TraceLine, open_trace  # noqa: E402
+from traces import (  # noqa: E402
+    NumberedTokens,
+    TraceForm,
+    TraceLine,
+    open_trace,
+    warn_of_long_segments,
+)
 
 WINDOW_MS = 10_000  # of the trace, that a CV is taken over
 KV_BYTES = 131_072  # of a token, all layers: Llama-3.1-8B in 16 bits
@@ -223,12 +228,10 @@ def main(arguments: list[str]):
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
-        form = trace_form(options)
+        form = TraceForm.of(options)
         lines = open_trace("--trace", options.trace, form, warn=warn)
         slots = count_slots(options, lines)
-        has_blocks = any(line.hash_ids is not None for line in lines)
-        if has_blocks and options.segment_tokens > form.block:
-            warn(LONG_SEGMENTS.format(options.segment_tokens, form.block))
+        warn_of_long_segments(lines, form, options.segment_tokens, warn)
         balancer = Balancer(
             options.instances,
             slots,

@@ -52,7 +52,6 @@ from options import (  # noqa: E402
     file_name,
     number,
     run_main,
-    trace_form,
     warn,
 )
 from replay import WINDOW_MS  # noqa: E402
@@ -563,7 +562,7 @@ def simulate(
     N = options.instances
     C = segment_tokens(options.model)
     model = MODELS[options.model]
-    form = trace_form(options)
+    form = TraceForm.of(options)
     lines = load(options.workload, options.num_requests, rate or 1.0, seed, form)
     config = LakeConfig(
         C,
@@ -665,7 +664,7 @@ def check(options):
         raise ValueError(
             f"--max-batch {options.max_batch}: at least --instances is expected"
         )
-    for name in dict.fromkeys([options.workload, getattr(options, "trace", None)]):
+    for name in dict.fromkeys([options.workload, options.trace]):
         if name and name not in ("demo", *WORKLOADS):
             check_trace(name, options)
 
@@ -680,7 +679,7 @@ def check_policy(option: str, name: str, num_instances: int):
 
 def check_trace(name: str, options):
     """Raises ValueError for a file's lines. This warns of them: a comparison reads it often."""
-    lines = load(name, options.num_requests, 1.0, 0, trace_form(options), warn=warn)
+    lines = load(name, options.num_requests, 1.0, 0, TraceForm.of(options), warn=warn)
     check_tokens(lines)
     if name == options.workload:
         options.num_requests = len(lines)
