@@ -17,7 +17,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -378,6 +380,11 @@ def plain(value):
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, int) else str(value)
+
+
+def command_line(program: str) -> str:
+    """As it was typed, but for where the program lies: that is nobody's business."""
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def summarise_environment(command: str) -> dict:

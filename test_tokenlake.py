@@ -3,6 +3,7 @@
 Ranks are real processes that talk over gloo, forked from one server that has torch imported. Each
 run has its own store on a free port and its own folder, so runs can go side by side."""
 
+import ast
 import contextlib
 import gzip
 import importlib.util
@@ -5495,8 +5496,8 @@ def test_demo_and_its_report(tmp_path):
         assert r["session_id"] == r["request_id"] // 3
         assert len(r["itl_ms"]) == len(r["output_ids"]) - 1 and r["ttft_ms"] > 0
     assert "18/18 equal recomputation" in run.text
-    shown = (HERE / "README.md").read_text().split("ends with a table:\n\n```\n")[1].split("\n```")[0]
-    assert shape(shown) == shape(run.text.replace(", sent at once", "").rstrip("\n"))
+    shown, = report.read_records()["demo"]["result"]
+    assert shape(shown) == shape(run.text.replace(", sent at once", ""))
 
 
 def shape(text):
@@ -6501,10 +6502,12 @@ def test_figures_say_what_they_show():
     plt.close("all")
 
 
-def test_the_readme_says_what_was_measured():
-    """Its tables are those of bench/results, to the character."""
-    text = report.README.read_text()
-    assert "<!-- table: " in text and report.fill(text, report.read_records()) == text
+def test_the_readmes_say_what_was_measured():
+    """Their tables are those of bench/results, to the character; every table stands in one."""
+    records = report.read_records()
+    texts = [page.read_text() for page in report.PAGES]
+    assert texts == [report.fill(page, records) for page in report.PAGES]
+    assert {name for text in texts for name, _ in report.MARKED.findall(text)} == set(report.TABLES)
 
 
 def test_records_say_how_they_came_about():
@@ -6519,7 +6522,7 @@ def test_records_say_how_they_came_about():
         assert not any(part in text for part in (str(Path.home()), str(HERE), os.uname().nodename))
 
 
-@pytest.mark.parametrize("name", report.EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in report.EXPERIMENTS if name not in report.TEXTS])
 def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsys):
     """Each experiment's options, with a trace of the name that commands have for it."""
     if name == "peers" and not importlib.util.find_spec("transformers"):
@@ -6530,6 +6533,8 @@ def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("WORLD_SIZE", str(report.RANKS.get(name, 1)))
     done = []
     note = lambda *arguments, **_: done.append(arguments)
+    monkeypatch.setattr(replay, "replay", lambda *_: note(name) or {})
+    monkeypatch.setattr(simulate, "validate", lambda arguments: note(arguments) or 0)
     monkeypatch.setattr(simulate, "table", note)
     monkeypatch.setattr(simulate, "simulate", lambda options: note(options) or SimpleNamespace(
         summary=lambda: baselines.make_fleet(options.policy, options.instances, simulate.MODELS[
@@ -6540,7 +6545,7 @@ def test_the_programs_accept_what_is_measured(name, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(peers, "compare", lambda *load: note(load) or dict(wrong=0))
     program, *arguments = report.EXPERIMENTS[name].split()
     main = importlib.import_module(program.removesuffix(".py")).main
-    assert main(arguments) == 0 and done
+    assert not main(arguments) and done
 
 
 def test_records_are_of_what_a_program_needs():
@@ -6559,7 +6564,7 @@ def test_measuring_and_reporting(tmp_path, monkeypatch, capsys):
     """A record is written once, and again if its command or the code is another; the README's table
     is made of it, and only what stands between its marks."""
     readme = tmp_path / "README.md"
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGES", [readme])
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     small = "plan.py --instances {} --requests 2 --segments 3 --repeat 2 --json"
     monkeypatch.setattr(report, "EXPERIMENTS", {
@@ -6605,20 +6610,22 @@ def test_measuring_and_reporting(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, text, said", [
-    (["--measure", "planing"], "", "--measure planing: there are schedulers planning "),
-    (["--measure"], "", "--trace: schedulers, conversation need Mooncake's conversation_trace.jsonl"),
+    (["--measure", "planing"], "", "--measure planing: there are replay-hash-alone replay-hash "),
+    (["--measure", "loogle", "conversation"], "",
+     "--trace: conversation need Mooncake's conversation_trace.jsonl"),
     (["--measure", "schedulers", "--trace", "none"], "", "No such file or directory: 'none'"),
-    ([], "<!-- table: plan -->\n<!-- /table -->", "README.md: no table is called plan; schedulers"),
+    ([], "<!-- table: plan -->\n<!-- /table -->", "README.md: no table is called plan; options, "),
     ([], "<!-- table: real -->\n", "<!-- table: NAME --> and <!-- /table --> are expected"),
     ([], "<!-- table: real -->\n<!-- table: real -->\n<!-- /table -->", "are expected")])
 def test_what_cannot_be_reported_is_named(tmp_path, monkeypatch, capsys, arguments, text, said):
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    report.README.write_text(text)
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    monkeypatch.setattr(report, "PAGES", [page])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         report.main(arguments)
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and report.README.read_text() == text
+    assert said in error and error.count("\n") == 1 and page.read_text() == text
 
 
 def test_tables_of_small_measurements(tmp_path, monkeypatch, capsys):
@@ -7197,9 +7204,9 @@ PROGRAMS = "pip", "grep", "hf", "python", "pytest", "torchrun"
 
 
 def shown_commands() -> list[str]:
-    """Of the README: lines of its fenced blocks, and what stands in backticks, that begin with a
+    """Of both READMEs: lines of their fenced blocks, and what stands in backticks, that begin with a
     program; each once."""
-    text = (HERE / "README.md").read_text()
+    text = "\n".join(page.read_text() for page in report.PAGES)
     fenced = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     lines = fenced.replace("\\\n", "").splitlines()
     lines += re.findall("`([^`]*)`", re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
@@ -7246,6 +7253,153 @@ def test_a_command_of_the_readme(fresh_clone, tmp_path, command):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
     assert done.returncode == 0, done.stdout
     assert re.search(shown.said, done.stdout, re.DOTALL), done.stdout
+
+
+# ── what the documents say ────────────────────────────────────────────────────────────────────
+
+# (bench/NOTES.md also speaks of what was dropped.)
+DOCUMENTS = "README.md", "bench/README.md", "PORTING.md", "EXERCISES.md"
+# Names in PORTING.md and elsewhere that are not ours: vLLM's, SGLang's, PyTorch's, of files and shells.
+FOREIGN = set("""
+    block_table query_start_loc seq_lens ref_cnt lock_ref req_to_token token_to_kv_pool k_buffer v_buffer
+    KVConnectorBase_V1 get_num_new_matched_tokens update_state_after_alloc build_connector_meta
+    request_finished start_load_kv wait_for_layer_load save_kv_layer wait_for_save merge_attn_states
+    RadixCache.match_prefix insert evict inc_lock_ref dec_lock_ref cache_unfinished_req cache_finished_req
+    init_forward_metadata forward_extend forward_decode torch.distributed._symmetric_memory
+    lstsq generate GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME
+""".split())
+
+
+def prose_of(document) -> str:
+    """What is not in fenced blocks."""
+    return re.sub(r"^```.*?^```", "", (HERE / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def code_names():
+    """Of all our files: identifiers, `Class.attribute` pairs, and strings (names of options and keys)."""
+    names, members, strings = set(), set(), set()
+    for file in MODULES:
+        tree = ast.parse((HERE / file).read_text())
+        for node in ast.walk(tree):
+            names |= {getattr(node, key) for key in ("id", "attr", "name", "arg", "module")
+                      if isinstance(getattr(node, key, None), str)}
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.add(node.value)
+            if isinstance(node, ast.ClassDef):
+                inside = {getattr(part, key) for part in ast.walk(node) for key in ("name", "attr", "id")
+                          if isinstance(getattr(part, key, None), str)}
+                members |= {f"{node.name}.{name}" for name in inside}
+        names.add(Path(file).stem)
+    return names, members, strings
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_names_exists(document):
+    """Options, files, functions, attributes and keys in backticks, and links."""
+    text = prose_of(document)
+    names, members, strings = code_names()
+    words = {word for string in strings for word in re.findall(r"[\w-]+", string)}
+    words |= set(re.findall(r'"(\w+)":', (HERE / "bench/results/reads.json").read_text()))
+    missing = []
+    for quoted in (" ".join(found.split()) for found in re.findall("`([^`]+)`", text)):
+        called = re.sub(r"\(.*\)( -> .*)?$", "", quoted)
+        if re.fullmatch(r"--[a-z][a-z-]*( .*)?", quoted):
+            known = quoted.split()[0] in strings or f"--{quoted.split()[0][5:]}" in strings
+        elif re.fullmatch(r"[\w./-]+\.(py|md|json|svg|png|html)", quoted):
+            beside = (HERE / document).parent
+            known = (HERE / quoted).exists() or (beside / quoted).exists()
+            known = known or any(quoted in string for string in strings)
+        elif re.fullmatch(r"[A-Za-z_]\w+\.\w+", called):
+            module, name = called.split(".")
+            known = called in members or module in names and name in names
+        elif re.fullmatch(r"[A-Za-z_]\w+", called):
+            known = called in names or called in words
+        else:
+            continue
+        if not known and called not in FOREIGN:
+            missing.append(quoted)
+    for target in re.findall(r"\]\(([^)#:\s]+)\)", text):
+        if not ((HERE / document).parent / target).exists():
+            missing.append(target)
+    assert not missing
+
+
+def test_what_the_readmes_say_of_their_tables():
+    """Figures in the text that follow from records, by themselves or as ratios."""
+    found = report.read_records()
+
+    def policy(name, policy):
+        return found[name]["result"][0]["policies"][policy]
+
+    def goodput(name, key):
+        rate = policy(name, key)["p90_goodput"]
+        return rate["mean"] if isinstance(rate, dict) else rate
+
+    def ttft(name, key, rate):
+        return report.at_rate(policy(name, key), rate)["normalised_ttft"]
+
+    def tpot(name, key, rate):
+        return report.at_rate(policy(name, key), rate)["mean_tpot_ms"]
+
+    def fleet(name, key):
+        return found[name]["result"][0][key]
+
+    text = " ".join("".join(map(prose_of, ("README.md", "bench/README.md"))).split())
+    quoted = {
+        "0.013 against 0.032 ms": [ttft("conversation", key, 2) for key in ("tokenlake", "router")],
+        "(12 against 15 ms": [tpot("conversation", key, 8) for key in ("router", "tokenlake")],
+        "2.8 and 7 times the goodput": [
+            goodput("elastic", f"tokenlake:{pd}") / goodput("elastic", pd) for pd in ("pd:1x3", "pd:3x1")],
+        "refuses what that does not hold (0.3 %)": [100 * fleet("lakes-256-router", "refused")],
+    }
+    for sentence, values in quoted.items():
+        assert sentence in text
+        numbers = re.findall(r"\d[\d.]*", sentence)
+        for said, value in zip(numbers, values, strict=True):
+            decimals = len(said.partition(".")[2])
+            assert float(said) == pytest.approx(value, abs=0.51 * 10**-decimals), sentence
+    in_words = {
+        "an eighth and a fifth of its TTFT": [
+            (ttft("elastic", pd, 2) / ttft("elastic", f"tokenlake:{pd}", 2), times)
+            for pd, times in (("pd:1x3", 8), ("pd:3x1", 5))],
+        "less than half of the goodput": [
+            (2 * goodput("ablations", "read-alone") < goodput("ablations", "tokenlake"), True)],
+        "at a fifth of the rate": [
+            (goodput("ablations", "tokenlake") / goodput("ablations", "tokenlake:fcfs"), 5)],
+        "four times as long as eight of 32": [
+            (fleet("lakes-256", "mean_tpot_ms") / fleet("lakes-256-8x32", "mean_tpot_ms"), 4)],
+        "a first one three times": [
+            (fleet("lakes-256", "mean_ttft_ms") / fleet("lakes-256-8x32", "mean_ttft_ms"), 3)],
+        "and a plan ten times": [
+            (fleet("lakes-256", "plan_ms_median") / fleet("lakes-256-8x32", "plan_ms_median"), 11)],
+        "one rank serves the demo in half the time of four": [
+            (seconds_of_demo(found["demo"]) / seconds_of_demo(found["demo-1"]), 2)],
+    }
+    for sentence, pairs in in_words.items():
+        assert sentence in text
+        for value, said in pairs:
+            assert value == pytest.approx(said, rel=0.2), sentence
+    hits = [[entry["hit_rate"] for entry in policy("hits", key)["capacities"]]
+            for key in ("tokenlake", "pd:1x3", "pd:3x1")]
+    ratios = [pool_hits / pd_hits for pds in hits[1:] for pool_hits, pd_hits in zip(hits[0], pds)]
+    assert "hits 1.2 to 2.2 times as seldom" in text
+    assert (round(min(ratios), 1), round(max(ratios), 1)) == (1.2, 2.2)
+
+
+def seconds_of_demo(record) -> float:
+    return float(re.search(r"requests +48 in ([\d.]+) s", record["result"][0])[1])
+
+
+def test_the_arithmetic_of_the_readme():
+    """A row and a segment of Llama-3.1-8B in bf16, and the ridge of an A100."""
+    text = " ".join(prose_of("README.md").split())
+    llama = simulate.MODELS["llama-3.1-8b"]
+    lake = TokenLake([0, 1], llama, LakeConfig(segment_tokens=512), dtype=torch.bfloat16)
+    assert "**16.5 KB**" in text and round(lake.query_bytes / 1e3, 1) == 16.5
+    assert "**2 MB**" in text and 512 * lake.kv_bytes == 2 * 2**20
+    assert "(38 on an A100 with four query heads to a KV head)" in text and lake.ridge == 38
+    assert "16,512 bytes" in (HERE / "PORTING.md").read_text() and lake.query_bytes == 16512
+    assert "token's K and V 4,096" in (HERE / "PORTING.md").read_text() and lake.kv_bytes == 4096
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shlex
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -47,7 +46,7 @@ from model import one_line, shown  # noqa: E402
 from options import is_first_rank, number, run_main, warn  # noqa: E402
 from provenance import describe_machine, digest_of_code  # noqa: E402
 from real_ranks import real  # noqa: E402
-from results import plain, summarise_environment  # noqa: E402
+from results import command_line, plain, summarise_environment  # noqa: E402
 from run_cluster import PATH  # noqa: E402
 from workloads import WORKLOADS  # noqa: E402
 
@@ -336,7 +335,7 @@ def compare(options) -> dict:
     for name, value in vars(options).items():
         config[name] = str(value) if isinstance(value, Path) else value
     policies = {policy: comparison.result(policy) for policy in options.policies}
-    environment = summarise_environment(shlex.join(sys.argv))
+    environment = summarise_environment(command_line("bench/compare.py"))
     return dict(config=config, environment=environment, policies=policies)
 
 

@@ -1,4 +1,4 @@
-"""The README's tables and figures: measured by one command, written by another.
+"""The tables and figures of the READMEs: measured by one command, written by another.
 
     python bench/report.py --measure lakes-64 lakes-256     # or all, without names
     python bench/report.py
@@ -9,12 +9,14 @@ took, and all that it printed. What is there already, of the same command and th
 as it is. (`--again` measures it again.) Mooncake's conversation trace is not part of the project;
 experiments that need it are told by `--trace FILE` where it is.
 
-The second reads these files and writes each table of the README between its two marks,
+The second reads these files and writes each table of README.md and bench/README.md between its
+two marks,
 
     <!-- table: NAME --> … <!-- /table -->
 
-and, where Matplotlib is, the figures. So no table says what was not measured: a test compares
-them. Which records another version of the code has measured is said, too.
+and, where Matplotlib is, the figures; also the table of options, which is that of --help. So no
+table says what was not measured: a test compares them. Which records another version of the code
+has measured is said, too.
 """
 
 import json
@@ -39,13 +41,14 @@ import compare  # noqa: E402
 import drawing  # noqa: E402
 import real_ranks  # noqa: E402
 import provenance  # noqa: E402
+import run_cluster  # noqa: E402
 from model import cut  # noqa: E402
 from options import Parser, file_name, run_main  # noqa: E402
 from results import commit  # noqa: E402
 
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
-README = HERE.parent / "README.md"
+PAGES = [HERE.parent / "README.md", HERE / "README.md"]
 TRACE = "conversation_trace.jsonl"  # as commands call Mooncake's conversation trace
 
 LOOGLE = "compare.py --json --workload loogle --capacity-tokens 400000"
@@ -63,8 +66,14 @@ def large_fleet(instances: int, policy: str) -> str:
     )
 
 
+READS = "simulate.py --capacity-tokens 400000 --num-requests 400 --rate 6 --policy"
+REPLAY = f"replay.py --json --trace {TRACE}"
 # By name: what is run, without `python bench/`.
 EXPERIMENTS = {
+    "replay-hash-alone": f"{REPLAY} --instances 8 --placement hash --replicate-factor 0",
+    "replay-hash": f"{REPLAY} --instances 8 --placement hash",
+    "replay": f"{REPLAY} --instances 8",
+    "replay-16": f"{REPLAY} --instances 16",
     "schedulers": f"simulate.py --table --json --trace {TRACE} --model llama-3.1-8b --tp 1 "
     "--num-requests 200 --capacity-tokens 1000000 --chunk-tokens 1024 --max-batch 128 --rate 4",
     "planning": "plan.py --table --json",
@@ -99,13 +108,27 @@ EXPERIMENTS = {
     "lakes-256-8x32": large_fleet(256, "lakes:8x32"),
     "lakes-256-router": large_fleet(256, "router"),
     "lakes-1024-32x32": large_fleet(1024, "lakes:32x32"),
+    "reads": f"{READS} tokenlake",
+    "reads-router": f"{READS} router",
+    "reads-alone": f"{READS} read-alone",
+    "validation": "simulate.py --validate",
+    "validation-4": "simulate.py --validate",
     "real": "compare.py --real --json --policies tokenlake,lakes:2x2,router,pd:1x3,pd:3x1",
     "peers": f"peers.py --json {FIGURES_FILE}",
+    "demo": "run_cluster.py",
+    "demo-1": "run_cluster.py",
 }
-RANKS = {"real": 4}  # of the experiments that take several
+RANKS = {"real": 4, "validation-4": 4, "demo": 4}  # of the experiments that take several
+TEXTS = ["demo", "demo-1"]  # experiments that print no JSON
 
 
 # Measuring.
+
+
+def program_of(name: str) -> Path:
+    """The file that an experiment runs: of bench/, or beside it."""
+    program, *_ = EXPERIMENTS[name].split()
+    return next(file for file in (HERE / program, HERE.parent / program) if file.exists())
 
 
 def command_of(name: str) -> str:
@@ -113,7 +136,9 @@ def command_of(name: str) -> str:
     launch = "python"
     if name in RANKS:
         launch = f"torchrun --standalone --nproc-per-node={RANKS[name]}"
-    return f"{launch} bench/{EXPERIMENTS[name]}"
+    _, *arguments = EXPERIMENTS[name].split(" ", 1)
+    program = program_of(name).relative_to(HERE.parent).as_posix()
+    return " ".join([launch, program, *arguments])
 
 
 def measure(name: str, trace: str | None) -> dict:
@@ -123,13 +148,13 @@ def measure(name: str, trace: str | None) -> dict:
     if name in RANKS:
         launch += ["-m", "torch.distributed.run", "--standalone"]
         launch += [f"--nproc-per-node={RANKS[name]}"]
-    program, *arguments = shlex.split(EXPERIMENTS[name])
+    _, *arguments = shlex.split(EXPERIMENTS[name])
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if trace:
             os.symlink(os.path.abspath(trace), Path(folder, TRACE))
         done = subprocess.run(
-            [*launch, HERE / program, *arguments],
+            [*launch, program_of(name), *arguments],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -146,7 +171,7 @@ def measure(name: str, trace: str | None) -> dict:
         machine=provenance.machine(),
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         seconds=round(time.perf_counter() - started),
-        result=parse(figures),
+        result=[figures] if name in TEXTS else parse(figures),
     )
 
 
@@ -164,8 +189,7 @@ def parse(text: str) -> list:
 
 def digest_of_code(name: str) -> str:
     """Of the program that an experiment runs."""
-    program, *_ = EXPERIMENTS[name].split()
-    return provenance.digest_of_code(HERE / program)
+    return provenance.digest_of_code(program_of(name))
 
 
 def is_current(name: str, record: dict) -> bool:
@@ -248,6 +272,40 @@ def goodput(entry: dict | None) -> str:
 def at_rate(entry: dict, rate: float) -> dict:
     """The point of a policy's curve."""
     return next(point for point in entry["curve"] if point["rate"] == rate)
+
+
+def options_table() -> str:
+    """The options of run_cluster.py, as --help has them."""
+    rows = []
+    for group, options in run_cluster.OPTIONS.items():
+        rows.append([f"*{group}*", ""])
+        for name, type, metavar, _, help in options:
+            value = f" {metavar}" if metavar else ""
+            if type is run_cluster.SWITCH:
+                name = f"{name}`, `--no-{name[2:]}"
+            elif type is not run_cluster.FLAG and not metavar:
+                value = f" {{{type.expected.removeprefix('one of ')}}}"
+            rows.append([f"`{name}{value}`", help])
+    profile = run_cluster.PROFILE
+    rows.append([f"`--profile [{profile['metavar']}]`", profile["help"]])
+    return markdown(["option of run_cluster.py", ""], rows)
+
+
+def balance_table(*records: dict) -> str:
+    """What holds a trace evenly: homes, and copies of heavy hitters."""
+    rows = []
+    for record in records:
+        (result,) = record["result"]
+        command = record["command"]
+        homes = "by hash" if "--placement hash" in command else "striped"
+        copies = "no" if "--replicate-factor 0" in command else "yes"
+        hits = f"{100 * result['hit_rate']:.1f} %"
+        load_cv = short(result["cache_load_cv"], 2)
+        rows.append(
+            [option(record, "--instances"), homes, copies, hits, load_cv, result["replicas_max"]]
+        )
+    head = "instances, homes, heavy hitters copied, hit rate, CV of cache reads, most replicas"
+    return markdown(head.split(", "), rows)
 
 
 def schedulers_table(record: dict) -> str:
@@ -390,6 +448,30 @@ def lakes_table(*records: dict) -> str:
     return markdown(head.split(", "), rows)
 
 
+def reads_table(*records: dict) -> str:
+    rows = []
+    for record in records:
+        (summary,) = record["result"]
+        terabytes = short(summary["kv_bytes_read"] / 1e12)
+        rows.append([option(record, "--policy"), terabytes, percent(summary["hit_rate"])])
+    return markdown(["policy", "KV read, TB", "hit rate"], rows)
+
+
+def validation_table(*records: dict) -> str:
+    rows = []
+    for record in records:
+        (result,) = record["result"]
+        ranks = re.search(r"nproc-per-node=(\d+)|$", record["command"])[1] or 1
+        error = percent(result["median_error"])
+        rows.append([ranks, f"{result['correlation']:.2f}", error])
+    return markdown(["ranks", "correlation", "median error"], rows)
+
+
+def demo_output(record: dict) -> str:
+    (text,) = record["result"]
+    return "\n".join(["```", text.rstrip("\n"), "```"])
+
+
 def real_table(record: dict) -> str:
     rows = map(real_ranks.show_real, record["result"])
     return "\n".join(["```", real_ranks.REAL_HEADER, *rows, "```"])
@@ -417,8 +499,12 @@ class Table(NamedTuple):
     experiments: list[str]
 
 
-# By the name that the README's marks give.
+# By the name that the marks in a page give.
 TABLES = {
+    "options": Table(options_table, []),
+    "balance": Table(
+        balance_table, ["replay-hash-alone", "replay-hash", "replay", "replay-16"]
+    ),
     "schedulers": Table(schedulers_table, ["schedulers"]),
     "planning": Table(planning_table, ["planning", "planning-unshared"]),
     "loogle": Table(loogle_table, ["loogle"]),
@@ -432,6 +518,9 @@ TABLES = {
     "lakes": Table(
         lakes_table, [name for name in EXPERIMENTS if name.startswith("lakes-")]
     ),
+    "reads": Table(reads_table, ["reads", "reads-router", "reads-alone"]),
+    "validation": Table(validation_table, ["validation", "validation-4"]),
+    "demo": Table(demo_output, ["demo"]),
     "real": Table(real_table, ["real"]),
     "peers": Table(peers_table, ["peers"]),
 }
@@ -449,17 +538,18 @@ def missing(names: list[str], records: dict) -> str | None:
     return f"bench/results has no {files}; `{makes}` makes what is missing"
 
 
-def fill(text: str, records: dict) -> str:
-    """The README with its tables as the records give them. Raises ValueError if one is missing, or
-    a mark is not as it should be."""
+def fill(page: Path, records: dict) -> str:
+    """A page with its tables as the records give them. Raises ValueError if one is missing, or a
+    mark is not as it should be."""
+    text = page.read_text()
     names = [name for name, _ in MARKED.findall(text)]
     if not len(names) == text.count("<!-- table:") == text.count("<!-- /table -->"):
         said = "<!-- table: NAME --> and <!-- /table --> are expected, each on a line, in turn"
-        raise ValueError(f"{README.name}: {said}")
+        raise ValueError(f"{page.name}: {said}")
     for name in names:
         if name not in TABLES:
             said = f"{', '.join(TABLES)} are there"
-            raise ValueError(f"{README.name}: no table is called {name}; {said}")
+            raise ValueError(f"{page.name}: no table is called {name}; {said}")
     if said := missing(names, records):
         raise ValueError(said)
 
@@ -473,15 +563,16 @@ def fill(text: str, records: dict) -> str:
 
 
 def write_tables(records: dict):
-    """Of the README; says which others could be there, and what is old. Raises ValueError as `fill`
-    does."""
-    text = README.read_text()
-    README.write_text(fill(text, records))
-    marked = [name for name, _ in MARKED.findall(text)]
+    """Of all pages; says which others could be there, and what is old. Raises ValueError as `fill`
+    does, before anything is written."""
+    filled = [fill(page, records) for page in PAGES]
+    for page, text in zip(PAGES, filled):
+        page.write_text(text)
+    marked = {name for text in filled for name, _ in MARKED.findall(text)}
     unmarked = [name for name in TABLES if name not in marked]
     for name in unmarked:
         if not missing([name], records):
-            print(f"{README.name} has no <!-- table: {name} --> to <!-- /table -->")
+            print(f"no page has <!-- table: {name} --> to <!-- /table -->")
     if said := missing(unmarked, records):
         print(said)
     if old := [name for name in records if not is_current(name, records[name])]:
@@ -505,7 +596,7 @@ def check_measured(names: list[str], trace: str | None):
     """Raises ValueError for a name that is none, or a trace that is not there."""
     for name in names:
         if name not in EXPERIMENTS:
-            known = " ".join(EXPERIMENTS)
+            known = cut(" ".join(EXPERIMENTS), 200)
             raise ValueError(f"--measure {cut(name, 20)}: there are {known}")
     traced = [name for name in names if TRACE in EXPERIMENTS[name]]
     if traced and not trace:
@@ -517,7 +608,7 @@ def check_measured(names: list[str], trace: str | None):
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(description="Measure what the README says, and write its tables.")
+    parser = Parser(description="Measure what the READMEs say, and write their tables.")
     add = parser.add_argument
     measured = "experiments to measure; without names: all"
     add("--measure", nargs="*", metavar="NAME", help=measured)

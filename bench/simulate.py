@@ -21,7 +21,6 @@ import argparse
 import heapq
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -58,6 +57,7 @@ from replay import WINDOW_MS  # noqa: E402
 from pool import LakeConfig  # noqa: E402
 from results import (  # noqa: E402
     Totals,
+    command_line,
     plain,
     summarise_environment,
     summarise_totals,
@@ -845,7 +845,7 @@ def run_one(options):
     print(said, file=sys.stderr, flush=True)
     summary = simulate(options).summary()
     summary["config"] = {key: plain(value) for key, value in vars(options).items()}
-    summary["environment"] = summarise_environment(shlex.join(sys.argv))
+    summary["environment"] = summarise_environment(command_line("bench/simulate.py"))
     print(json.dumps(summary, indent=1))
 
 
