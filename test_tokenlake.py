@@ -7281,8 +7281,10 @@ def code_names():
     for file in MODULES:
         tree = ast.parse((HERE / file).read_text())
         for node in ast.walk(tree):
-            names |= {getattr(node, key) for key in ("id", "attr", "name", "arg", "module")
+            names |= {getattr(node, key) for key in ("id", "attr", "name", "arg")
                       if isinstance(getattr(node, key, None), str)}
+            if isinstance(node, ast.ImportFrom):
+                names.add(node.module.split(".")[0])
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.add(node.value)
             if isinstance(node, ast.ClassDef):
@@ -7305,7 +7307,7 @@ def test_what_a_document_names_exists(document):
         called = re.sub(r"\(.*\)( -> .*)?$", "", quoted)
         if re.fullmatch(r"--[a-z][a-z-]*( .*)?", quoted):
             known = quoted.split()[0] in strings or f"--{quoted.split()[0][5:]}" in strings
-        elif re.fullmatch(r"[\w./-]+\.(py|md|json|svg|png|html)", quoted):
+        elif re.fullmatch(r"[\w./-]+\.(py|md|jsonl?|txt|svg|png|html)", quoted):
             beside = (HERE / document).parent
             known = (HERE / quoted).exists() or (beside / quoted).exists()
             known = known or any(quoted in string for string in strings)
