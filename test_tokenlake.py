@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,6 +31,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -3088,6 +3090,172 @@ def test_a_prefix_of_several_requests_is_one_load():
     prepared(lake.balancer, 3, tokens(64, 3))
     apart = [alike[0], Request(4, tokens(64, 3) + tokens(20, 4), 90)]
     assert lake.get_cache_load(apart, tree, flops=1e12, bandwidth=1e9) > found
+
+
+# ── figures of the README ─────────────────────────────────────────────────────────────────────
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def drawn_figures(tmp_path_factory):
+    """All that bench/lesson.py writes, by name."""
+    folder = tmp_path_factory.mktemp("figures") / "new"
+    command = [sys.executable, HERE / "bench/lesson.py", "--output", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
+    return {path.stem: path.read_bytes() for path in folder.iterdir()}
+
+
+def texts_of(figure: bytes, look=None):
+    root = ElementTree.fromstring(figure)
+    return [text for text in root.iter(f"{SVG}text") if look in (None, *text.get("class", "").split())]
+
+
+def extent(text):
+    """Left, right, top and bottom of a text, in letters as wide as DejaVu Sans has them."""
+    look = text.get("class", "").split()
+    size = 14 if "head" in look else 12 if {"small", "code"} & {*look} else 13
+    widths = (0.42 if c in " ijl.,:;'|!ftrI()" else 0.98 if c in "mwMW" else 0.64 + 0.12 * c.isupper()
+              for c in text.text)
+    width = size * (0.61 * len(text.text) if "code" in look else sum(widths) * (1 + 0.1 * ("head" in look)))
+    before = dict(start=0, middle=0.5, end=1)[text.get("text-anchor", "start")]
+    x, y = float(text.get("x")), float(text.get("y"))
+    return x - before * width, x + (1 - before) * width, y - 0.75 * size, y + 0.25 * size
+
+
+def test_figures_of_the_readme_are_those_of_the_program(drawn_figures):
+    """To the byte, and all of them."""
+    kept = {path.stem: path.read_bytes() for path in report.FIGURES.glob("*.svg")}
+    assert len(drawn_figures) == 7 and drawn_figures.items() <= kept.items()
+
+
+def test_figures_of_the_readme_stand_alone_on_any_page(drawn_figures):
+    """Small files, which name themselves, have colours for light pages and for dark ones, no
+    background, and nothing from elsewhere."""
+    for name, figure in drawn_figures.items():
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img" and root.get("viewBox") == f"0 0 760 {root.get('height')}"
+        title, description, style = root[:3]
+        assert title.text and description.text, name
+        assert style.text.count("@media (prefers-color-scheme: dark)") == 1
+        text = figure.decode()
+        assert len(figure) < 15_000 and not re.search(r"href|url\(|@import|<script|<image", text), name
+        assert text.count("http") == 1  # the name of the language
+        assert not any(shape.get("width") in ("100%", "760") for shape in root.iter(f"{SVG}rect"))
+        sizes = [float(size) for size in re.findall(r"([\d.]+)px", style.text)]
+        assert min(sizes) >= 12
+        known = {*re.findall(r"\.([a-z]+)(?=[ ,])", style.text), "ink"}
+        used = {look for part in root.iter() for look in part.get("class", "").split()}
+        assert used <= known, name
+
+
+def test_colours_of_figures_can_be_read():
+    """Contrast, as WCAG 2 has it, of letters: 4.5 at least, on white and on a dark page."""
+    import svg
+
+    def light(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722)) + 0.05
+    for tones in svg.COLOURS.values():
+        for tone, page in zip(tones, ("#ffffff", "#0d1117")):
+            lower, higher = sorted((light(tone), light(page)))
+            assert higher / lower >= 4.5, tone
+
+
+def test_texts_of_figures_stay_where_they_belong(drawn_figures):
+    """Within the figure, within their box, and off each other."""
+    for name, figure in drawn_figures.items():
+        root = ElementTree.fromstring(figure)
+        extents = {text: extent(text) for text in root.iter(f"{SVG}text")}
+        for text, (left, right, top, bottom) in extents.items():
+            inside = 0 <= left and right <= 760 and 0 <= top and bottom <= int(root.get("height"))
+            assert inside, (name, text.text, left, right)
+        for group in root.iter(f"{SVG}g"):
+            frame, *texts = group
+            x, y, width, height = (float(frame.get(key)) for key in ("x", "y", "width", "height"))
+            for text in texts:
+                left, right, top, bottom = extents[text]
+                inside = x <= left and right <= x + width and y <= top and bottom <= y + height
+                assert inside, (name, text.text, right - left, width)
+        for (one, a), (other, b) in itertools.combinations(extents.items(), 2):
+            apart = a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
+            assert apart, (name, one.text, other.text)
+
+
+def test_figures_name_what_is_there(drawn_figures):
+    """Functions of the code, and policies that are compared."""
+    parts = balancer, engine_module, run_cluster, scheduler_module, tokenlake
+    named = {name: [call for text in texts_of(figure, "code") for call in text.text.split(", ")]
+             for name, figure in drawn_figures.items()}
+    for policy in named.pop("lakes"):
+        simulate.check_policy("--policy", policy, 4)
+    assert len(named["life"]) >= 16 and set(named["agree"]) >= {"TokenLake.gen_plans"}
+    for call in itertools.chain(*named.values()):
+        owner, function = call.split(".")
+        (found,) = {getattr(part, owner) for part in parts if hasattr(part, owner)}
+        assert callable(getattr(found, function)), call
+
+
+def test_bytes_in_figures_are_counted_by_hand(drawn_figures):
+    """Of Llama-3.1-8B in bf16: 32 heads of 128, 8 of KV. Query and result have two bytes a value,
+    LSE four a head."""
+    said = {name: " ".join(text.text for text in texts_of(figure)) for name, figure in drawn_figures.items()}
+    query = result = 32 * 128 * 2
+    row = query + result + 32 * 4
+    segment = 512 * 2 * 8 * 128 * 2
+    assert f": {segment:,} bytes" in said["pool"] and f": {row:,} bytes" in said["pool"]
+    assert segment / row == pytest.approx(127, abs=0.01) and "127 times" in said["pool"]
+    assert "Even at 127 rows" in said["meet"] and "16.5 kB travel" in said["meet"]
+    assert "2.1 MB are read a layer, not 67.1 MB" in said["once"]
+    assert round(32 * segment / 1e6, 1) == 67.1
+
+
+@pytest.mark.parametrize("rows, pulled", [(1, 0), (127, 0), (128, 1)])
+def test_a_prompt_pulls_from_where_the_figure_says(rows, pulled):
+    """A segment at another instance, for as many rows of a prompt."""
+    import lesson
+
+    share = SimpleNamespace(is_prompt=np.array([True]), part=np.array([0]), rows=np.array([rows]))
+    found = lesson.LAKE._ship_or_pull(share, np.array([[0, lesson.C, 0]]))
+    assert found.holder.tolist() == [1] * pulled
+
+
+@pytest.mark.parametrize("decodes, reads", [(31, 1), (32, 1), (33, 2), (64, 2)])
+def test_a_segment_is_read_as_often_as_the_figure_says(decodes, reads):
+    """A program takes 32 rows of Llama-3.1-8B: so many decodes read a segment once."""
+    import lesson
+
+    number = np.arange(decodes)
+    rows = QueryRows(number, number, np.full(decodes, lesson.C))
+    spans = KVSpans(number, number * 0, np.full(decodes, lesson.C), number * 0)
+    shape = lesson.LLAMA.num_heads, lesson.LLAMA.num_kv_heads, torch.bfloat16
+
+    def tokens_read(**options):
+        work = Work(rows, spans, *shape, **options)
+        before = np.append(0, np.cumsum(work.tiles.length))
+        return (before[work.pieces.end_tile] - before[work.pieces.first_tile]).sum()
+    assert lesson.BLOCK == 32 and tokens_read() == reads * lesson.C
+    assert tokens_read(share=False) == decodes * lesson.C
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--output", "taken"], "--output taken: File exists; a folder that takes files is expected"),
+    (["--output", "taken/in"], "--output taken/in: Not a directory; a folder that takes files is expected"),
+    (["--output", ""], "argument --output: '': a file's name is expected"),
+    (["pool"], "unrecognized arguments: pool"),
+])
+def test_wrong_options_of_figures_are_named(tmp_path, monkeypatch, capsys, arguments, said):
+    import lesson
+
+    (tmp_path / "taken").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        lesson.main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].endswith(f"error: {said}")
+    assert (tmp_path / "taken").read_text() == "kept"
 
 
 # ── load: rows that meet at a token read it once ──────────────────────────────────────────────

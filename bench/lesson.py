@@ -445,7 +445,7 @@ def draw_agree() -> Figure:
         "The control plane is deterministic",
         "From the same trace, the same clock and fit of rank 0 and the same sampled tokens, every "
         "rank plans the same for all. Ranks compare a digest of the plan and its tokens before the "
-        "first exchange of data. At the end of an iteration only sampled tokens, rank 0's clock "
+        "first exchange of data. At the end of an iteration sampled tokens, rank 0's clock "
         "and its fit cross; with them the next one is planned.",
         440,
     )
@@ -456,7 +456,7 @@ def draw_agree() -> Figure:
         draw_rank(figure, MARGIN + rank * (BAND - RANK) / (INSTANCES - 1), rank)
     figure.text(237, 236, "if one differs, all stop", "small", "middle")
     figure.text(491, 236, "no data has crossed yet", "small", "middle")
-    said = "what crosses at the end:  sampled tokens  ·  rank 0's clock  ·  rank 0's fit"
+    said = "what the next plan needs crosses:  sampled tokens  ·  rank 0's clock  ·  rank 0's fit"
     figure.box(MARGIN, 364, BAND, 50, said, code="EndOfIteration.gather")
     figure.arrow([(BAND + 18, 389), (LANE, 389), (LANE, 52), (BAND + 18, 52)], "ink")
     figure.text(LANE, 432, "the next iteration", "small", "end")

@@ -23,7 +23,6 @@ COLOURS = {
     "kv": ("#ad4e00", "#f2a45c"),
     "result": ("#13774f", "#4ac492"),
 }
-SIZES = {"": 13, "small": 12, "head": 14, "code": 12}  # of letters, by look
 LINE = 17  # from one line of a text to the next
 HEAD = 8  # length of an arrow's head; it is as wide
 
