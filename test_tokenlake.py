@@ -3258,6 +3258,38 @@ def test_wrong_options_of_figures_are_named(tmp_path, monkeypatch, capsys, argum
     assert (tmp_path / "taken").read_text() == "kept"
 
 
+@pytest.mark.parametrize("found, named", [
+    ([[5, 23, 34], [4.6, 17, 31]], False),
+    ([[5, 23, 4096], [4.6, 17, 31]], True),
+    ([[90, 700, 3072], [0, 86, 31]], True),
+    ([[0, 0, 0], [0, 0, 2048]], True),
+    ([[4096] * 3] * 2, True),
+])
+def test_an_unlimited_goodput_leaves_others_room(found, named):
+    """It has a tick of its own, a fifth over the highest of the others, which keep their places."""
+    pytest.importorskip("matplotlib")
+    policies = {
+        policy: dict(capacities=[dict(capacity_tokens=n * 100_000, hit_rate=0.1 * n, p90_goodput=goodput)
+                                 for n, goodput in enumerate(goodputs, 1)])
+        for policy, goodputs in zip(("tokenlake", "router"), found)}
+    plt = drawing.pyplot()
+    axis = drawing.draw_capacity(plt, policies, compare.NO_LIMIT).axes[1]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    ticks = axis.get_yticks()
+    assert names.count("unlimited") == named
+    limited = [goodput for goodputs in found for goodput in goodputs if goodput <= 1024]
+    most = max(limited, default=0)
+    level = 1.2 * most or 1
+    for line, goodputs in zip(axis.lines, found):
+        assert line.get_ydata() == pytest.approx([min(goodput, level) for goodput in goodputs])
+    if named:
+        assert ticks[-1] == level and names[-1] == "unlimited"
+        assert axis.get_ylim()[1] == pytest.approx(1.05 * level)
+        assert all(tick <= most for tick in ticks[:-1])
+        assert [float(name) for name in names[:-1]] == pytest.approx(ticks[:-1])
+    plt.close("all")
+
+
 # ── load: rows that meet at a token read it once ──────────────────────────────────────────────
 
 

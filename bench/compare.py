@@ -53,6 +53,7 @@ from workloads import WORKLOADS  # noqa: E402
 PRECISION = 0.04  # of a goodput
 LOWEST = 1 / 256  # requests/s that are tried
 HIGHEST = 4096.0
+NO_LIMIT = HIGHEST / 4  # a goodput over that: all may come at once and keep the SLO
 # Rates of the curves, times the best goodput.
 RATE_FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 POINT_KEYS = "slo_attainment refused normalised_ttft mean_tpot_ms hit_rate cache_load_cv".split()
@@ -403,8 +404,7 @@ def format_cells(cells: list[str]) -> str:
 
 
 def format_goodput(rate: float) -> str:
-    """Where all may come at once and keep the SLO, no limit was found."""
-    return "unlimited" if rate > HIGHEST / 4 else f"{rate:.3g}"
+    return "unlimited" if rate > NO_LIMIT else f"{rate:.3g}"
 
 
 # The command line.
@@ -528,7 +528,7 @@ def give_up(options, why: str) -> int:
 def draw_if_possible(result: dict, folder: Path):
     """Figures, where Matplotlib is, and the folder takes them."""
     try:
-        draw(result, folder)
+        draw(result, folder, NO_LIMIT)
     except ModuleNotFoundError:
         warn("compare.py: no figures without Matplotlib (pip install matplotlib)")
     except (OSError, ValueError) as error:

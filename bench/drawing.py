@@ -44,8 +44,9 @@ def pyplot():
     return plt
 
 
-def draw(result: dict, folder: Path):
-    """The figures, after Figures 9 to 12 of the paper."""
+def draw(result: dict, folder: Path, no_limit: float):
+    """The figures, after Figures 9 to 12 of the paper. no_limit: a goodput over that is none that
+    was found."""
     plt = pyplot()
     config = result["config"]
     policies = result["policies"]
@@ -59,7 +60,8 @@ def draw(result: dict, folder: Path):
     at_rate = f"{title}\nat {curve[len(curve) // 2]['rate']:g} requests/s; {shown}"
     save(draw_balance(plt, policies), at_rate, folder / "balance.svg")
     if any("capacities" in entry for entry in policies.values()):
-        save(draw_capacity(plt, policies), f"{setting}; {seeds}", folder / "capacity.svg")
+        figure = draw_capacity(plt, policies, no_limit)
+        save(figure, f"{setting}; {seeds}", folder / "capacity.svg")
 
 
 def save(figure, title: str, path: Path):
@@ -130,17 +132,50 @@ def plot_reads(axis, reads: np.ndarray):
         )
 
 
-def draw_capacity(plt, policies: dict):
+def draw_capacity(plt, policies: dict, no_limit: float):
     """Hits and goodput over capacity."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.9))
     hits, goodputs = axes
+    found = highest_found(policies, no_limit)
+    level = 1.2 * found or 1.0  # of what is unlimited
+    lowered = lower(policies, level)
     for axis, key in zip(axes, ("hit_rate", "p90_goodput")):
-        plot_curves(axis, policies, "capacities", "capacity_tokens", key, x_unit=1e3)
+        plot_curves(axis, lowered, "capacities", "capacity_tokens", key, x_unit=1e3)
         axis.set(xlabel="cache, thousand tokens", ylim=(0, None))
     hits.set_ylabel("hit rate")
     goodputs.set_ylabel("P90 goodput, requests/s")
+    if lowered != policies:
+        name_level(goodputs, found, level)
     add_legend(figure, hits)
     return figure
+
+
+def highest_found(policies: dict, no_limit: float) -> float:
+    """Of all goodputs, the highest that is one."""
+    points = (point for entry in policies.values() for point in entry["capacities"])
+    goodputs = (point["p90_goodput"] for point in points)
+    return max((goodput for goodput in goodputs if goodput <= no_limit), default=0.0)
+
+
+def lower(policies: dict, level: float) -> dict:
+    """The policies, with goodputs that are `level` at most. Beside one that is unlimited, which is
+    thousands, others would be a line at 0."""
+
+    def lowered(point):
+        return {**point, "p90_goodput": min(point["p90_goodput"], level)}
+
+    return {
+        policy: {**entry, "capacities": [*map(lowered, entry["capacities"])]}
+        for policy, entry in policies.items()
+    }
+
+
+def name_level(axis, highest: float, level: float):
+    """What is unlimited stands on a dotted line; numbers end at the highest one."""
+    axis.set_ylim(0, 1.05 * level)
+    axis.axhline(level, color=INK, linestyle=(0, (1, 3)))
+    ticks = [tick for tick in axis.get_yticks() if tick <= highest]
+    axis.set_yticks([*ticks, level], [*(f"{tick:g}" for tick in ticks), "unlimited"])
 
 
 def plot_curves(axis, policies: dict, curve: str, x: str, y: str, x_unit: float = 1):

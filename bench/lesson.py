@@ -117,7 +117,7 @@ def draw_slab(figure, instance, x):
     free = len(places) - 1 - instance
     figure.cells(places[others:free], *SLOT, "faint")
     figure.cells(places[free:], *SLOT, "faint hollow dashed")
-    said = f"instance {instance}: a slab of slots"
+    said = f"instance {instance}: slots of a GPU"
     figure.text(x + HOLDER / 2, 186, said, "", "middle")
 
 
@@ -159,12 +159,10 @@ def compare_bytes(figure):
     """What travels beside what stays, to scale."""
     whole = RIGHT - MARGIN
     figure.text(MARGIN, 344, f"{OF}, to scale:", "small faint")
-    said = (
-        f"what a row reads of a segment stays there, KV of {C} tokens: {SEGMENT:,} bytes"
-    )
+    said = f"a segment, KV of {C} tokens, stays where it lives: {SEGMENT:,} bytes"
     figure.text(MARGIN, 366, said, "small kv")
     figure.cells([(MARGIN, 373)], whole, 10, "kv")
-    said = f"its query and its result travel: {ROW:,} bytes, {EVEN_ROWS:.0f} times fewer"
+    said = f"a row's query and result travel instead: {ROW:,} bytes, {EVEN_ROWS:.0f} times fewer"
     query = whole * QUERY / SEGMENT
     figure.cells([(MARGIN, 393)], query, 10, "query solid")
     figure.cells([(MARGIN + query, 393)], whole * RESULT / SEGMENT, 10, "result solid")

@@ -266,7 +266,7 @@ def goodput(entry: dict | None) -> str:
         return "–"
     rate = entry["p90_goodput"]
     rate = rate["mean"] if isinstance(rate, dict) else rate
-    return "no limit" if rate > compare.HIGHEST / 4 else short(rate)
+    return "no limit" if rate > compare.NO_LIMIT else short(rate)
 
 
 def at_rate(entry: dict, rate: float) -> dict:
@@ -584,7 +584,7 @@ def draw_figures(records: dict):
     if "loogle" not in records:
         return
     try:
-        drawing.draw(records["loogle"]["result"][0], FIGURES)
+        drawing.draw(records["loogle"]["result"][0], FIGURES, compare.NO_LIMIT)
     except ModuleNotFoundError:
         print("no figures without Matplotlib (pip install matplotlib)", file=sys.stderr)
 
