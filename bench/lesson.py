@@ -88,7 +88,7 @@ def stripe(figure, holders):
         x = first + segment * width
         figure.box(x + 1, 32, width - 2, 24, str(segment), "kv", "small")
         column, instance = divmod(segment, INSTANCES)
-        end = holders[instance] + 14 + column * PITCH[0] + SLOT[0] / 2, 117
+        end = holders[instance] + INSET + column * PITCH[0] + SLOT[0] / 2, 117
         figure.curve((x + width / 2, 58), end, "kv thin")
     figure.cells([(MARGIN, 14)], 20, 15, "kv")
     figure.text(44, 26, "segment of this prompt", "small")
@@ -106,7 +106,7 @@ def draw_slab(figure, instance, x):
     own = range(instance, PROMPT, INSTANCES)
     across, down = SLOTS
     places = [
-        (x + 14 + PITCH[0] * i, 118 + PITCH[1] * j)
+        (x + INSET + PITCH[0] * i, 118 + PITCH[1] * j)
         for j in range(down)
         for i in range(across)
     ]
@@ -126,33 +126,35 @@ def numbers(instance) -> str:
     return ", ".join(map(str, range(instance, PROMPT, INSTANCES)))
 
 
+INSET = 14  # of what stands in an instance
+CHIP = HOLDER - 2 * INSET  # width of that
+SENT = 214  # y of the arrows
+ANSWERED = 294
+
+
 def travel(figure, holders):
     """A decode's row to all homes, and what comes back."""
-    left, middle, right = holders
-    inset = 14
-    width = HOLDER - 2 * inset
-    sent = 214  # y of the arrows
-    answered = 294
-    for holder, instance in ((left, 0), (right, 2)):
-        said = f"attention over\nsegments {numbers(instance)}"
-        figure.box(holder + inset, 200, width, 108, said)
-    figure.box(middle + inset, 200, width, 28, "query row of a decode", "query", "small")
-    figure.box(middle + inset, 280, width, 28, "merge by LSE", "result")
-    centre = middle + HOLDER / 2
+    left, middle, right = (holder + INSET for holder in holders)
+    figure.box(middle, 200, CHIP, 28, "query row of a decode", "query", "small")
+    figure.box(middle, 280, CHIP, 28, "merge by LSE", "result")
+    centre = middle + CHIP / 2
     figure.arrow([(centre, 228), (centre, 280)], "result")
     figure.text(centre + 10, 258, f"over {numbers(1)}", "small")
-    ends = (left + inset + width, middle + inset, 1), (
-        right + inset,
-        middle + inset + width,
-        -1,
-    )
-    for there, here, side in ends:
-        figure.arrow([(here, sent), (there, sent)], "query")
-        figure.arrow([(there, answered), (here, answered)], "result")
-        gap = (here + there) / 2
-        figure.text(gap, sent - 8, "query row", "small query", "middle")
-        figure.text(gap, answered - 8, "result", "small result", "middle")
-        figure.text(gap, answered + 17, "O and LSE", "small result", "middle")
+    for holder, instance in ((left, 0), (right, 2)):
+        said = f"attention over\nsegments {numbers(instance)}"
+        figure.box(holder, 200, CHIP, 108, said)
+    meet(figure, middle, left + CHIP)
+    meet(figure, middle + CHIP, right)
+
+
+def meet(figure, here, there):
+    """Between the instance that computes a row and one that holds what it reads."""
+    figure.arrow([(here, SENT), (there, SENT)], "query")
+    figure.arrow([(there, ANSWERED), (here, ANSWERED)], "result")
+    gap = (here + there) / 2
+    figure.text(gap, SENT - 8, "query row", "small query", "middle")
+    figure.text(gap, ANSWERED - 8, "result", "small result", "middle")
+    figure.text(gap, ANSWERED + 17, "O and LSE", "small result", "middle")
 
 
 def compare_bytes(figure):
@@ -187,23 +189,29 @@ def draw_meet() -> Figure:
     left, right = columns(2, 350)
     show_meeting(figure, left, "a decode ships its row")
     show_meeting(figure, right, "many rows of a prompt pull the KV")
-    for x in left, right:
-        figure.cells([(x + 262, y) for y in range(54, 98, 6)], 66, 5, "kv")
-    figure.cells([(left + 22, 70)], 66, 7, "query")
-    figure.arrow([(left + 94, 74), (left + 256, 74)], "query")
-    figure.text(left + 175, 67, "row of Q", "small query", "middle")
-    figure.arrow([(left + 256, 92), (left + 94, 92)], "result")
-    figure.text(left + 175, 108, "O and LSE", "small result", "middle")
-    figure.cells([(right + 22, y) for y in range(54, 98, 6)], 66, 5, "query")
-    figure.arrow([(right + 256, 82), (right + 94, 82)], "kv")
-    figure.text(right + 175, 74, "rows of K and V", "small kv", "middle")
-    said = f"{size(ROW)} travel in a layer, not {size(SEGMENT)}:\n{EVEN_ROWS:.0f} times fewer"
-    figure.text(left, 148, said, "small")
-    said = f"{size(SEGMENT)} travel in a layer, not {size(C * ROW)} for {C} rows;\n"
-    said += "they leave one layer ahead"
-    figure.text(right, 148, said, "small")
+    draw_shipping(figure, left)
+    draw_pulling(figure, right)
     chart_bytes(figure)
     return figure
+
+
+def draw_shipping(figure, x):
+    figure.cells([(x + 22, 70)], 66, 7, "query")
+    figure.arrow([(x + 94, 74), (x + 256, 74)], "query")
+    figure.text(x + 175, 67, "row of Q", "small query", "middle")
+    figure.arrow([(x + 256, 92), (x + 94, 92)], "result")
+    figure.text(x + 175, 108, "O and LSE", "small result", "middle")
+    said = f"{size(ROW)} travel in a layer, not {size(SEGMENT)}:\n{EVEN_ROWS:.0f} times fewer"
+    figure.text(x, 148, said, "small")
+
+
+def draw_pulling(figure, x):
+    figure.cells([(x + 22, y) for y in range(54, 98, 6)], 66, 5, "query")
+    figure.arrow([(x + 256, 82), (x + 94, 82)], "kv")
+    figure.text(x + 175, 74, "rows of K and V", "small kv", "middle")
+    said = f"{size(SEGMENT)} travel in a layer, not {size(C * ROW)} for {C} rows;\n"
+    said += "they leave one layer ahead"
+    figure.text(x, 148, said, "small")
 
 
 def show_meeting(figure, x, said):
@@ -212,6 +220,7 @@ def show_meeting(figure, x, said):
     for left, whose in ((x, "the reader"), (x + 240, "the holder")):
         figure.box(left, 36, 110, 90, look="faint hollow")
         figure.text(left + 55, 118, whose, "small", "middle")
+    figure.cells([(x + 262, y) for y in range(54, 98, 6)], 66, 5, "kv")
 
 
 def chart_bytes(figure):
@@ -226,40 +235,29 @@ def chart_bytes(figure):
     figure.line([(x, y - 8), (x, bottom), (x + width + 8, bottom)], "faint")
     for rows in range(0, MOST_ROWS + 1, 64):
         figure.text(place(rows, 0)[0], bottom + 17, str(rows), "small", "middle")
-    figure.text(
-        x + width / 2,
-        bottom + 36,
-        f"rows that read a segment of {C} tokens",
-        "small",
-        "middle",
-    )
-    for count in (0, SEGMENT, highest):
-        figure.text(
-            x - 8, place(0, count)[1] + 4, size(count) if count else "0", "small", "end"
-        )
+    said = f"rows that read a segment of {C} tokens"
+    figure.text(x + width / 2, bottom + 36, said, "small", "middle")
+    for count, said in ((0, "0"), (SEGMENT, size(SEGMENT)), (highest, size(highest))):
+        figure.text(x - 8, place(0, count)[1] + 4, said, "small", "end")
     even = place(EVEN_ROWS, SEGMENT)
     figure.line([even, (even[0], bottom)], "faint dashed")
     figure.line([place(0, 0), place(MOST_ROWS, highest)], "query")
     figure.line([place(0, SEGMENT), place(MOST_ROWS, SEGMENT)], "kv")
     beside = x + width + 12
-    figure.text(
-        beside, place(0, highest)[1] + 4, "rows and results travel", "small query"
-    )
-    figure.text(beside, place(0, SEGMENT)[1] + 4, "the KV travels", "small kv")
+    pulled_y = place(0, SEGMENT)[1]
+    figure.text(beside, y + 4, "rows and results travel", "small query")
+    figure.text(beside, pulled_y + 4, "the KV travels", "small kv")
     said = f"Even at {EVEN_ROWS:.0f} rows: one and its\nresult are as many bytes as\n"
     said += f"the KV of {ROW / LAKE.kv_bytes:.1f} tokens."
-    figure.text(beside, place(0, SEGMENT)[1] + 26, said, "small")
+    figure.text(beside, pulled_y + 26, said, "small")
     figure.text(even[0] - 8, bottom - 8, "ship", "small query", "end")
     figure.text(even[0] + 8, bottom - 8, "pull", "small kv")
 
 
 # ── what all want is read once ───────────────────────────────────────────────────────────────────
 
-ROWS_THERE = (
-    BLOCK // 4,
-    BLOCK // 2,
-    BLOCK // 4,
-)  # of decodes, by the instance that computes them
+FEW = BLOCK // 4
+ROWS_THERE = FEW, 2 * FEW, FEW  # of decodes, by the instance that computes them
 BAR = 5.5  # from row to row
 TREE = 414  # x
 
@@ -268,9 +266,9 @@ def draw_once() -> Figure:
     figure = Figure(
         "What all want is read once",
         f"Left: rows of {BLOCK} decodes, which {INSTANCES} instances compute, stand at the "
-        "holder of a segment at the same moment, and it reads the segment once for all of them. Right: in "
-        "a prefix tree there is a group of rows for each branching; a row's own part is merged with "
-        "those of its groups.",
+        "holder of a segment at the same moment, and it reads the segment once for all of them. "
+        "Right: in a prefix tree there is a group of rows for each branching; a row's own part is "
+        "merged with those of its groups.",
         306,
     )
     gather_rows(figure)
@@ -280,9 +278,8 @@ def draw_once() -> Figure:
 
 def gather_rows(figure):
     """Rows of decodes at the holder of a segment."""
-    figure.text(
-        MARGIN, 24, f"{BLOCK} decodes meet a segment of instance {INSTANCES}", "head"
-    )
+    said = f"{BLOCK} decodes meet a segment of instance {INSTANCES}"
+    figure.text(MARGIN, 24, said, "head")
     top = 50
     height = BLOCK * BAR
     figure.box(196, top - 12, 184, height + 40, look="faint hollow")
@@ -307,29 +304,40 @@ def gather_rows(figure):
     figure.text(MARGIN, 282, said, "small")
 
 
+class Node(NamedTuple):
+    """Segments, and beside them the rows that read these."""
+
+    x: float
+    y: float
+    name: str
+    width: float
+    rows: str
+    rows_width: float
+
+    @property
+    def middle(self) -> float:
+        return self.x + (self.width + 2 + self.rows_width) / 2
+
+
 def show_groups(figure):
     """A prefix tree: which rows read a node together."""
     figure.text(TREE, 24, "a group for each branching of the tree", "head")
-    x = TREE
-    root = x + 58, 46, "system prompt", 116, "A B C D", 76
-    shared = x, 122, "document", 80, "A B", 46
-    leaves = [(x + 84 * i, 198, "own", 44, row, 30) for i, row in enumerate("ABCD")]
+    root = Node(TREE + 58, 46, "system prompt", 116, "A B C D", 76)
+    shared = Node(TREE, 122, "document", 80, "A B", 46)
+    leaves = [
+        Node(TREE + 84 * i, 198, "own", 44, row, 30) for i, row in enumerate("ABCD")
+    ]
     for parent, children in ((root, [shared, *leaves[2:]]), (shared, leaves[:2])):
         for child in children:
-            start = middle_of(parent), parent[1] + 32
-            figure.curve(start, (middle_of(child), child[1] - 2), "faint")
-    for left, y, name, width, rows, rows_width in (root, shared, *leaves):
-        figure.box(left, y, width, 30, name, "kv", "small")
-        figure.box(left + width + 2, y, rows_width, 30, rows, "query", "small")
+            start = parent.middle, parent.y + 32
+            figure.curve(start, (child.middle, child.y - 2), "faint")
+    for node in (root, shared, *leaves):
+        figure.box(node.x, node.y, node.width, 30, node.name, "kv", "small")
+        beside = node.x + node.width + 2
+        figure.box(beside, node.y, node.rows_width, 30, node.rows, "query", "small")
     said = "The result of row A is merged of three:\n"
     said += "its own part, that of A B, and that of A B C D."
-    figure.text(x, 282, said, "small result")
-
-
-def middle_of(node) -> float:
-    """Its x; see `show_groups`."""
-    left, _, _, width, _, rows_width = node
-    return left + (width + 2 + rows_width) / 2
+    figure.text(TREE, 282, said, "small result")
 
 
 # ── sequence parallelism is a split of rows ──────────────────────────────────────────────────────
@@ -413,11 +421,9 @@ def draw_fleet(figure, x, members, policy):
     """Instances in lakes of so many members each."""
     pitch = PANEL / FLEET
     middle = x + PANEL / 2
-    is_one = members == FLEET
     figure.text(middle, 20, policy, "code", "middle")
-    figure.box(
-        middle - 45, 32, 90, 28, "requests" if is_one else "router", letters="small"
-    )
+    source = "requests" if members == FLEET else "router"
+    figure.box(middle - 45, 32, 90, 28, source, letters="small")
     for first in range(0, FLEET, members):
         left = x + first * pitch + 2
         width = members * pitch - 4
@@ -448,13 +454,19 @@ def draw_agree() -> Figure:
         440,
     )
     figure.text(MARGIN, 24, "what every rank has", "head")
-    said = "the trace  ·  sampled tokens  ·  rank 0's clock  ·  rank 0's fit of the time predictor"
+    said = (
+        "the trace · sampled tokens · rank 0's clock · rank 0's fit of the time predictor"
+    )
     figure.box(MARGIN, 36, BAND, 32, said)
+    pitch = (BAND - RANK) / (INSTANCES - 1)
     for rank in range(INSTANCES):
-        draw_rank(figure, MARGIN + rank * (BAND - RANK) / (INSTANCES - 1), rank)
-    figure.text(237, 236, "if one differs, all stop", "small", "middle")
-    figure.text(491, 236, "no data has crossed yet", "small", "middle")
-    said = "what the next plan needs crosses:  sampled tokens  ·  rank 0's clock  ·  rank 0's fit"
+        draw_rank(figure, MARGIN + rank * pitch, rank)
+    between = MARGIN + (RANK + pitch) / 2  # the first two
+    figure.text(between, 236, "if one differs, all stop", "small", "middle")
+    figure.text(between + pitch, 236, "no data has crossed yet", "small", "middle")
+    said = (
+        "what the next plan needs crosses: sampled tokens · rank 0's clock · rank 0's fit"
+    )
     figure.box(MARGIN, 364, BAND, 50, said, code="EndOfIteration.gather")
     figure.arrow([(BAND + 18, 389), (LANE, 389), (LANE, 52), (BAND + 18, 52)], "ink")
     figure.text(LANE, 432, "the next iteration", "small", "end")
