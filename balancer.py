@@ -71,6 +71,8 @@ HALF_LIFE = 16
 # pool of few slots from filling up with copies.
 REPLICA_SLOTS = 16
 
+UNLIMITED = 1 << 60  # rows
+
 
 @dataclass(eq=False, slots=True)
 class Segment:
@@ -422,15 +424,18 @@ class Balancer:
         self,
         request,
         rows,
-        planned: list[int],
-        tails: list[int],
-        most,
+        planned: list[int] | None = None,
+        tails: list[int] | None = None,
+        most=UNLIMITED,
     ) -> list[Run] | None:
         """Runs for the next `rows` tokens, in slots where their segments will live; None if all
         slots are pinned (the request keeps what was reserved for it). planned [N]: rows planned so
-        far, updated on success; tails [N]: open tails, updated. An instance that would have more
-        than `most` rows leaves some to the least planned one: these are computed there, and put."""
-        C = self.segment_tokens
+        far, updated on success; tails [N]: open tails, updated (both are none by default). An
+        instance that would have more than `most` rows leaves some to the least planned one: these
+        are computed there, and put."""
+        N, S, C = self.sizes
+        planned = [0] * N if planned is None else planned
+        tails = [0] * N if tails is None else tails
         rows_at = list(planned)
         runs = []
         position = request.done
@@ -445,7 +450,7 @@ class Balancer:
                     return None
                 request.table[index] = slot
                 request.num_slots += 1
-                tails[slot // self.slots] += index >= len(request.ids)
+                tails[slot // S] += index >= len(request.ids)
             run = self._next_run(request, position, count, rows_at, most)
             rows_at[run.preferred] += run.rows
             runs.append(run)

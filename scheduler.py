@@ -23,10 +23,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from balancer import FORBIDDEN, BatchRange, Request, TimePredictor, dynamic_program
+from balancer import (
+    FORBIDDEN,
+    UNLIMITED,
+    BatchRange,
+    Request,
+    TimePredictor,
+    dynamic_program,
+)
 from pool import EVEN_SLACK
 
-UNLIMITED = 1 << 60  # rows
 UNKNOWN = -1  # in place of a token that is not known yet
 # Fewer rows take no less time, as the weights have to be read: FLOPS / BANDWIDTH is 153 rows with
 # two bytes a weight, and a power of two is near enough.

@@ -50,6 +50,7 @@ slot 10 4–7 of requests 0 and 2. Fresh are the rows of runs 0 to 2; run 3 find
 10. So run 0 travels to instance 1, too, and runs 2 and 3 to instance 0. No KV has to move.
 """
 
+from functools import cached_property, partial
 from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
@@ -147,17 +148,20 @@ class FreshRows(NamedTuple):
 
 class TokenLake:
     """A prefix cache pool over `instances` (ranks of the cluster), for a Llama of a given shape.
-    Every rank makes all lakes, in one order, but has a pool only in its own."""
+    Every rank makes all lakes, in one order, but has a pool only in its own.
+
+    Without a cluster a lake of one instance serves in this process. One of several can only plan:
+    the data plane's calls raise LakeError. dtype, device: of the slab, as the model has them."""
     def __init__(
         self,
         instances: list[int],
         llama_config,
-        config: LakeConfig,
+        config: LakeConfig = LakeConfig(),
         cluster: Cluster | None = None,
         dtype=torch.float32,
         device="cpu",
     ):
-        if instances != sorted(set(instances)):
+        if not instances or instances != sorted(set(instances)):
             raise LakeError(
                 f"instances {instances}: distinct, ascending ranks are expected"
             )
@@ -179,15 +183,37 @@ class TokenLake:
         self.ridge = max(1, round(FLOPS / BANDWIDTH * Hkv / H))
         sizes = N, config.slots, config.segment_tokens
         self.balancer = Balancer(*sizes, config.placement, config.replicate_factor)
-        self.pool = self.index = None
         groups = []
         if cluster and N > 1:
             count = 1 if config.one_communicator else 2
             groups = cluster.new_groups(instances, torch.device(device), count)
             groups = [groups[0], groups[-1]]
-        if cluster and cluster.rank in instances:
-            self.index = instances.index(cluster.rank)
-            self.pool = Pool(cluster, groups, llama_config, config, N, dtype, device)
+        self.rank = cluster.rank if cluster else instances[0] if N == 1 else None
+        # Which of the instances this process is; None: it is none of them.
+        self.index = instances.index(self.rank) if self.rank in instances else None
+        options = groups, llama_config, config, N, dtype, device
+        self._make_pool = partial(Pool, cluster, *options)
+        # Ranks serve: what does not fit shows when they are set up.
+        if cluster and self.index is not None:
+            self.pool = self._make_pool()
+
+    @cached_property
+    def pool(self) -> Pool | None:
+        """This process's slab and exchanges; None if it is no instance of the lake. Without a
+        cluster the slab is made when it is first asked for: who only plans needs none."""
+        return None if self.index is None else self._make_pool()
+
+    def _require_pool(self) -> Pool:
+        """Raises LakeError if this process has none."""
+        if self.pool is not None:
+            return self.pool
+        if self.rank is None:
+            said = f"instances {self.instances} exchange queries and KV, and the lake has no "
+            said += "cluster; TokenLake(…, cluster=…) on every rank, or one instance, is expected"
+        else:
+            said = f"rank {self.rank} is none of the lake's instances {self.instances}; on these "
+            said += "alone the data plane's calls are expected"
+        raise LakeError(said)
 
     # ── the control plane's calls ──
 
@@ -644,7 +670,7 @@ class TokenLake:
     def init_query(self, batch: list[Run], group, query_plan: QueryPlan) -> QueryBuffer:
         """The buffer for Q of the rows that this instance computes: those of `batch` for which
         `group` names it. One per iteration; `q_buf.write(layer, q [T, H, D])`."""
-        q_buf = QueryBuffer(query_plan, self.index, self.pool)
+        q_buf = QueryBuffer(query_plan, self.index, self._require_pool())
         rows = [run.rows for run, instance in zip(batch, group) if instance == self.index]
         if sum(rows) != q_buf.num_rows:
             said = f"instance {self.index} was handed another batch than is planned"
@@ -654,16 +680,17 @@ class TokenLake:
     def query(self, q_buf):
         """Attention of the buffer's rows over prefix and new KV → [T, H, D]. Every instance of the
         lake calls it for every layer, with or without rows, after `put`."""
-        return self.pool.query(q_buf)
+        return self._require_pool().query(q_buf)
 
     def init_transfer(self, batch: list[Run], transfer_plan) -> KVBuffer:
         """The buffer for new K and V of the rows that this instance computes: `kv_buf.write(layer,
         kv)`, [T, 2, Hkv, D]. (`batch` is the paper's; here the plan says which are put.)"""
-        return KVBuffer(transfer_plan, self.index, self.pool.num_rows, self.pool.device)
+        pool = self._require_pool()
+        return KVBuffer(transfer_plan, self.index, pool.num_rows, pool.device)
 
     def put(self, kv_buf):
         """Writes the layer's new KV to its homes: here at once, elsewhere in the `query` after."""
-        self.pool.put(kv_buf)
+        self._require_pool().put(kv_buf)
 
 
 def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
