@@ -673,8 +673,53 @@ def attention_config(lanes, heads, kv_heads, head_dim, itemsize) -> dict:
     )
 
 
-if __name__ == "__main__":  # a check and a small benchmark, on whatever device there is
+# ── the lesson, run ──────────────────────────────────────────────────────────────────────────────
+
+
+def show_parts():
+    """Attention of two rows over keys in three parts: what each part gives, and what `merge` makes
+    of it, beside the softmax over all keys at once."""
+    C = 4  # keys of a part
+    D = 16
+    position = np.array([6, 11])
+    torch.manual_seed(0)
+    q = torch.randn(2, 1, D)
+    kv = torch.randn(3 * C, 2, 1, D)
+    rows = QueryRows(np.array([0, 0]), np.array([0, 1]), position)
+    parts = []
+    for first in (0, C, 2 * C):
+        span = KVSpans(*np.array([[0], [first], [C], [first]]))
+        parts.append(partial_attention(q, kv, Work(rows, span, 1, 1), scale=D**-0.5))
+    o, lse = (torch.cat(x) for x in zip(*parts))  # [3 · 2, 1, D], [3 · 2, 1]
+    merged_o, merged_lse = merge(o, lse, torch.tensor([[0, 2, 4], [1, 3, 5]]))
+    scores = q[:, 0] @ kv[:, 0, 0].T * D**-0.5  # [2, 3 · C]
+    hidden = torch.arange(3 * C) > torch.from_numpy(position)[:, None]
+    scores = scores.masked_fill(hidden, -math.inf)
+    all_lse = scores.logsumexp(-1)
+    all_o = scores.softmax(-1) @ kv[:, 1, 0]
+    print(f"{3 * C} keys in three parts, which may lie anywhere. A row sees those up to its own.")
+    for row, at in enumerate(position.tolist()):
+        print(f"\n{f'row at position {at}':<18}     |o|      lse  weight exp(lse_p − lse)")
+        for part in range(3):
+            its_o = o[2 * part + row]
+            its_lse = lse[2 * part + row, 0]
+            weight = (its_lse - merged_lse[row, 0]).exp()
+            keys = f"keys {part * C} to {part * C + C - 1}"
+            print(f"  {keys:<16}{its_o.norm():>8.4f} {its_lse:>8.4f}  {weight:.4f}")
+        print(f"  {'merged':<16}{merged_o[row].norm():>8.4f} {merged_lse[row, 0]:>8.4f}")
+        print(f"  {'softmax over all':<16}{all_o[row].norm():>8.4f} {all_lse[row]:>8.4f}")
+    apart = (merged_o[:, 0] - all_o).abs().max()
+    print(f"\nThe two differ by {apart:.0e} at most, by rounding: parts may lie on other GPUs.")
+    print("Next: work.py, how the attention of many requests is cut into such parts.")
+
+
+# Options are those of the benchmark. Without any there is the lesson, too, then the benchmark: a
+# check and a few timings, on whatever device there is.
+if __name__ == "__main__":
     import sys
 
+    if not sys.argv[1:]:
+        show_parts()
+        print("\nThe kernels, checked and timed:", flush=True)
     benchmark = os.path.dirname(os.path.abspath(__file__)) + "/bench/kernel_speed.py"
     os.execv(sys.executable, [sys.executable, benchmark, "--small", *sys.argv[1:]])

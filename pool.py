@@ -33,9 +33,11 @@ C tokens per segment · B runs · G shares (the runs of one request at one insta
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from itertools import chain
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -43,7 +45,7 @@ import torch
 import torch.distributed as dist
 
 from balancer import BANDWIDTH, EXCHANGE_SECONDS
-from cluster import LakeError
+from cluster import Cluster, LakeError
 from kernels import Outputs, programs_at_once, suits_triton
 from work import (
     CPU_LANES,
@@ -799,5 +801,84 @@ class Pool:
         return take
 
 
+# ── the lesson, run: a row's journey between two ranks ───────────────────────────────────────────
+
+
+def plan_by_hand(S, C):
+    """Request 0 decodes its row 9 at instance 0. Positions 0 to 3 are in slot 0, 8 is in slot 1,
+    where 9 will be; 4 to 7 are in slot S, the first of instance 1."""
+    no, one, nine = np.array([[0], [1], [9]])
+    none = no[:0]
+    next_row = slab_row(one, S, C) + 1
+    runs = RunTable(no, nine, one, slot=one, puts=one, decode=one, home=no, share=no)
+    runs = runs._replace(instance=no, first_row=no)
+    segments = SegmentReads(none, none, none), PulledSegments(none, none, none)
+    query_plan = QueryPlan(
+        runs=[None],  # its request has the token, which no pool asks for
+        run_table=runs,
+        old=OldKV(nine, [np.array([0, S, 1])], *segments, pulls=Moves.of()),
+        fresh=FreshReads(no, no, instance=no, place=np.array([HERE]), first_row=next_row),
+        ships=np.array([[False, True]]),
+        reads=np.array([5, 4]),
+        load=np.array([6, 4]),
+        tokens_read=np.array([6, 4]),
+        sizes=(2, S, C),
+    )
+    writes = SlabWrites(no, first_row=no, slab_row=next_row, rows=one)
+    return query_plan, TransferPlan(writes, Moves.of(), 2)
+
+
+def travel(rank, port):
+    """One of two ranks, which hold a slab each; rank 0 tells of both."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cluster = Cluster(timeout=30).connect()
+    groups = cluster.new_groups([0, 1], torch.device("cpu"), 2)
+    config = LakeConfig(segment_tokens=4, slots=2)
+    shape = SimpleNamespace(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    pool = Pool(cluster, groups, shape, config, 2, torch.float32, "cpu")
+    torch.manual_seed(rank)
+    pool.kv.normal_()  # what was written before
+    query_plan, transfer_plan = plan_by_hand(config.slots, config.segment_tokens)
+    q_buf = QueryBuffer(query_plan, rank, pool)
+    kv_buf = KVBuffer(transfer_plan, rank, pool.num_rows, pool.device)
+    kv_buf.write(0, torch.randn(q_buf.num_rows, 2, 1, 8))
+    pool.put(kv_buf)
+    q_buf.write(0, torch.randn(q_buf.num_rows, 2, 8))
+    pool.query(q_buf)
+    ranks = cluster.gather_objects((pool.slabs[0], pool.bytes["query"]))
+    if rank == 0:
+        tell(query_plan, q_buf, *zip(*ranks))
+    cluster.close()
+
+
+def tell(plan, q_buf, slabs, sent):
+    """What happened to the row: slabs of both ranks, and bytes that they sent."""
+    print("Two ranks with two slots each, of 4 tokens; one layer. Of request 0 all but its newest")
+    print("token, at position 9, is in the pool: its row is computed at rank 0. Planned by hand:\n")
+    for name, table in ("runs", plan.run_table), ("fresh", plan.fresh):
+        cells = (f"{key} {column[0]}" for key, column in zip(table._fields, table))
+        print(f"{name:<6} {', '.join(cells)}")
+    print(f"old    {plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}; ships {plan.ships[0]}")
+    (o,), (lse,) = q_buf.outputs.results[OWN]
+    part_lse = q_buf.outputs.partial_lse[:, 0]  # of head 0, from both ranks
+    here, there = (part_lse - lse[0]).exp().tolist()
+    kv = torch.cat((slabs[0][:4], slabs[1][:4], slabs[0][4:6]))  # by position
+    scores = q_buf.q[0] @ kv[:, 0, 0].T / q_buf.q.shape[-1] ** 0.5
+    apart = (o - scores.softmax(-1) @ kv[:, 1, 0]).abs().max()
+    print(f"""
+0  rank 0  puts K and V of position 9 into its slab row {plan.fresh.first_row[0]}, their home
+1  rank 0  sends Q, 2 heads of 8, to rank 1: {sent[0]} bytes (KV of 4 tokens is {slabs[1][:4].nbytes})
+3  rank 0  attends to its slab rows 0–5, positions 0–3, 8 and 9: LSE {part_lse[0]:.4f} (head 0)
+4  rank 1  attends to its slab rows 0–3, positions 4–7: LSE {part_lse[1]:.4f}
+5  rank 1  sends O and LSE, 2 heads of 8 + 1: {sent[1]} bytes
+7  rank 0  merges what both have found, by weights {here:.4f} and {there:.4f}: LSE {lse[0]:.4f}
+
+All ten keys in one place: LSE {scores[0].logsumexp(0):.4f}; O differs by {apart:.0e} at most. (Steps 2 and 6 are
+for KV that moves: here none does.)
+Next: tokenlake.py, which makes such plans for many requests and ranks.""")
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.start_processes(travel, [store.port], 2, start_method="fork")

@@ -502,5 +502,37 @@ def next_power_of_2(n) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# ── the lesson, run ──────────────────────────────────────────────────────────────────────────────
+
+
+def show_cuts():
+    """The tables of three decodes that read a prefix of 192 tokens, and some of their own."""
+    reader = np.arange(3)
+    rows = QueryRows(reader, row=reader, position=np.array([211, 204, 231]))
+    spans = KVSpans(
+        reader=np.repeat(reader, 2),
+        first_row=np.array([0, 256, 0, 320, 0, 384]),
+        length=np.array([192, 20, 192, 13, 192, 40]),
+        position=np.array([0, 192] * 3),
+    )
+    work = Work(rows, spans, num_heads=8, num_kv_heads=2)
+    tables = {
+        "spans: what each reader reads, here of a row": spans,
+        "members: rows by group. 0 to 2 are one reader each, 3 all who read the same": work.members,
+        f"tiles: what a group reads, {TILE} slab rows at most in each": work.tiles,
+        "pieces: members over tiles, a program for each KV head": work.pieces,
+    }
+    for meaning, table in tables.items():
+        print(meaning)
+        print("".join(f"{column:>14}" for column in table._fields))
+        for entry in zip(*table):
+            print("".join(f"{value:>14}" for value in entry))
+        print()
+    alone = spans.length.sum()
+    print(f"{work.tiles.length.sum()} slab rows are read; {alone} if each reader read for itself.")
+    print(f"Each row has {len(work.output_rows) // 3} partial results, which kernels.py merges.")
+    print("Next: balancer.py, who decides in which slots, and where, segments lie.")
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    show_cuts()
