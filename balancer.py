@@ -16,8 +16,8 @@ next:
 Three things keep N instances evenly loaded. *Placement*: a segment lives one instance after its
 parent, or where its hash says. *Replication*: heavy hitters, the few that many requests share, are
 copied when their instance is overloaded. *Choice*: of two replicas drawn at random the less loaded
-is read, by enough rows together (a bundle, see tokenlake.py). `python balancer.py --trace FILE`
-shows what each is worth.
+is read, by enough rows together (a bundle, see tokenlake.py). `python balancer.py` shows a small
+scene, and with `--trace FILE` what each is worth.
 
 Every rank runs this and has to decide the same, so nobody asks anybody. There are no sets and no
 `hash()`, whose order differs between processes; random draws come from one seeded generator; and
@@ -780,7 +780,63 @@ class TimePredictor:
         return float(times[fair].sum() / even[fair].sum()) if fair.any() else 1.0
 
 
-# What placement, replication and choice are worth on a trace: options and counting are there.
+# ── the lesson, run: a scene of five requests ────────────────────────────────────────────────────
+
+
+def show_scene():
+    """Three instances. Requests come one by one, and each puts its whole prompt into the pool."""
+    balancer = Balancer(num_instances=3, slots=6, segment_tokens=4)
+    print(
+        "Three instances of 6 slots, each for a segment of 4 tokens; 12@2: slot 12, at instance 2."
+    )
+    print(
+        "A segment's home is by its hash, a first child's one instance after its parent's."
+    )
+    print("A replica can be read from the next iteration on.")
+    shared = list(range(8))
+    prompts = [shared + [first, 0, 0, 0] for first in range(20, 24)]
+    prompts.append(list(range(100, 148)))
+    for number, prompt in enumerate(prompts):
+        show_request(balancer, Request(number, prompt, len(prompt) + 1))
+    print("\nNext: pool.py, how rows of one instance read segments of another.")
+
+
+def show_request(balancer, request):
+    """An iteration with one request, step by step."""
+    N, S, C = balancer.sizes
+
+    def places(*slots):
+        return " ".join(f"{slot}@{slot // S}" for slot in slots) or "none"
+
+    print(
+        f"\nrequest {request.id}, {request.num_prompt} tokens; loads are {balancer.load}"
+    )
+    for target, source in balancer.replicate().items():
+        overloaded = f"instance {source // S} has over {OVERLOAD[0]}/{OVERLOAD[1]} of the mean load"
+        print(f"  replica   {places(source)} is copied to {places(target)}: {overloaded}")
+    matched = balancer.match(request)
+    balancer.admit(request, matched)
+    read = request.table[:matched].copy()
+    replicated, candidates = balancer.replicas_of(read)
+    cost = np.full(len(replicated), C)
+    read[replicated] = balancer.choose_replicas(candidates, cost, balancer.load.copy())
+    print(f"  hits      {places(*read)}: {request.done} tokens")
+    slot_of = {id: segment.slot for id, segment in balancer.tree.segments.items()}
+    balancer.reserve(request, request.remaining)
+    for id, slot in slot_of.items():
+        if id not in balancer.tree.segments:
+            print(f"  eviction  {places(slot)}: least recently used, and nobody pins it")
+    print(f"  homes     {places(*request.table[matched : request.num_slots])}")
+    balancer.commit(request, request.remaining)
+    balancer.release(request)
+    balancer.observe(C * np.bincount(read // S, minlength=N))
+
+
+# What placement, replication and choice are worth on a trace, bench/replay.py counts: it has the
+# options. Without any there is the scene.
 if __name__ == "__main__":
-    replay = os.path.dirname(os.path.abspath(__file__)) + "/bench/replay.py"
-    os.execv(sys.executable, [sys.executable, replay, *sys.argv[1:]])
+    if not sys.argv[1:]:
+        show_scene()
+    else:
+        replay = os.path.dirname(os.path.abspath(__file__)) + "/bench/replay.py"
+        os.execv(sys.executable, [sys.executable, replay, *sys.argv[1:]])

@@ -19,11 +19,13 @@ Left out, and refused by name: tensor parallelism, quantisation, attention biase
 Notation: T rows · V vocabulary · L layers · H query heads · Hkv KV heads · D head dim.
 """
 
+import argparse
 import contextlib
 import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -825,6 +827,7 @@ class Text:
 
     def decode(self, ids: list[int]) -> str:
         """Text, without special tokens."""
+        self._tokenizer = self._tokenizer or self._load()
         return self._tokenizer.decode(ids)
 
     def _load(self):
@@ -848,5 +851,105 @@ class Text:
         return tokenizer
 
 
+# ── the lesson, run: an answer without any cache ─────────────────────────────────────────────────
+
+
+def token_ids(text) -> list[int]:
+    """The type of --prompt-ids."""
+    if not re.fullmatch(r"\d{1,15}(,\d{1,15})*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}: token ids, by commas, are expected"
+        )
+    return [int(token) for token in text.split(",")]
+
+
+def positive(text) -> int:
+    """The type of --max-tokens."""
+    if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: a positive integer is expected")
+    return int(text)
+
+
+def folder_name(text) -> Path:
+    """The type of --model."""
+    if not 0 < len(text) < 1000 or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: a folder is expected")
+    return Path(text)
+
+
+def refuse_options(message):
+    """Raises ValueError with argparse's message, which quotes arguments of any length."""
+    words = message.removeprefix("argument ").split(" ")
+    require(False, cut(" ".join(map(cut, words)), 200))
+
+
+def parse_options(arguments) -> argparse.Namespace:
+    """The command line. Raises ValueError naming the option."""
+    for text in arguments:
+        # argparse takes that for no value at all.
+        require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
+    description = "Answer a prompt, greedily, without any cache: slow, and right."
+    parser = argparse.ArgumentParser("model.py", description=description)
+    parser.error = refuse_options
+    prompt = "of the prompt, by commas (default 9,8,7,6)"
+    parser.add_argument(
+        "--prompt-ids", type=token_ids, default=[9, 8, 7, 6], metavar="I,I,…", help=prompt
+    )
+    folder = (
+        "Hugging Face folder of a Llama; default: the built-in model, with random weights"
+    )
+    parser.add_argument("--model", type=folder_name, metavar="DIR", help=folder)
+    count = "of the answer (default 8)"
+    parser.add_argument("--max-tokens", type=positive, default=8, metavar="N", help=count)
+    return parser.parse_args(arguments)
+
+
+def load_model(folder: Path | None) -> Llama:
+    """In float32, on the CPU."""
+    where = torch.float32, "cpu"
+    if folder is None:
+        return Llama(LlamaConfig(), random_weights(LlamaConfig(), 0, *where))
+    config = with_own_head(folder, load_config(folder))
+    return Llama(config, load_weights(folder, config, *where))
+
+
+def answer(options):
+    """Each token takes a forward over all before it, of which the last row's logits count."""
+    prompt = options.prompt_ids
+    model = load_model(options.model)
+    V = model.config.vocab_size
+    said = (
+        f"token {max(prompt)}; the model has {V}, so ids from 0 to {V - 1} are expected"
+    )
+    require(max(prompt) < V, "--prompt-ids", said)
+    total = len(prompt) + options.max_tokens
+    positions = model.config.max_positions
+    said = f"{total} tokens with the prompt; at most {positions} are expected, the model's positions"
+    require(total <= positions, "--max-tokens", said)
+    has_text = options.model and os.path.isfile(options.model / "tokenizer.json")
+    text = Text(options.model)
+    if has_text:
+        print(f"prompt: {text.decode(prompt)!r}")
+    print(f"position  token  log-probability    (behind the prompt {prompt})")
+    tokens = list(prompt)
+    for position in range(len(prompt), total):
+        token, logprob = Sampler().sample(model.forward_alone(tokens, [-1]), [])
+        require(token != NOT_FINITE, "the logits are not finite")
+        print(f"{position:>8}  {int(token):>5}  {float(logprob):>15.4f}")
+        tokens.append(int(token))
+    print(f"answer: {tokens[len(prompt):]}")
+    if has_text:
+        print(f"text: {text.decode(tokens[len(prompt):])!r}")
+    rows = sum(range(len(prompt), total))
+    print(
+        f"{rows} rows were computed; with a cache {total - 1} are. Next: engine.py, which has one."
+    )
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    sys.stdout.reconfigure(errors="backslashreplace")  # if its encoding lacks a character
+    try:
+        answer(parse_options(sys.argv[1:]))
+    except ValueError as problem:
+        print(f"model.py: {cut(one_line(problem), 300)}", file=sys.stderr)
+        raise SystemExit(2) from None

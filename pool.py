@@ -854,12 +854,18 @@ def travel(rank, port):
 
 def tell(plan, q_buf, slabs, sent):
     """What happened to the row: slabs of both ranks, and bytes that they sent."""
-    print("Two ranks with two slots each, of 4 tokens; one layer. Of request 0 all but its newest")
-    print("token, at position 9, is in the pool: its row is computed at rank 0. Planned by hand:\n")
+    print(
+        "Two ranks with two slots each, of 4 tokens; one layer. Of request 0 all but its newest"
+    )
+    print(
+        "token, at position 9, is in the pool: its row is computed at rank 0. Planned by hand:\n"
+    )
     for name, table in ("runs", plan.run_table), ("fresh", plan.fresh):
         cells = (f"{key} {column[0]}" for key, column in zip(table._fields, table))
         print(f"{name:<6} {', '.join(cells)}")
-    print(f"old    {plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}; ships {plan.ships[0]}")
+    print(
+        f"old    {plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}; ships {plan.ships[0]}"
+    )
     (o,), (lse,) = q_buf.outputs.results[OWN]
     part_lse = q_buf.outputs.partial_lse[:, 0]  # of head 0, from both ranks
     here, there = (part_lse - lse[0]).exp().tolist()

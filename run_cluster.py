@@ -54,6 +54,7 @@ from model import (
     load_weights,
     one_line,
     random_weights,
+    refuse_options,
     require,
     shown,
     with_own_head,
@@ -227,12 +228,6 @@ examples:
       --model DIR --trace FILE.jsonl --output out
       serves a trace on eight GPUs, and writes answers and times into out/
 """
-
-
-def refuse_options(message):
-    """Raises ValueError with argparse's message, which quotes arguments of any length."""
-    words = message.removeprefix("argument ").split(" ")
-    require(False, cut(" ".join(map(cut, words)), 200))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -53,6 +53,7 @@ slot 10 4–7 of requests 0 and 2. Fresh are the rows of runs 0 to 2; run 3 find
 from functools import cached_property, partial
 from itertools import chain
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ from balancer import (
     LINK,
     Balancer,
     PrefixTree,
+    Request,
     Run,
 )
 from cluster import Cluster, LakeError
@@ -705,5 +707,68 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
     return parts
 
 
+# ── the lesson, run ──────────────────────────────────────────────────────────────────────────────
+
+
+def show_calls():
+    """The seven calls for two requests, one after the other, with random Q and KV."""
+    shape = SimpleNamespace(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    shape.num_linear_parameters = 1000
+    lake = TokenLake([0], shape, LakeConfig(segment_tokens=4, slots=8))
+    torch.manual_seed(0)
+    print(
+        "A lake of one instance; segments of 4 tokens; of a model: 1 layer, 2 heads of 8, 1 of KV."
+    )
+    kv = torch.zeros(0, 2, 1, 8)
+    for id, tokens in enumerate([[11, 12, 13, 14, 15, 16], [11, 12, 13, 14, 19]]):
+        print(f"\nrequest {id}: tokens {tokens}")
+        request = Request(id, tokens, len(tokens) + 1)
+        tree = lake.get_prefix_tree()
+        tell("get_prefix_tree()", f"{len(tree.segments)} segments published")
+        load = lake.get_cache_load([request], tree)
+        tell("get_cache_load([request], tree)", f"{load:.2f} (§6.1)")
+        lake.balancer.admit(request, lake.balancer.match(request))
+        # Random ones for the rows to compute, behind those that hit.
+        kv = torch.cat((kv[: request.done], torch.randn(request.remaining, 2, 1, 8)))
+        show_iteration(lake, request, kv, torch.randn(request.remaining, 2, 8))
+        lake.balancer.release(request)
+    print(
+        "\nNext: bench/example.py, the same calls for a model; or scheduler.py, which rows run."
+    )
+
+
+def show_iteration(lake, request, kv, q):
+    """All rows of a request that are not in the pool: q [T, H, D]; kv has those before them, too."""
+    first = request.done
+    batch = lake.balancer.reserve(request, request.remaining)
+    plan, transfer_plan, [group] = lake.gen_plans([batch], [1], lake.get_prefix_tree())
+    runs = [f"{run.rows} at position {run.position} → slot {run.slot}" for run in batch]
+    reads = f"old tokens to read: {plan.reads.sum()}"
+    tell("gen_plans([batch], [1], tree)", f"rows: {', '.join(runs)}; {reads}")
+    q_buf = lake.init_query(batch, group, plan)
+    tell("init_query(batch, group, plan)", f"room for Q of {q_buf.num_rows} rows")
+    kv_buf = lake.init_transfer(batch, transfer_plan)
+    tell(
+        "init_transfer(batch, plan)",
+        f"room for their KV; slab rows {kv_buf.slab_rows.tolist()}",
+    )
+    kv_buf.write(0, kv[first:])
+    lake.put(kv_buf)
+    tell("put(kv_buf)", f"KV {[*kv[first:].shape]} is written there")
+    q_buf.write(0, q)
+    o = lake.query(q_buf)
+    scores = torch.einsum("thd,nd->thn", q, kv[:, 0, 0]) / q.shape[-1] ** 0.5
+    hidden = torch.ones(len(q), len(kv), dtype=torch.bool).triu(first + 1)
+    scores.masked_fill_(hidden[:, None], -torch.inf)
+    apart = (o - scores.softmax(-1) @ kv[:, 1, 0]).abs().max()
+    shapes = f"Q {[*q.shape]} → O {[*o.shape]}"
+    tell("query(q_buf)", f"{shapes}, {apart:.0e} from the softmax over all keys")
+    lake.balancer.commit(request, request.remaining)
+
+
+def tell(call, gives):
+    print(f"  {call:<33}{gives}")
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    show_calls()

@@ -529,8 +529,12 @@ def show_cuts():
             print("".join(f"{value:>14}" for value in entry))
         print()
     alone = spans.length.sum()
-    print(f"{work.tiles.length.sum()} slab rows are read; {alone} if each reader read for itself.")
-    print(f"Each row has {len(work.output_rows) // 3} partial results, which kernels.py merges.")
+    print(
+        f"{work.tiles.length.sum()} slab rows are read; {alone} if each reader read for itself."
+    )
+    print(
+        f"Each row has {len(work.output_rows) // 3} partial results, which kernels.py merges."
+    )
     print("Next: balancer.py, who decides in which slots, and where, segments lie.")
 
 

@@ -150,7 +150,8 @@ def replay(
 
 
 def make_parser() -> Parser:
-    parser = Parser("balancer.py", description="Replay a trace, planning only.")
+    description = "Replay a trace, planning only. Without options: a small scene, step by step."
+    parser = Parser("balancer.py", description=description)
     add = parser.add_argument
     trace = "a request per line, as JSON (README: Traces)"
     add("--trace", type=file_name, required=True, metavar="FILE", help=trace)
