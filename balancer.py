@@ -787,10 +787,10 @@ def show_scene():
     """Three instances. Requests come one by one, and each puts its whole prompt into the pool."""
     balancer = Balancer(num_instances=3, slots=6, segment_tokens=4)
     print(
-        "Three instances of 6 slots, each for a segment of 4 tokens; 12@2: slot 12, at instance 2."
+        "Three instances of 6 slots for segments of 4 tokens. 12@2: slot 12, at instance 2."
     )
     print(
-        "A segment's home is by its hash, a first child's one instance after its parent's."
+        "A segment's home: by its hash, a first child's one instance after its parent's."
     )
     print("A replica can be read from the next iteration on.")
     shared = list(range(8))
@@ -808,12 +808,11 @@ def show_request(balancer, request):
     def places(*slots):
         return " ".join(f"{slot}@{slot // S}" for slot in slots) or "none"
 
-    print(
-        f"\nrequest {request.id}, {request.num_prompt} tokens; loads are {balancer.load}"
-    )
+    print(f"\nrequest {request.id}, {request.num_prompt} tokens; loads: {balancer.load}")
     for target, source in balancer.replicate().items():
-        overloaded = f"instance {source // S} has over {OVERLOAD[0]}/{OVERLOAD[1]} of the mean load"
-        print(f"  replica   {places(source)} is copied to {places(target)}: {overloaded}")
+        overloaded = "instance {} has over {}/{} of the mean"
+        overloaded = overloaded.format(source // S, *OVERLOAD)
+        print(f"  replica   of {places(source)}, in {places(target)}: {overloaded}")
     matched = balancer.match(request)
     balancer.admit(request, matched)
     read = request.table[:matched].copy()

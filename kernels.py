@@ -697,13 +697,9 @@ def show_parts():
     scores = scores.masked_fill(hidden, -math.inf)
     all_lse = scores.logsumexp(-1)
     all_o = scores.softmax(-1) @ kv[:, 1, 0]
-    print(
-        f"{3 * C} keys in three parts, which may lie anywhere. A row sees those up to its own."
-    )
+    print(f"{3 * C} keys in three parts. A row sees those up to its own position.")
     for row, at in enumerate(position.tolist()):
-        print(
-            f"\n{f'row at position {at}':<18}     |o|      lse  weight exp(lse_p − lse)"
-        )
+        print(f"\nrow at position {at:<4}    |o|      lse  weight exp(lse_p − lse)")
         for part in range(3):
             its_o = o[2 * part + row]
             its_lse = lse[2 * part + row, 0]
@@ -714,7 +710,7 @@ def show_parts():
         print(f"  {'softmax over all':<16}{all_o[row].norm():>8.4f} {all_lse[row]:>8.4f}")
     apart = (merged_o[:, 0] - all_o).abs().max()
     print(
-        f"\nThe two differ by {apart:.0e} at most, by rounding: parts may lie on other GPUs."
+        f"\nMerged they differ by {apart:.0e} at most: so parts may lie on different GPUs."
     )
     print("Next: work.py, how the attention of many requests is cut into such parts.")
 

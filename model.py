@@ -21,6 +21,7 @@ Notation: T rows · V vocabulary · L layers · H query heads · Hkv KV heads ·
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -913,43 +914,46 @@ def load_model(folder: Path | None) -> Llama:
     return Llama(config, load_weights(folder, config, *where))
 
 
-def answer(options):
+def check_lengths(options, config):
+    """Raises ValueError if the model has not so many tokens, or positions."""
+    largest = max(options.prompt_ids)
+    said = f"token {largest}; ids below the model's {config.vocab_size} are expected"
+    require(largest < config.vocab_size, "--prompt-ids", said)
+    total = len(options.prompt_ids) + options.max_tokens
+    said = f"{total} tokens with the prompt; at most {config.max_positions} are expected"
+    require(total <= config.max_positions, "--max-tokens", said)
+
+
+def show_answer(options):
     """Each token takes a forward over all before it, of which the last row's logits count."""
-    prompt = options.prompt_ids
     model = load_model(options.model)
-    V = model.config.vocab_size
-    said = (
-        f"token {max(prompt)}; the model has {V}, so ids from 0 to {V - 1} are expected"
-    )
-    require(max(prompt) < V, "--prompt-ids", said)
-    total = len(prompt) + options.max_tokens
-    positions = model.config.max_positions
-    said = f"{total} tokens with the prompt; at most {positions} are expected, the model's positions"
-    require(total <= positions, "--max-tokens", said)
-    has_text = options.model and os.path.isfile(options.model / "tokenizer.json")
+    check_lengths(options, model.config)
     text = Text(options.model)
-    if has_text:
-        print(f"prompt: {text.decode(prompt)!r}")
-    print(f"position  token  log-probability    (behind the prompt {prompt})")
-    tokens = list(prompt)
-    for position in range(len(prompt), total):
+    has_text = options.model and os.path.isfile(options.model / "tokenizer.json")
+    has_text = has_text and importlib.util.find_spec("tokenizers")
+    prompt = options.prompt_ids
+    print(f"prompt: {prompt}" + (f" {text.decode(prompt)!r}" if has_text else ""))
+    print("position  token  log-probability")
+    tokens = [*prompt]
+    rows = 0
+    for position in range(len(prompt), len(prompt) + options.max_tokens):
         token, logprob = Sampler().sample(model.forward_alone(tokens, [-1]), [])
         require(token != NOT_FINITE, "the logits are not finite")
         print(f"{position:>8}  {int(token):>5}  {float(logprob):>15.4f}")
+        rows += len(tokens)
         tokens.append(int(token))
-    print(f"answer: {tokens[len(prompt):]}")
-    if has_text:
-        print(f"text: {text.decode(tokens[len(prompt):])!r}")
-    rows = sum(range(len(prompt), total))
+    answer = tokens[len(prompt) :]
+    print(f"answer: {answer}" + (f" {text.decode(answer)!r}" if has_text else ""))
     print(
-        f"{rows} rows were computed; with a cache {total - 1} are. Next: engine.py, which has one."
+        f"{rows} rows were computed; with a cache it would have been {len(tokens) - 1}."
     )
+    print("Next: engine.py, where attend is that of a pool.")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # if its encoding lacks a character
     try:
-        answer(parse_options(sys.argv[1:]))
+        show_answer(parse_options(sys.argv[1:]))
     except ValueError as problem:
         print(f"model.py: {cut(one_line(problem), 300)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -854,18 +854,18 @@ def travel(rank, port):
 
 def tell(plan, q_buf, slabs, sent):
     """What happened to the row: slabs of both ranks, and bytes that they sent."""
-    print(
-        "Two ranks with two slots each, of 4 tokens; one layer. Of request 0 all but its newest"
-    )
-    print(
-        "token, at position 9, is in the pool: its row is computed at rank 0. Planned by hand:\n"
-    )
-    for name, table in ("runs", plan.run_table), ("fresh", plan.fresh):
+
+    def show(name, table):
         cells = (f"{key} {column[0]}" for key, column in zip(table._fields, table))
-        print(f"{name:<6} {', '.join(cells)}")
+        print(f"{name:<7}{', '.join(cells)}")
+
     print(
-        f"old    {plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}; ships {plan.ships[0]}"
+        "Two ranks of two slots of 4 tokens, and one layer. Request 0 is in the pool, but for"
     )
+    print("its newest token, at position 9: a row for rank 0. The plan, made by hand:\n")
+    show("runs", plan.run_table)
+    show("fresh", plan.fresh)
+    print(f"old    {plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}")
     (o,), (lse,) = q_buf.outputs.results[OWN]
     part_lse = q_buf.outputs.partial_lse[:, 0]  # of head 0, from both ranks
     here, there = (part_lse - lse[0]).exp().tolist()
@@ -874,14 +874,14 @@ def tell(plan, q_buf, slabs, sent):
     apart = (o - scores.softmax(-1) @ kv[:, 1, 0]).abs().max()
     print(f"""
 0  rank 0  puts K and V of position 9 into its slab row {plan.fresh.first_row[0]}, their home
-1  rank 0  sends Q, 2 heads of 8, to rank 1: {sent[0]} bytes (KV of 4 tokens is {slabs[1][:4].nbytes})
-3  rank 0  attends to its slab rows 0–5, positions 0–3, 8 and 9: LSE {part_lse[0]:.4f} (head 0)
-4  rank 1  attends to its slab rows 0–3, positions 4–7: LSE {part_lse[1]:.4f}
+1  rank 0  sends Q, 2 heads of 8: {sent[0]} bytes (the KV that it is to meet has {kv[4:8].nbytes})
+3  rank 0  attends to its slab rows 0–5, positions 0–3, 8 and 9: LSE {part_lse[0]:.4f} (of head 0)
+4  rank 1  has the row, and attends to its slab rows 0–3, positions 4–7: LSE {part_lse[1]:.4f}
 5  rank 1  sends O and LSE, 2 heads of 8 + 1: {sent[1]} bytes
-7  rank 0  merges what both have found, by weights {here:.4f} and {there:.4f}: LSE {lse[0]:.4f}
+7  rank 0  merges both, by weights {here:.4f} and {there:.4f}: LSE {lse[0]:.4f}
 
-All ten keys in one place: LSE {scores[0].logsumexp(0):.4f}; O differs by {apart:.0e} at most. (Steps 2 and 6 are
-for KV that moves: here none does.)
+All ten keys in one place: LSE {scores[0].logsumexp(0):.4f}; O differs by {apart:.0e} at most.
+(Steps 2 and 6 are for KV that moves. Here none does.)
 Next: tokenlake.py, which makes such plans for many requests and ranks.""")
 
 

@@ -193,8 +193,8 @@ class TokenLake:
         self.rank = cluster.rank if cluster else instances[0] if N == 1 else None
         # Which of the instances this process is; None: it is none of them.
         self.index = instances.index(self.rank) if self.rank in instances else None
-        options = groups, llama_config, config, N, dtype, device
-        self._make_pool = partial(Pool, cluster, *options)
+        make = Pool, cluster, groups, llama_config, config, N, dtype, device
+        self._make_pool = partial(*make)
         # Ranks serve: what does not fit shows when they are set up.
         if cluster and self.index is not None:
             self.pool = self._make_pool()
@@ -717,7 +717,7 @@ def show_calls():
     lake = TokenLake([0], shape, LakeConfig(segment_tokens=4, slots=8))
     torch.manual_seed(0)
     print(
-        "A lake of one instance; segments of 4 tokens; of a model: 1 layer, 2 heads of 8, 1 of KV."
+        "A lake of one instance, segments of 4 tokens; 1 layer, 2 heads of 8, 1 KV head."
     )
     kv = torch.zeros(0, 2, 1, 8)
     for id, tokens in enumerate([[11, 12, 13, 14, 15, 16], [11, 12, 13, 14, 19]]):
@@ -733,12 +733,12 @@ def show_calls():
         show_iteration(lake, request, kv, torch.randn(request.remaining, 2, 8))
         lake.balancer.release(request)
     print(
-        "\nNext: bench/example.py, the same calls for a model; or scheduler.py, which rows run."
+        "\nNext: scheduler.py, which rows run; bench/example.py, the same calls for a model."
     )
 
 
 def show_iteration(lake, request, kv, q):
-    """All rows of a request that are not in the pool: q [T, H, D]; kv has those before them, too."""
+    """All rows of a request that are not in the pool: q [T, H, D]. kv has the others, too."""
     first = request.done
     batch = lake.balancer.reserve(request, request.remaining)
     plan, transfer_plan, [group] = lake.gen_plans([batch], [1], lake.get_prefix_tree())
@@ -748,10 +748,8 @@ def show_iteration(lake, request, kv, q):
     q_buf = lake.init_query(batch, group, plan)
     tell("init_query(batch, group, plan)", f"room for Q of {q_buf.num_rows} rows")
     kv_buf = lake.init_transfer(batch, transfer_plan)
-    tell(
-        "init_transfer(batch, plan)",
-        f"room for their KV; slab rows {kv_buf.slab_rows.tolist()}",
-    )
+    slab_rows = kv_buf.slab_rows.tolist()
+    tell("init_transfer(batch, plan)", f"room for their KV; slab rows {slab_rows}")
     kv_buf.write(0, kv[first:])
     lake.put(kv_buf)
     tell("put(kv_buf)", f"KV {[*kv[first:].shape]} is written there")

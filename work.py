@@ -517,8 +517,8 @@ def show_cuts():
     )
     work = Work(rows, spans, num_heads=8, num_kv_heads=2)
     tables = {
-        "spans: what each reader reads, here of a row": spans,
-        "members: rows by group. 0 to 2 are one reader each, 3 all who read the same": work.members,
+        "spans: what each reader reads. A reader is a request, here of one row": spans,
+        "members: rows by group. 0 to 2: a reader each; 3: those who share": work.members,
         f"tiles: what a group reads, {TILE} slab rows at most in each": work.tiles,
         "pieces: members over tiles, a program for each KV head": work.pieces,
     }
@@ -529,12 +529,10 @@ def show_cuts():
             print("".join(f"{value:>14}" for value in entry))
         print()
     alone = spans.length.sum()
-    print(
-        f"{work.tiles.length.sum()} slab rows are read; {alone} if each reader read for itself."
-    )
-    print(
-        f"Each row has {len(work.output_rows) // 3} partial results, which kernels.py merges."
-    )
+    once = work.tiles.length.sum()
+    outputs = len(work.output_rows) // 3
+    print(f"{once} slab rows are read; {alone} if each reader read for itself.")
+    print(f"Each row has {outputs} partial results, which kernels.py merges.")
     print("Next: balancer.py, who decides in which slots, and where, segments lie.")
 
 
