@@ -1780,7 +1780,7 @@ def test_parts_say_what_they_are():
     """Who runs a module that is no program gets its lesson."""
     assert len(PARTS) >= 12 and "traces.py" in PARTS
     for name in MODULES:
-        assert "__main__" in (HERE / name).read_text(), name
+        assert "__main__" in (HERE / name).read_text() or name == "bench/example.py", name
     for name in ("traces.py", "bench/options.py"):
         done = subprocess.run([sys.executable, HERE / name], capture_output=True, text=True, check=True)
         assert done.stdout.strip() in (HERE / name).read_text() and not done.stderr
@@ -3801,6 +3801,295 @@ def test_pauses_are_shown(tmp_path):
     assert [line for line in text.splitlines() if "arrival" in line] == [
         "run_cluster.py: next arrival in 2 s", "run_cluster.py: next arrival in 3 s"]
     assert "arrival" not in serve(tmp_path, path).text
+
+
+# ── modules run alone show their lesson, and a lake of one needs no cluster ──────────────────────
+
+
+@cache
+def run_alone(name, *arguments):
+    """A module as a newcomer runs it: what it says."""
+    done = subprocess.run([sys.executable, HERE / name, *arguments], capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+LESSONS = "kernels.py", "work.py", "balancer.py", "pool.py", "tokenlake.py", "model.py"
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_ends_with_where_to_go_on(name):
+    """That of the kernels goes on with the benchmark, which has the options."""
+    lesson, _, benchmark = run_alone(name).partition("\n\nThe kernels, checked and timed:\n")
+    *said, last = lesson.splitlines()
+    assert len(said) > 5 and max(map(len, said)) <= 115
+    assert re.match(r"Next: (\w+\.py), ", last) and (HERE / last[6:].split(",")[0]).exists()
+    assert ("merge   tiny" in benchmark or GPU) == (name == "kernels.py")
+
+
+def floats(line) -> list[float]:
+    return [float(x) for x in re.findall(r"-?\d+\.\d+|-?inf", line)]
+
+
+def test_kernels_show_parts_and_their_merge():
+    """Merged by hand from what is printed, and recomputed in float64."""
+    torch.manual_seed(0)
+    q, kv = torch.randn(2, 1, 16).double(), torch.randn(12, 2, 1, 16).double()
+    for row, part in enumerate(run_alone("kernels.py").split("\n\n")[1:3]):
+        _, *parts, merged, whole = map(floats, part.splitlines())
+        assert len(parts) == 3 and merged == whole
+        assert sum(weight for _, _, weight in parts) == pytest.approx(1, abs=2e-4)
+        assert math.log(sum(math.exp(lse) for _, lse, _ in parts)) == pytest.approx(merged[1], abs=2e-4)
+        seen = (7, 12)[row]
+        scores = kv[:seen, 0, 0] @ q[row, 0] / 4
+        norm = float((scores.softmax(0) @ kv[:seen, 1, 0]).norm())
+        assert whole == pytest.approx([norm, float(scores.logsumexp(0))], abs=1e-4)
+    assert row == 1 and "-inf" in run_alone("kernels.py")  # row 6 sees none of the last part
+
+
+def test_work_shows_what_is_read_once():
+    """Tiles cover what is shared once, and what each has alone; pieces cover all (row, tile)."""
+    tables = {}
+    for part in run_alone("work.py").split("\n\n")[:4]:
+        title, columns, *entries = part.splitlines()
+        tables[title.split(":")[0]] = [dict(zip(columns.split(), map(int, x.split()))) for x in entries]
+    spans, members, tiles, pieces = tables.values()
+    covered = Counter(row for tile in tiles
+                      for row in range(tile["first_row"], tile["first_row"] + tile["length"]))
+    wanted = {row for s in spans for row in range(s["first_row"], s["first_row"] + s["length"])}
+    assert set(covered) == wanted and set(covered.values()) == {1}
+    assert f"\n{len(wanted)} slab rows are read; {sum(s['length'] for s in spans)} if" in run_alone("work.py")
+    read = Counter()
+    for piece in pieces:
+        for tile in tiles[piece["first_tile"]:piece["end_tile"]]:
+            for member in members[piece["first_member"]:piece["first_member"] + piece["rows"]]:
+                assert tile["group"] == member["group"]
+                read[member["row"]] += tile["length"]
+    assert read == {row: member["position"] + 1 for member in members for row in [member["row"]]}
+
+
+def test_balancer_shows_a_scene():
+    """Homes are where the rule says, the replica is read, and the eviction is of a leaf."""
+    scene = run_alone("balancer.py").split("\n\n")[1:6]
+    places = [{line.split()[0]: [int(slot) for slot in re.findall(r"(\d+)@\d", line)]
+               for line in part.splitlines()[1:]} for part in scene]
+    for place in re.findall(r"\d+@\d", run_alone("balancer.py")):
+        slot, instance = map(int, place.split("@"))
+        assert slot // 6 == instance
+    bal = Balancer(3, 6, 4)
+    ids = []
+    for number in range(4):
+        request = Request(number, [*range(8), 20 + number, 0, 0, 0], 13)
+        bal.extend_ids(request)
+        ids.append(request.ids)
+    by_hash = lambda id: int.from_bytes(id[:8], "little") % 3
+    first = by_hash(ids[0][0])
+    homes = [[slot // 6 for slot in place["homes"]] for place in places]
+    assert homes[0] == [(first + i) % 3 for i in range(3)]
+    assert homes[1:4] == [[by_hash(chain[2])] for chain in ids[1:]] and len(homes[4]) == 12
+    copied, copy = places[2]["replica"]
+    prefix = places[0]["homes"][:2]
+    assert [place["hits"] for place in places[:3]] == [[], prefix, prefix] and copied == prefix[0]
+    assert places[3]["hits"] == [copy, prefix[1]] and copy // 6 != copied // 6
+    assert places[4]["eviction"] == places[0]["homes"][2:] and places[4]["homes"][-1] in places[4]["eviction"]
+    assert sum(map(len, (place["homes"] for place in places))) + 1 == 18 + 1  # one slot twice
+
+
+def test_pool_shows_a_journey():
+    """Bytes and log-sum-exps, from the seeds, in one place."""
+    slabs = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        slabs.append(torch.empty(1, 8 + LakeConfig(4).staging(2), 2, 1, 8).normal_()[0])
+        if rank == 0:
+            new, q = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 8)
+    kv = torch.cat((slabs[0][:4], slabs[1][:4], slabs[0][4:5], new)).double()
+    scores = (kv[:, 0, 0] @ q[0].double().mT / 8**0.5)[:, 0]
+    there = [*range(4, 8)]
+    here = [i for i in range(10) if i not in there]
+    said = run_alone("pool.py")
+    lse = [float(x) for x in re.findall(r"LSE (-?\d\.\d{4})", said)]
+    expected = [float(scores[keys].logsumexp(0)) for keys in (here, there, range(10), range(10))]
+    assert lse == pytest.approx(expected, abs=1e-4)
+    assert " of 8: 64 bytes (the KV that it is to meet has 256)" in said  # 2 · 8, 4 · 2 · 8 floats
+    assert "of 8 + 1: 72 bytes" in said and "first_row 5" in said
+    assert float(re.search(r"O differs by (\S+) at most", said)[1]) < 1e-5
+    weights = re.search(r"by weights (\S+) and (\S+):", said).groups()
+    assert sum(map(float, weights)) == pytest.approx(1, abs=2e-4)
+
+
+def test_tokenlake_shows_the_seven_calls():
+    """Each once for each request. The second reads four old tokens, and computes one row."""
+    said = run_alone("tokenlake.py")
+    for call in "get_prefix_tree get_cache_load gen_plans init_query init_transfer put query".split():
+        assert said.count(f"  {call}(") == 2, call
+    apart = [float(x) for x in re.findall(r"O \[[^]]*\], (\S+) from the softmax", said)]
+    assert len(apart) == 2 and max(apart) < 1e-5
+    assert [int(x) for x in re.findall("old tokens to read: (.+)", said)] == [0, 4]
+    assert "Q [6, 2, 8] → O [6, 2, 8]" in said and "Q [1, 2, 8] → O [1, 2, 8]" in said
+
+
+def shown_answer(said):
+    """Tokens and log-probabilities of model.py's table."""
+    rows = [line.split() for line in said.splitlines() if re.match(r" +\d+ +\d+ +-\d", line)]
+    return [int(token) for _, token, _ in rows], [float(logprob) for *_, logprob in rows]
+
+
+@pytest.mark.parametrize("prompt, arguments", [
+    ([9, 8, 7, 6], []), ([5], ["--prompt-ids", "5", "--max-tokens", "3"]),
+    ([1, 2, 3], ["--prompt-ids", "1,2,3", "--model", "m", "--max-tokens", "12"])])
+def test_model_answers_without_a_cache(tmp_path, capsys, prompt, arguments):
+    """The oracle's tokens, and their log-probabilities: those of one forward over all."""
+    config = LlamaConfig()
+    model = Llama(config, random_weights(config, 0, torch.float32, "cpu"))
+    if "m" in arguments:
+        folder = save_model(tmp_path / "m")
+        arguments = [str(folder) if argument == "m" else argument for argument in arguments]
+        config = load_config(folder)
+        model = Llama(config, load_weights(folder, config, torch.float32, "cpu"))
+    options = model_module.parse_options(arguments)
+    model_module.show_answer(options)
+    said = capsys.readouterr().out
+    assert arguments or said == run_alone("model.py")
+    answer, found = shown_answer(said)
+    assert answer == generate(model, prompt, options.max_tokens) and f"answer: {answer}\n" in said
+    logits = model.forward_alone([*prompt, *answer[:-1]])[len(prompt) - 1:]
+    expected = model_module.logprobs(logits, torch.tensor(answer))
+    assert found == pytest.approx(expected.tolist(), abs=1e-3)
+    total = len(prompt) + len(answer)
+    assert f"{sum(range(len(prompt), total))} rows were computed; with a cache it would have been {total - 1}." in said
+
+
+def test_model_answers_with_text(tmp_path, capsys):
+    """Where the folder has a tokenizer: the prompt's, and the answer's."""
+    folder = save_model(tmp_path / "m", dict(vocab_size=6))
+    made = write_tokenizer(folder)
+    model_module.show_answer(model_module.parse_options(["--model", str(folder), "--prompt-ids", "1,2"]))
+    said = capsys.readouterr().out
+    answer, _ = shown_answer(said)
+    assert said.startswith("prompt: [1, 2] 'a lake'\n")
+    assert f"answer: {answer} {made.decode(answer)!r}\n" in said
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--prompt-ids", "1,600"], "--prompt-ids: token 600; ids below the model's 512 are expected"),
+    (["--prompt-ids", "1,-2"], "--prompt-ids: '1,-2': token ids, by commas, are expected"),
+    (["--prompt-ids", ""], "--prompt-ids: ''"), (["--prompt-ids", "9" * 5000], "token ids, by commas"),
+    (["--max-tokens", "0"], "--max-tokens: '0': a positive integer is expected"),
+    (["--max-tokens", "8189"], "--max-tokens: 8193 tokens with the prompt; at most 8192 are expected"),
+    (["--max-tokens=--"], "--max-tokens=--: a value is expected"), (["--bogus"], "--bogus"),
+    (["--model", "{tmp}/none"], "none/config.json: No such file"), (["--model", "x" * 5000], "a folder is exp"),
+    (["--model", "ORG/NAME"], "nothing is downloaded"), (["--model", "{tmp}"], "config.json")])
+def test_model_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    with pytest.raises(ValueError) as caught:
+        model_module.show_answer(model_module.parse_options(arguments))
+    text = model_module.one_line(caught.value)
+    assert said in text and len(text) < 240 + len(str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_model_says_what_it_refuses():
+    done = subprocess.run([sys.executable, HERE / "model.py", "--prompt-ids", "x\n"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "model.py: --prompt-ids: 'x\\n': token ids, by commas, are expected\n"
+
+
+@pytest.mark.parametrize("name", ["kernels.py", "balancer.py"])
+def test_options_are_those_of_the_benchmark(name):
+    """With any there is no lesson, and what is wrong with them is one line."""
+    done = subprocess.run([sys.executable, HERE / name, "--bogus"], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "error: " in done.stderr
+
+
+LISTING = (HERE / "bench" / "example.py").read_text().split("\n\nimport torch\n")[1]
+LISTING = "import torch\n" + LISTING
+
+
+def test_the_listing_is_short_and_hides_nothing():
+    """It has all seven calls, and those of the balancer; the README shows it as it is."""
+    lines = LISTING.splitlines()
+    assert len(lines) <= 36 and max(map(len, lines)) <= 90
+    calls = "get_prefix_tree get_cache_load gen_plans init_query query init_transfer put".split()
+    for call in [f"lake.{call}(" for call in calls] + [
+            f"balancer.{call}(" for call in "match admit reserve commit release".split()]:
+        assert call in LISTING, call
+    fenced = re.findall(r"^```\w*\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for block in fenced:
+        assert "init_query" not in block or block == LISTING
+
+
+def test_the_listing_finds_what_is_shared():
+    """32 tokens are two segments; both answers are those of recomputation, here and there."""
+    said = run_alone("bench/example.py")
+    config = LlamaConfig()
+    model = Llama(config, random_weights(config, 0, torch.float32, "cpu"))
+    answers = [json.loads(text) for text in re.findall(r"\[.*?\]", said)]
+    expected = [generate(model, [*range(32), *own], 6) for own in ([41, 42, 43, 44, 45], [51, 52, 53])]
+    assert answers == [answer for answer in expected for _ in range(2)]
+    assert re.findall(r"(\d+) of (\d+) prompt tokens", said) == [("0", "37"), ("32", "35")]
+    assert said.endswith("segments in the pool: 2\n")
+
+
+def test_a_lake_of_one_needs_no_cluster():
+    """It serves, wherever its instance is said to be; who only plans has no slab."""
+    prompt = tokens(50, 1)
+    for instance in (0, 3):
+        lake = TokenLake([instance], LlamaConfig(), LakeConfig(8), dtype=torch.float64)
+        scheduler = Scheduler(lake)
+        request = Request(0, list(prompt), len(prompt) + 5)
+        scheduler.add(request)
+        plan, transfer_plan, (group,) = lake.gen_plans(*scheduler.schedule(), lake.get_prefix_tree())
+        assert "pool" not in vars(lake)
+        lake.init_query(plan.runs, group, plan)
+        assert lake.pool.kv.dtype == torch.float64 and lake.index == 0
+    lake = TokenLake([0], LlamaConfig(), dtype=torch.float64)
+    engine = run_cluster.Engine(Cluster(), lake, Scheduler(lake), small_model(), Sampler())
+    request = Request(0, list(prompt), len(prompt) + 5)
+    engine.scheduler.add(request)
+    while engine.scheduler.waiting or engine.scheduler.running:
+        engine.step()
+    assert request.tokens[len(prompt):] == generate(small_model(), prompt, 5)
+
+
+@pytest.mark.parametrize("instances, cluster, said", [
+    ([0, 1], None, r"instances \[0, 1\] exchange queries and KV, and the lake has no cluster; TokenLake"),
+    ([1], "of one", r"rank 0 is none of the lake's instances \[1\]; on these alone")])
+@pytest.mark.parametrize("call, arguments", [
+    ("init_query", ([], [], None)), ("init_transfer", ([], None)), ("put", (None,)), ("query", (None,))])
+def test_the_data_plane_says_what_it_lacks(instances, cluster, said, call, arguments):
+    """In one line, from each call; the control plane is there."""
+    lake = TokenLake(instances, LlamaConfig(), cluster=cluster and Cluster())
+    assert lake.get_cache_load([Request(0, [1, 2], 3)], lake.get_prefix_tree()) > 0
+    with pytest.raises(pool.LakeError, match=said) as caught:
+        getattr(lake, call)(*arguments)
+    assert "\n" not in str(caught.value) and "expected" in str(caught.value)
+
+
+def test_fleets_that_are_simulated_have_no_slabs():
+    """Also lakes of one, which could serve; and a lake has an instance at least."""
+    for policy in ("tokenlake", "router", "pd:1x3", "lakes:2x2"):
+        fleet_of_four = fleet(policy, 100_000)
+        made = traces.read_trace([json.dumps(GOOD)], "t")
+        simulate.Simulation(fleet_of_four, made, simulate.Roofline(LlamaConfig(), "a100")).run()
+        assert not any("pool" in vars(lake) for lake in fleet_of_four.lakes)
+    with pytest.raises(pool.LakeError, match=r"instances \[\]: distinct, ascending ranks"):
+        TokenLake([], LlamaConfig())
+
+
+def test_reserve_by_default_is_for_a_request_alone():
+    """As with no rows planned, no open tails, and room for all."""
+    found = []
+    for others in ((), ([0] * 3, [0] * 3, 10**9)):
+        bal = Balancer(3, 20, 4)
+        request = Request(0, tokens(30, 5), 40)
+        bal.admit(request, bal.match(request))
+        runs = bal.reserve(request, 30, *others)
+        found.append([(run.position, run.rows, run.preferred, run.slot) for run in runs])
+    assert found[0] == found[1] and len(found[0]) == 8
 
 
 # ── balance ───────────────────────────────────────────────────────────────────────────────────
