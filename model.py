@@ -12,7 +12,8 @@ where its keys and values live, on the other a pool that knows of the model only
 heads it has.
 
 `causal_attend` is the attend of one sequence alone. With it `--verify` and the tests recompute
-whole requests, without any cache: slow, obvious, and the oracle of all that is distributed.
+whole requests, and `python model.py` answers a prompt, without any cache: slow, obvious, and the
+oracle of all that is distributed.
 
 Left out, and refused by name: tensor parallelism, quantisation, attention biases, sliding windows.
 
@@ -889,7 +890,7 @@ def parse_options(arguments) -> argparse.Namespace:
     for text in arguments:
         # argparse takes that for no value at all.
         require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
-    description = "Answer a prompt, greedily, without any cache: slow, and right."
+    description = "Answer a prompt greedily, without any cache, in float32 on the CPU."
     parser = argparse.ArgumentParser("model.py", description=description)
     parser.error = refuse_options
     prompt = "of the prompt, by commas (default 9,8,7,6)"
