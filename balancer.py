@@ -787,12 +787,12 @@ def show_scene():
     """Three instances. Requests come one by one, and each puts its whole prompt into the pool."""
     balancer = Balancer(num_instances=3, slots=6, segment_tokens=4)
     print(
-        "Three instances of 6 slots for segments of 4 tokens. 12@2: slot 12, at instance 2."
+        "Three instances of 6 slots for segments of 4 tokens. 12@2: slot 12, instance 2."
     )
     print(
-        "A segment's home: by its hash, a first child's one instance after its parent's."
+        "Homes: by hash; a first child's one instance after its parent's; or a free slot."
     )
-    print("A replica can be read from the next iteration on.")
+    print("One of the 18 slots may have a replica, which can be read an iteration later.")
     shared = list(range(8))
     prompts = [shared + [first, 0, 0, 0] for first in range(20, 24)]
     prompts.append(list(range(100, 148)))

@@ -692,11 +692,7 @@ def show_parts():
         parts.append(partial_attention(q, kv, Work(rows, span, 1, 1), scale=D**-0.5))
     o, lse = (torch.cat(x) for x in zip(*parts))  # [3 · 2, 1, D], [3 · 2, 1]
     merged_o, merged_lse = merge(o, lse, torch.tensor([[0, 2, 4], [1, 3, 5]]))
-    scores = q[:, 0] @ kv[:, 0, 0].T * D**-0.5  # [2, 3 · C]
-    hidden = torch.arange(3 * C) > torch.from_numpy(position)[:, None]
-    scores = scores.masked_fill(hidden, -math.inf)
-    all_lse = scores.logsumexp(-1)
-    all_o = scores.softmax(-1) @ kv[:, 1, 0]
+    all_o, all_lse = attend_at_once(q, kv, position)
     print(f"{3 * C} keys in three parts. A row sees those up to its own position.")
     for row, at in enumerate(position.tolist()):
         print(f"\nrow at position {at:<4}    |o|      lse  weight exp(lse_p − lse)")
@@ -709,10 +705,16 @@ def show_parts():
         print(f"  {'merged':<16}{merged_o[row].norm():>8.4f} {merged_lse[row, 0]:>8.4f}")
         print(f"  {'softmax over all':<16}{all_o[row].norm():>8.4f} {all_lse[row]:>8.4f}")
     apart = (merged_o[:, 0] - all_o).abs().max()
-    print(
-        f"\nMerged they differ by {apart:.0e} at most: so parts may lie on different GPUs."
-    )
+    print(f"\nMerged and whole differ by {apart:.0e} at most: parts may lie anywhere.")
     print("Next: work.py, how the attention of many requests is cut into such parts.")
+
+
+def attend_at_once(q, kv, position):
+    """By the textbook, for one head: o [T, D], lse [T] over all keys up to each row's position."""
+    scores = q[:, 0] @ kv[:, 0, 0].T * q.shape[-1] ** -0.5  # [T, keys]
+    hidden = torch.arange(len(kv)) > torch.from_numpy(position)[:, None]
+    scores = scores.masked_fill(hidden, -math.inf)
+    return scores.softmax(-1) @ kv[:, 1, 0], scores.logsumexp(-1)
 
 
 # Options are those of the benchmark. Without any there is the lesson, too, then the benchmark: a
