@@ -193,8 +193,9 @@ class TokenLake:
         self.rank = cluster.rank if cluster else instances[0] if N == 1 else None
         # Which of the instances this process is; None: it is none of them.
         self.index = instances.index(self.rank) if self.rank in instances else None
-        make = Pool, cluster, groups, llama_config, config, N, dtype, device
-        self._make_pool = partial(*make)
+        self._make_pool = partial(
+            Pool, cluster, groups, llama_config, config, N, dtype, device
+        )
         # Ranks serve: what does not fit shows when they are set up.
         if cluster and self.index is not None:
             self.pool = self._make_pool()
