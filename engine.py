@@ -81,6 +81,7 @@ class Engine:
     clock: int = 0  # ns since the start, rank 0's on every rank
     iterations: int = 0
     profile: object = None  # see `profiler`
+    observer: object = None  # is told of every plan: see record.Observer
     # Cache tokens read, [N], once a request, by window of CV_WINDOW iterations.
     reads: list = field(default_factory=list)
     tokens_read: int = 0  # of KV, by all instances, shared ones once: see QueryPlan
@@ -184,11 +185,15 @@ class Engine:
             self.next = error, None
 
     def _plan(self) -> Planned:
+        if self.observer:
+            self.observer.look()
         batches, dops = self.scheduler.schedule()
         expected = self.scheduler.predictor.expected
         tree = self.lake.get_prefix_tree()
         plan, transfer_plan, groups = self.lake.gen_plans(batches, dops, tree)
         hashed = hash_plan(self.iterations, plan, transfer_plan)
+        if self.observer:
+            self.observer.see(self.iterations + 1, plan, transfer_plan)
         return Planned(batches, groups, plan, transfer_plan, expected, hashed)
 
     def _make_buffers(self, planned):
@@ -265,6 +270,8 @@ class Engine:
                 request_and_rank = run.request.id, self.lake.instances[instance]
                 self.computed[request_and_rank] += run.rows
                 self.sampled[request_and_rank] += samples
+        if self.observer:
+            self.observer.tell(self.clock, dropped)
 
     def _measure(self, features, ns, expected):
         """Rank 0 fits the time predictor to the iteration, and the others receive its fit."""

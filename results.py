@@ -3,6 +3,7 @@
     run.json         what the answers depend on: who goes on with the folder has to have the same
     requests.jsonl   a line for each request, as it finishes: each write leaves a whole line or none
     summary.json     at the end, however the run ends: a whole file or none
+    plans.jsonl      with --record: a line for each iteration, see record.py
 
 A crash loses what was cached, and what was computed of requests that were not finished: `--resume`
 serves these again. Their answers are the same, as each token is drawn with noise of its own (see
@@ -40,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 CV_WINDOW = 32  # iterations
 TIMES = ("ttft_ms", "tpot_ms", "itl_ms")
 STATISTICS = ("mean", "median", "p90", "p99")  # of times
-OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz")
+OUTPUTS = ("requests.jsonl", "summary.json", "profile.json.gz", "plans.jsonl")
 LAUNCH = "launch"  # key of run.json: see `launch_id`
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────

@@ -61,6 +61,7 @@ from model import (
 )
 from oracle import WIDER, verify
 from pool import LakeConfig, iteration_bytes
+from record import Observer, PlansFile, describe_run, explain
 from results import Outcome, Results, answers_basis, format_header, format_report
 from results import require_unused, resumes, sum_bytes, summarise, summarise_again
 from scheduler import Policy, Scheduler
@@ -203,6 +204,11 @@ OPTIONS = {
          "--seed and the like"),
         ("--verify", SWITCH, None, None,
          "compute every answer again, without a cache, and compare; default: for the demo"),
+        ("--record", COUNT, "K", None,
+         "with --output: write the plans of the first K iterations into plans.jsonl "
+         "(bench/watch.py shows them)"),
+        ("--explain", COUNT, "K", None,
+         "print the plan of iteration K, and go on"),
         ("--timeout", SECONDS, "SECONDS", 300.0,
          "after which a silent rank counts as lost (300)"),
     ],
@@ -280,6 +286,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     require(form.block % form.scale == 0, f"--trace-scale: '{form.scale}': {said}")
     require(options.output or options.profile is None, "--profile needs --output DIR")
     require(options.output or not options.resume, "--resume needs --output DIR")
+    require(options.output or not options.record, "--record needs --output DIR")
     if options.verify is None:
         options.verify = not (options.trace or options.model)
     return options
@@ -467,6 +474,44 @@ def profiler(file: Path, after, results):
         schedule=torch.profiler.schedule(wait=after, warmup=0, active=8, repeat=1),
         on_trace_ready=write,
     )
+
+
+def observe_plans(server):
+    """--record and --explain: for as long as they want it, the engine tells an observer of its
+    plans."""
+    options = server.options
+    header = describe_run(server.lake, server.model.dtype, options)
+    file = PlansFile(options.output, header) if options.record else None
+    last = last_observed(options)
+
+    def take(record):
+        iteration = record["iteration"]
+        if iteration <= (options.record or 0):
+            try:
+                file.append(record)
+            except OSError as error:
+                server.results.error = f"{file.path}: {error.strerror}"
+        if iteration == options.explain:
+            # It clears the progress bar, and draws it again.
+            tqdm.write(explain(header, record) + "\n", file=Forgiving(sys.stdout))
+        if iteration == last:
+            server.engine.observer = None
+
+    server.engine.observer = Observer(server.scheduler, take)
+
+
+def last_observed(options) -> int:
+    """The last iteration that --record or --explain asks for; 0: none does."""
+    return max(options.record or 0, options.explain or 0)
+
+
+def warn_of_early_end(options, iterations):
+    """--record or --explain has asked for more iterations than there were."""
+    if (options.record or 0) > iterations:
+        said = f"the run ended after {iterations}, which plans.jsonl has"
+        warn(f"--record {options.record}: {said}")
+    if (options.explain or 0) > iterations:
+        warn(f"--explain {options.explain}: the run ended after {iterations} iterations")
 
 
 class Server:
@@ -790,6 +835,8 @@ def serve_and_verify(server, on_iteration, outcome):
     if first and options.profile is not None:
         file = options.output / "profile.json.gz"
         engine.profile = profiler(file, options.profile, server.results)
+    if first and last_observed(options):
+        observe_plans(server)
     with tqdm(
         total=len(server.lines),
         initial=outcome.resumed,

@@ -84,6 +84,7 @@ class Scheduler:
         self._arrived = 0
         self._sampling = []  # whose tokens are not known yet
         self.ending = []  # ended by an end token, not released yet
+        self.preempted = []  # request ids, by the last `schedule`
 
     def add(self, request):
         if request.order is None:
@@ -100,6 +101,7 @@ class Scheduler:
     def schedule(self):
         """Batches of runs for the next iteration, and their DoPs. Their slots are reserved; if all
         slots are pinned, the last admitted requests are preempted."""
+        self.preempted = []
         self._admit()
         batches = self._batches_within_slo()
         # Predictions are corrected by iterations that the SLO limits: prompts, while decodes wait.
@@ -156,6 +158,7 @@ class Scheduler:
         request = self.running.pop()
         self.balancer.release(request)
         self.counters["preemptions"] += 1
+        self.preempted.append(request.id)
         self.add(request)
 
     # ── which rows, in which batches ──

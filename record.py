@@ -1,0 +1,610 @@
+"""What was planned, for people: the plan of an iteration as JSON, and as text.
+
+    scheduler, planner ─▶ Observer ─▶ a record of each iteration ─▶ plans.jsonl ─▶ bench/watch.py
+                                                          └────────▶ explain: text
+
+A plan is the same on every rank, so rank 0 tells it for all. The observer looks at the pool twice
+an iteration, before it is planned and after, and compares: what the iteration before has published
+and freed is new at the first look, what was evicted, reserved and copied at the second.
+
+plans.jsonl begins with a line for the run:
+
+    version          of this format: 1
+    instances        N
+    slots            S, of an instance; a *global slot* is instance · S + slot
+    segment_tokens   C
+    layers           of the model
+    query_bytes      of a row's query and its result, over all layers
+    kv_bytes         of a token's KV, over all layers
+    model            what --model names, or built-in
+    dtype            of its weights and KV
+    scheduler        --scheduler
+    placement        --placement
+    trace            what --trace names, or the demo
+    command          that was typed
+
+Then each iteration has a line, when it has been computed:
+
+    iteration        its number, from 1
+    clock_s          when it was announced: s since the start, by rank 0's clock
+    running          requests that run, by admission
+    waiting          requests that wait for slots, by arrival
+    arrived          requests that came since the iteration before:
+      request          its number in the trace, from 0
+      prompt           tokens of its prompt
+      most             tokens of prompt and answer, at most
+    admitted         requests that run from now on:
+      request
+      done             tokens that it found in the pool
+    preempted        requests that gave up their slots, and start over
+    ended            requests that have left since the iteration before
+    dropped          requests that had ended when this was computed: what it gives them is dropped
+    published        segments that others can hit from now on:
+      segment          its number, by first publication, from 1; equal tokens have equal numbers
+      parent           the segment before it; null: it begins a prompt
+      depth            segments from the beginning of the prompt to it
+      slot             global slot
+      request          that has filled it
+    reserved         slots that requests took for what they write:
+      request
+      index            which segment of the request, from 0
+      slot             global slot
+    evicted          what left the pool for others:
+      segment
+      slot             global slot
+      replica          whether that was a copy, of a segment that stays
+    freed            global slots that requests gave back, and that are free
+    evictions        how many were evicted: those above, and copies that were given up for others
+                     before they were made
+    runs             rows of one request within one segment, by who computes them:
+      request
+      position         in the request, of the first row
+      rows
+      instance         that computes them
+      slot             global slot of the segment
+      home             instance of that slot, where their KV will live
+      puts             false: the segment is published already, the row only wants its logits
+      decode           whether the row is an answer's
+    reads            old KV that is read: an entry for each request and each instance that computes
+                     rows of it. All these rows read all of it
+      request
+      instance         that computes the rows
+      tokens           of old KV
+      slots            global slots of its segments, in order; a row is read where they lie …
+      pulled           … but for these of the segments, by index: they come to the instance
+    fresh            KV that is written in this iteration and read in it:
+      reader           index into runs
+      writer           index into runs: the same run, or one before it of the same request
+      instance         where they meet
+      place            here: in its slab, at once; late: in its slab, once moves have landed;
+                       sibling: it was sent to the reader
+    queries          rows that travel to KV; results come back:
+      request
+      source           instance that computes the rows
+      target           instance that holds KV
+      rows
+      bytes            of queries and results, over all layers
+    moves            KV that travels:
+      kind             pull: old KV, to who reads it in this iteration; sibling: new KV, to rows of
+                       the same prompt on another instance; put: new KV, to its home; replica: a copy
+      request          null for a replica
+      source           instance
+      target           instance
+      slots            global slots of its segments; of a replica the one it is copied from, and to
+      rows             tokens
+      bytes            over all layers
+    balance          by instance:
+      rows             that it computes
+      reads            tokens of old KV that it gives to requests, once for each
+      tokens_read      tokens of KV that it reads, what several share once
+      load             its attention: rows × tokens, see QueryPlan.load
+      free             slots
+
+`cached` slots that nothing above names are what they were. (So a reader keeps the slots as he goes:
+freed, published, evicted, reserved and moves of kind replica, in this order, give those of the
+iteration.)
+"""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from balancer import Segment
+from model import dtype_name
+from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING
+
+VERSION = 1
+FILE_NAME = "plans.jsonl"
+RUN_KEYS = ("request", "position", "rows", "instance", "slot", "home", "puts", "decode")
+PLACES = {HERE: "here", LATE: "late", SIBLING: "sibling"}
+# In a transfer plan: what is pulled there is fresh.
+KINDS = {PULL: "sibling", PUT: "put", REPLICA: "replica"}
+
+
+def describe_run(lake, model_dtype, options) -> dict:
+    """The first line of plans.jsonl. options: of run_cluster.py."""
+    N, S, C = lake.balancer.sizes
+    layers = lake.llama_config.num_layers
+    return dict(
+        version=VERSION,
+        instances=N,
+        slots=S,
+        segment_tokens=C,
+        layers=layers,
+        query_bytes=layers * lake.query_bytes,
+        kv_bytes=layers * lake.kv_bytes,
+        model=str(options.model or "built-in"),
+        dtype=dtype_name(model_dtype),
+        scheduler=options.scheduler,
+        placement=lake.config.placement,
+        trace=str(options.trace or "the demo"),
+        command=options.command,
+    )
+
+
+class PlansFile:
+    """plans.jsonl, which begins anew with the first record: so a run without iterations leaves the
+    file of an earlier one. Each write leaves a whole line, or is the last."""
+    def __init__(self, folder: Path, header: dict):
+        self.path = folder / FILE_NAME
+        self.header = header
+        self._file = None
+
+    def append(self, record: dict):
+        """Raises OSError."""
+        if self._file is None:
+            self._file = open(self.path, "w")
+            self._write(self.header)
+        self._write(record)
+
+    def _write(self, value):
+        """A line at a time, so that who reads along sees it."""
+        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+
+# ── what happened: the pool before and after ─────────────────────────────────────────────────────
+
+
+def owners_of_slots(balancer, running) -> dict:
+    """Global slot → the Segment that lies there, or (request id, index) of a segment that belongs
+    to a request alone. Free slots are left out."""
+    owners = {}
+    for segment in balancer.tree.segments.values():
+        owners.update(dict.fromkeys(segment.replicas.values(), segment))
+    for request in running:
+        published = len(request.segments)
+        own = request.table[published : request.num_slots].tolist()
+        for index, slot in enumerate(own, published):
+            owners[slot] = (request.id, index)
+    return owners
+
+
+class Observer:
+    """Makes a record of each iteration, and hands it to `take` when it has been computed. The
+    engine calls `look`, `see` and `tell`, in this order."""
+    def __init__(self, scheduler, take):
+        self.scheduler = scheduler
+        self.lake = scheduler.lake
+        self.take = take
+        self.numbers = {}  # of segments, by id
+        self.owners = {}  # of slots, at the last look
+        self.were_running = {}  # requests by id, at the last look
+        self.were_waiting = {}
+        self.record = None  # of what was planned last
+        self._begin()
+
+    def _begin(self):
+        """What happened since the last iteration with rows."""
+        names = "arrived admitted preempted ended published reserved evicted freed".split()
+        self.events = {name: [] for name in names}
+        self.evictions = self.lake.balancer.evictions
+
+    def look(self):
+        """Before an iteration is planned: at what the one before has left."""
+        self._compare_slots()
+        self._compare_requests()
+
+    def see(self, iteration: int, plan, transfer_plan):
+        """It is planned. If it has no rows, what happened is told with the next one."""
+        scheduler = self.scheduler
+        preempted = scheduler.preempted
+        self.events["preempted"] += preempted
+        self._compare_requests()
+        self._compare_slots()
+        if not plan.runs:
+            return
+        self.record = dict(
+            iteration=iteration,
+            clock_s=None,
+            running=[request.id for request in scheduler.running],
+            waiting=[request.id for request in scheduler.waiting],
+            **self.events,
+            dropped=[],
+            evictions=self.lake.balancer.evictions - self.evictions,
+            **describe_plan(plan, transfer_plan, self.lake),
+        )
+        self._begin()
+
+    def tell(self, clock: int, dropped):
+        """It has been computed. clock: ns, when it began; dropped: ids of requests that had
+        ended."""
+        self.record["clock_s"] = clock / 1e9
+        in_plan = {run["request"] for run in self.record["runs"]}
+        self.record["dropped"] = sorted(in_plan.intersection(dropped))
+        self.take(self.record)
+
+    def _compare_requests(self):
+        """Who came, was admitted, has ended."""
+        events = self.events
+        running = {request.id: request for request in self.scheduler.running}
+        waiting = {request.id: request for request in self.scheduler.waiting}
+        were_here = self.were_running | self.were_waiting
+        are_here = running | waiting
+        for id, request in are_here.items():
+            if id not in were_here:
+                most = request.max_tokens
+                events["arrived"].append(
+                    dict(request=id, prompt=request.num_prompt, most=most)
+                )
+        for id, request in running.items():
+            if id not in self.were_running:
+                events["admitted"].append(dict(request=id, done=request.done))
+        events["ended"] += [id for id in were_here if id not in are_here]
+        self.were_running = running
+        self.were_waiting = waiting
+
+    def _compare_slots(self):
+        """What was published, reserved, evicted, freed."""
+        were = self.owners
+        owners = owners_of_slots(self.lake.balancer, self.scheduler.running)
+        changed = [slot for slot, owner in owners.items() if were.get(slot) != owner]
+        for slot in sorted(were):
+            self._left(slot, were[slot], owners.get(slot))
+        for slot in changed:
+            self._came(slot, owners[slot], were.get(slot))
+        self.owners = owners
+
+    def _left(self, slot, was, owner):
+        """What a slot held, if that is gone."""
+        if isinstance(was, Segment) and owner is not was:
+            remains = self.lake.balancer.tree.segments.get(was.id) is was
+            number = self.numbers[was.id]
+            self.events["evicted"].append(
+                dict(segment=number, slot=slot, replica=remains)
+            )
+        elif owner is None:
+            self.events["freed"].append(slot)
+
+    def _came(self, slot, owner, was):
+        """What a slot holds, if that is new. Copies are among the moves."""
+        if not isinstance(owner, Segment):
+            id, index = owner
+            self.events["reserved"].append(dict(request=id, index=index, slot=slot))
+        elif slot == owner.slot:
+            # A segment is published where its request has filled it.
+            request, _ = was
+            number = self.numbers.setdefault(owner.id, len(self.numbers) + 1)
+            self.events["published"].append(
+                dict(
+                    segment=number,
+                    parent=self.numbers.get(owner.parent.id),
+                    depth=owner.depth,
+                    slot=slot,
+                    request=request,
+                )
+            )
+
+
+# ── what was planned ─────────────────────────────────────────────────────────────────────────────
+
+
+def describe_plan(plan, transfer_plan, lake) -> dict:
+    """The keys of a record that say who computes what, what is read where, what travels."""
+    layers = lake.llama_config.num_layers
+    return dict(
+        runs=list_runs(plan),
+        reads=list_reads(plan),
+        fresh=list_fresh(plan),
+        queries=list_queries(plan, layers * lake.query_bytes),
+        moves=list_moves(plan, transfer_plan, layers * lake.kv_bytes),
+        balance=list_balance(plan, lake.balancer),
+    )
+
+
+def request_of_share(plan) -> np.ndarray:
+    """[G] ids."""
+    request = np.zeros(len(plan.old.tokens), np.int64)
+    request[plan.run_table.share] = plan.run_table.request_id
+    return request
+
+
+def list_runs(plan) -> list[dict]:
+    table = plan.run_table
+    where = table.instance, table.slot, table.home
+    columns = table.request_id, table.position, table.rows, *where
+    columns = *columns, table.puts > 0, table.decode > 0
+    return [dict(zip(RUN_KEYS, values)) for values in zip(*(c.tolist() for c in columns))]
+
+
+def list_reads(plan) -> list[dict]:
+    reads = plan.segment_reads
+    pulled = plan.old.pulled
+    request = request_of_share(plan).tolist()
+    instance = plan.instance_of_share.tolist()
+    tokens = plan.old.tokens.tolist()
+    return [
+        dict(
+            request=request[share],
+            instance=instance[share],
+            tokens=tokens[share],
+            slots=reads.slot[reads.share == share].tolist(),
+            pulled=pulled.segment[pulled.share == share].tolist(),
+        )
+        for share in np.flatnonzero(plan.old.tokens).tolist()
+    ]
+
+
+def list_fresh(plan) -> list[dict]:
+    fresh = plan.fresh
+    columns = fresh.reader, fresh.writer, fresh.instance, fresh.place
+    return [
+        dict(reader=reader, writer=writer, instance=instance, place=PLACES[place])
+        for reader, writer, instance, place in zip(*(c.tolist() for c in columns))
+    ]
+
+
+def list_queries(plan, query_bytes) -> list[dict]:
+    """By request, source and target."""
+    table = plan.run_table
+    run, target = np.nonzero(plan.ships)
+    trips = zip(table.request_id[run].tolist(), table.instance[run].tolist(), target.tolist())
+    rows = Counter()
+    for trip, count in zip(trips, table.rows[run].tolist()):
+        rows[trip] += count
+    return [
+        dict(request=request, source=source, target=target, rows=n, bytes=n * query_bytes)
+        for (request, source, target), n in sorted(rows.items())
+    ]
+
+
+def list_moves(plan, transfer_plan, kv_bytes) -> list[dict]:
+    """By kind, request, source and target; each replica for itself."""
+    slots = defaultdict(list)  # by these
+    rows = Counter()
+    for trip, slot, count in chain_moves(plan, transfer_plan):
+        slots[trip] += slot
+        rows[trip] += count
+    return [
+        dict(
+            kind=kind,
+            request=request,
+            source=source,
+            target=target,
+            slots=slots[trip],
+            rows=rows[trip],
+            bytes=rows[trip] * kv_bytes,
+        )
+        for trip in slots
+        for kind, request, source, target, *_ in [trip]
+    ]
+
+
+def chain_moves(plan, transfer_plan):
+    """Yields ((kind, request, source, target[, slot filled]), slots, rows) of each move."""
+    _, S, C = plan.sizes
+
+    def slot_at(instance, row):
+        return instance * S + row // C
+
+    pulls = plan.old.pulls
+    request = request_of_share(plan)[plan.old.pulled.share].tolist()
+    columns = pulls.source, pulls.source_row, pulls.target, pulls.rows
+    for id, source, row, target, rows in zip(request, *(c.tolist() for c in columns)):
+        yield ("pull", id, source, target), [slot_at(source, row)], rows
+    moves = transfer_plan.moves
+    writer_at = find_writers(plan, transfer_plan)
+    for kind, source, row, target, target_row, rows in zip(*(c.tolist() for c in moves)):
+        if kind == REPLICA:
+            filled = slot_at(target, target_row)
+            trip = KINDS[kind], None, source, target, filled
+            yield trip, [slot_at(source, row), filled], rows
+        else:
+            id, slot = writer_at[source, row]
+            yield (KINDS[kind], id, source, target), [slot], rows
+
+
+def find_writers(plan, transfer_plan) -> dict:
+    """(Instance, slab row) where a run writes → its request and slot."""
+    table = plan.run_table
+    writes = transfer_plan.writes
+    puts = table.puts > 0
+    where = zip(writes.instance.tolist(), writes.slab_row.tolist())
+    return dict(zip(where, zip(table.request_id[puts].tolist(), table.slot[puts].tolist())))
+
+
+def list_balance(plan, balancer) -> list[dict]:
+    table = plan.run_table
+    rows = np.bincount(table.instance, table.rows, plan.sizes[0]).astype(np.int64)
+    free = map(len, balancer.free)
+    columns = rows, plan.reads, plan.tokens_read, plan.load
+    return [
+        dict(rows=n, reads=reads, tokens_read=tokens, load=load, free=slots)
+        for n, reads, tokens, load, slots in zip(*(c.tolist() for c in columns), free)
+    ]
+
+
+# ── as text ──────────────────────────────────────────────────────────────────────────────────────
+
+MOST_LINES = 16  # of a list; the rest is counted
+MOST_NUMBERS = 12  # of a list within a line
+
+# Kinds of what travels: their names, and why they do.
+WHY = {
+    "query": (
+        "queries and results",
+        "rows go to each instance that holds KV of theirs, and their results come back",
+    ),
+    "pull": (
+        "pulled KV",
+        "old KV comes to a prompt's rows, as it is fewer bytes than their queries and results",
+    ),
+    "sibling": (
+        "KV to siblings",
+        "new KV goes to later rows of its prompt, as it is fewer bytes than their queries",
+    ),
+    "put": ("new KV", "its rows are computed elsewhere, and it goes to its home"),
+    "replica": (
+        "replicas",
+        "an instance with a much read segment is overloaded: another gets a copy",
+    ),
+}
+
+
+def explain(header: dict, record: dict) -> str:
+    """A record as text: what happened, who computes what, what is read where, what travels."""
+    parts = [
+        [
+            f"iteration {record['iteration']}, announced at {record['clock_s']:.3f} s: "
+            f"{plural(header['instances'], 'instance')}, segments of "
+            f"{header['segment_tokens']} tokens, {len(record['running'])} requests run, "
+            f"{len(record['waiting'])} wait",
+            *shorten(explain_events(record)),
+        ],
+        ["who computes what:", *explain_runs(record)],
+        ["what is read of old KV:", *shorten(explain_reads(header, record))],
+        ["what travels:", *explain_trips(record)],
+    ]
+    return "\n".join("\n  ".join(part) for part in parts)
+
+
+def plural(count, noun) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def shorten(lines: list[str]) -> list[str]:
+    left = len(lines) - MOST_LINES
+    return lines[:MOST_LINES] + [f"… and {left:,} more (--record has all)"] * (left > 0)
+
+
+def name_numbers(noun, numbers) -> str:
+    """`request 3`, or `requests 3, 5–9`: each once, in order."""
+    numbers = sorted(set(numbers))
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    spans = [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends)]
+    more = ", …" * (len(spans) > MOST_NUMBERS)
+    return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(spans[:MOST_NUMBERS])}{more}"
+
+
+def name_bytes(count) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+
+
+def explain_events(record) -> list[str]:
+    """What happened since the iteration before, and while this one was planned."""
+    said = [
+        f"request {came['request']} came, with a prompt of {plural(came['prompt'], 'token')}"
+        for came in record["arrived"]
+    ]
+    said += [
+        f"request {r['request']} is admitted; {plural(r['done'], 'token')} of it are cached"
+        for r in record["admitted"]
+    ]
+    for key, verb in ("preempted", "preempted"), ("ended", "ended"), ("dropped", "dropped"):
+        if record[key]:
+            said.append(f"{verb}: {name_numbers('request', record[key])}")
+    if published := record["published"]:
+        numbers = [p["segment"] for p in published]
+        by = name_numbers("request", [p["request"] for p in published])
+        said.append(f"published: {name_numbers('segment', numbers)}, by {by}")
+    if evicted := record["evicted"]:
+        numbers = [e["segment"] for e in evicted]
+        copies = sum(e["replica"] for e in evicted)
+        said.append(f"evicted: {name_numbers('segment', numbers)} ({copies} of them copies)")
+    return said
+
+
+def explain_runs(record) -> list[str]:
+    """Each instance, and the requests of which it computes rows."""
+    said = []
+    for instance, balance in enumerate(record["balance"]):
+        said.append(
+            f"instance {instance}: {plural(balance['rows'], 'row')}; gives "
+            f"{balance['reads']:,} tokens of old KV to requests; {balance['free']:,} slots are free"
+        )
+        shares = defaultdict(list)  # its runs, by request
+        for run in record["runs"]:
+            if run["instance"] == instance:
+                shares[run["request"]].append(run)
+        said += [f"  {line}" for line in shorten(list(map(explain_share, shares.values())))]
+    return said
+
+
+def explain_share(runs) -> str:
+    """One instance's runs of one request."""
+    rows = [run["position"] + i for run in runs for i in range(run["rows"])]
+    kind = "decodes" if runs[0]["decode"] else "prompt,"
+    said = f"request {runs[0]['request']} {kind} {name_numbers('row', rows)}"
+    homes = {run["home"] for run in runs if run["puts"] and run["home"] != run["instance"]}
+    if homes:
+        said += f"; KV goes to {name_numbers('instance', homes)}"
+    if not all(run["puts"] for run in runs):
+        said += "; for the logits alone, as all is cached"
+    return said
+
+
+def explain_reads(header, record) -> list[str]:
+    """Requests, and where their old KV lies. Instances that read the same share a line."""
+    readers = defaultdict(list)  # instances, by what they read
+    for read in record["reads"]:
+        key = read["request"], read["tokens"], tuple(read["slots"]), tuple(read["pulled"])
+        readers[key].append(read["instance"])
+    said = []
+    for (request, tokens, slots, pulled), instances in readers.items():
+        holders = Counter(slot // header["slots"] for slot in slots)
+        where = ", ".join(f"{count} at {i}" for i, count in sorted(holders.items()))
+        line = f"request {request} on {name_numbers('instance', instances)}: "
+        line += f"{plural(tokens, 'token')} in {plural(len(slots), 'segment')}, {where}"
+        said.append(line + f"; {len(pulled)} of them are pulled" * bool(pulled))
+    return said
+
+
+def explain_trips(record) -> list[str]:
+    """Each kind, why it travels, and between whom."""
+    trips = [dict(trip, kind="query") for trip in record["queries"]] + record["moves"]
+    said = []
+    for kind, (name, why) in WHY.items():
+        those = [trip for trip in trips if trip["kind"] == kind]
+        total = sum(trip["bytes"] for trip in those)
+        said.append(f"{name}: {name_bytes(total)}" + f" ({why})" * bool(those))
+        pairs = defaultdict(list)
+        for trip in those:
+            pairs[trip["source"], trip["target"]].append(trip)
+        said += [
+            f"  {line}"
+            for line in shorten(
+                [explain_pair(kind, *pair, pairs[pair]) for pair in sorted(pairs)]
+            )
+        ]
+    return said
+
+
+def explain_pair(kind, source, target, trips) -> str:
+    """What of one kind travels from one instance to another."""
+    rows = sum(trip["rows"] for trip in trips)
+    total = name_bytes(sum(trip["bytes"] for trip in trips))
+    what = plural(rows, "row" if kind == "query" else "token")
+    of = ""
+    if kind != "replica":
+        of = " of " + name_numbers("request", [trip["request"] for trip in trips])
+    return f"{source} → {target}  {what}{of}, {total}"
+
+
+if __name__ == "__main__":
+    print(__doc__)
