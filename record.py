@@ -28,7 +28,7 @@ Then each iteration has a line, when it has been computed:
     iteration        its number, from 1
     clock_s          when it was announced: s since the start, by rank 0's clock
     running          requests that run, by admission
-    waiting          requests that wait for slots, by arrival
+    waiting          how many wait: for slots, or for a prefix that another computes
     arrived          requests that came since the iteration before:
       request          its number in the trace, from 0
       prompt           tokens of its prompt
@@ -73,8 +73,8 @@ Then each iteration has a line, when it has been computed:
       slots            global slots of its segments, in order; a row is read where they lie …
       pulled           … but for these of the segments, by index: they come to the instance
     fresh            KV that is written in this iteration and read in it:
-      reader           index into runs
-      writer           index into runs: the same run, or one before it of the same request
+      writer           index into runs
+      readers          the same: itself, and later ones of its request
       instance         where they meet
       place            here: in its slab, at once; late: in its slab, once moves have landed;
                        sibling: it was sent to the reader
@@ -100,13 +100,13 @@ Then each iteration has a line, when it has been computed:
       load             its attention: rows × tokens, see QueryPlan.load
       free             slots
 
-`cached` slots that nothing above names are what they were. (So a reader keeps the slots as he goes:
-freed, published, evicted, reserved and moves of kind replica, in this order, give those of the
-iteration.)
+What lies in the slots of an iteration is what lay in those before, but for what it names: freed,
+published, evicted and reserved slots, and those that moves of kind replica fill, in this order.
 """
 
 import json
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -213,14 +213,15 @@ class Observer:
         preempted = scheduler.preempted
         self.events["preempted"] += preempted
         self._compare_requests()
-        self._compare_slots()
+        # Without rows nothing is copied.
+        self._compare_slots(self.lake.balancer.copying if plan.runs else ())
         if not plan.runs:
             return
         self.record = dict(
             iteration=iteration,
             clock_s=None,
             running=[request.id for request in scheduler.running],
-            waiting=[request.id for request in scheduler.waiting],
+            waiting=len(scheduler.waiting),
             **self.events,
             dropped=[],
             evictions=self.lake.balancer.evictions - self.evictions,
@@ -256,13 +257,15 @@ class Observer:
         self.were_running = running
         self.were_waiting = waiting
 
-    def _compare_slots(self):
-        """What was published, reserved, evicted, freed."""
+    def _compare_slots(self, filled=()):
+        """What was published, reserved, evicted, freed. filled: slots that get a copy; that may be
+        of what lay there, too, if it was evicted for another first."""
         were = self.owners
         owners = owners_of_slots(self.lake.balancer, self.scheduler.running)
         changed = [slot for slot, owner in owners.items() if were.get(slot) != owner]
         for slot in sorted(were):
-            self._left(slot, were[slot], owners.get(slot))
+            owner = None if slot in filled else owners.get(slot)
+            self._left(slot, were[slot], owner)
         for slot in changed:
             self._came(slot, owners[slot], were.get(slot))
         self.owners = owners
@@ -335,12 +338,14 @@ def list_reads(plan) -> list[dict]:
     request = request_of_share(plan).tolist()
     instance = plan.instance_of_share.tolist()
     tokens = plan.old.tokens.tolist()
+    # Entries of a share stand side by side.
+    first = np.searchsorted(reads.share, np.arange(len(tokens) + 1))
     return [
         dict(
             request=request[share],
             instance=instance[share],
             tokens=tokens[share],
-            slots=reads.slot[reads.share == share].tolist(),
+            slots=reads.slot[first[share] : first[share + 1]].tolist(),
             pulled=pulled.segment[pulled.share == share].tolist(),
         )
         for share in np.flatnonzero(plan.old.tokens).tolist()
@@ -348,11 +353,16 @@ def list_reads(plan) -> list[dict]:
 
 
 def list_fresh(plan) -> list[dict]:
+    """By writer and place."""
     fresh = plan.fresh
     columns = fresh.reader, fresh.writer, fresh.instance, fresh.place
+    readers = defaultdict(list)
+    for reader, *meeting in zip(*(c.tolist() for c in columns)):
+        readers[tuple(meeting)].append(reader)
     return [
-        dict(reader=reader, writer=writer, instance=instance, place=PLACES[place])
-        for reader, writer, instance, place in zip(*(c.tolist() for c in columns))
+        dict(writer=writer, readers=readers[key], instance=instance, place=PLACES[place])
+        for key in readers
+        for writer, instance, place in [key]
     ]
 
 
@@ -470,11 +480,11 @@ def explain(header: dict, record: dict) -> str:
             f"iteration {record['iteration']}, announced at {record['clock_s']:.3f} s: "
             f"{plural(header['instances'], 'instance')}, segments of "
             f"{header['segment_tokens']} tokens, {len(record['running'])} requests run, "
-            f"{len(record['waiting'])} wait",
+            f"{record['waiting']:,} wait",
             *shorten(explain_events(record)),
         ],
         ["who computes what:", *explain_runs(record)],
-        ["what is read of old KV:", *shorten(explain_reads(header, record))],
+        ["what is read of old KV:", *(shorten(explain_reads(header, record)) or ["nothing"])],
         ["what travels:", *explain_trips(record)],
     ]
     return "\n".join("\n  ".join(part) for part in parts)
@@ -497,6 +507,13 @@ def name_numbers(noun, numbers) -> str:
     spans = [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends)]
     more = ", …" * (len(spans) > MOST_NUMBERS)
     return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(spans[:MOST_NUMBERS])}{more}"
+
+
+def name_counts(counts: Counter) -> str:
+    """`instance 0: 4, 1: 3, 2: 5`."""
+    pairs = [f"{instance}: {count:,}" for instance, count in sorted(counts.items())]
+    more = ", …" * (len(pairs) > MOST_NUMBERS)
+    return f"instance {', '.join(pairs[:MOST_NUMBERS])}{more}"
 
 
 def name_bytes(count) -> str:
@@ -542,15 +559,18 @@ def explain_runs(record) -> list[str]:
         for run in record["runs"]:
             if run["instance"] == instance:
                 shares[run["request"]].append(run)
-        said += [f"  {line}" for line in shorten(list(map(explain_share, shares.values())))]
+        decodes = [request for request, runs in shares.items() if runs[0]["decode"]]
+        prompts = [runs for runs in shares.values() if not runs[0]["decode"]]
+        if decodes:
+            said.append(f"  decodes {name_numbers('request', decodes)}")
+        said += [f"  {line}" for line in shorten(list(map(explain_share, prompts)))]
     return said
 
 
 def explain_share(runs) -> str:
-    """One instance's runs of one request."""
+    """One instance's runs of one request's prompt."""
     rows = [run["position"] + i for run in runs for i in range(run["rows"])]
-    kind = "decodes" if runs[0]["decode"] else "prompt,"
-    said = f"request {runs[0]['request']} {kind} {name_numbers('row', rows)}"
+    said = f"prompt of request {runs[0]['request']}: {name_numbers('row', rows)}"
     homes = {run["home"] for run in runs if run["puts"] and run["home"] != run["instance"]}
     if homes:
         said += f"; KV goes to {name_numbers('instance', homes)}"
@@ -568,42 +588,39 @@ def explain_reads(header, record) -> list[str]:
     said = []
     for (request, tokens, slots, pulled), instances in readers.items():
         holders = Counter(slot // header["slots"] for slot in slots)
-        where = ", ".join(f"{count} at {i}" for i, count in sorted(holders.items()))
         line = f"request {request} on {name_numbers('instance', instances)}: "
-        line += f"{plural(tokens, 'token')} in {plural(len(slots), 'segment')}, {where}"
-        said.append(line + f"; {len(pulled)} of them are pulled" * bool(pulled))
+        line += f"{plural(tokens, 'token')}; segments at {name_counts(holders)}"
+        said.append(line + f"; {len(pulled)} of them pulled" * bool(pulled))
     return said
 
 
 def explain_trips(record) -> list[str]:
-    """Each kind, why it travels, and between whom."""
+    """Each kind, why it travels, and what leaves each instance."""
     trips = [dict(trip, kind="query") for trip in record["queries"]] + record["moves"]
     said = []
     for kind, (name, why) in WHY.items():
-        those = [trip for trip in trips if trip["kind"] == kind]
-        total = sum(trip["bytes"] for trip in those)
-        said.append(f"{name}: {name_bytes(total)}" + f" ({why})" * bool(those))
-        pairs = defaultdict(list)
-        for trip in those:
-            pairs[trip["source"], trip["target"]].append(trip)
-        said += [
-            f"  {line}"
-            for line in shorten(
-                [explain_pair(kind, *pair, pairs[pair]) for pair in sorted(pairs)]
-            )
-        ]
+        leaving = defaultdict(list)  # trips by source
+        for trip in trips:
+            if trip["kind"] == kind:
+                leaving[trip["source"]].append(trip)
+        total = sum(trip["bytes"] for trip in chain.from_iterable(leaving.values()))
+        said.append(f"{name}: {name_bytes(total)}" + f" ({why})" * bool(leaving))
+        lines = [explain_leaving(kind, source, leaving[source]) for source in sorted(leaving)]
+        said += [f"  {line}" for line in shorten(lines)]
     return said
 
 
-def explain_pair(kind, source, target, trips) -> str:
-    """What of one kind travels from one instance to another."""
-    rows = sum(trip["rows"] for trip in trips)
+def explain_leaving(kind, source, trips) -> str:
+    """What of one kind leaves an instance, and where it goes."""
     total = name_bytes(sum(trip["bytes"] for trip in trips))
-    what = plural(rows, "row" if kind == "query" else "token")
     of = ""
     if kind != "replica":
         of = " of " + name_numbers("request", [trip["request"] for trip in trips])
-    return f"{source} → {target}  {what}{of}, {total}"
+    rows = Counter()  # by target
+    for trip in trips:
+        rows[trip["target"]] += trip["rows"]
+    what = "rows" if kind == "query" else "tokens"
+    return f"from {source}: {total}{of}; {what} to {name_counts(rows)}"
 
 
 if __name__ == "__main__":

@@ -851,6 +851,8 @@ def serve_and_verify(server, on_iteration, outcome):
             if first and options.profile is not None and not file.exists():
                 said = f"the run ended after {engine.iterations}; nothing is written"
                 warn(f"--profile {options.profile} iterations are left out: {said}")
+            if first:
+                warn_of_early_end(options, engine.iterations)
             if options.verify:
                 verify_all(server, bar, outcome)
             if outcome.error is None:

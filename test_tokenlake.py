@@ -7181,6 +7181,474 @@ def test_comparison_on_real_ranks(tmp_path):
     assert results["lakes:2x2"]["query_bytes"] > 0 == results["router"]["query_bytes"]
 
 
+# ── what was planned, for people ──────────────────────────────────────────────────────────────────
+
+import record as record_module  # noqa: E402
+import watch as watch_module  # noqa: E402
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def describe(lake) -> dict:
+    options = SimpleNamespace(model=None, scheduler="auto", trace=None, command="a test")
+    return record_module.describe_run(lake, torch.float32, options)
+
+
+def observe_scene(seed):
+    """A golden scene, watched. Yields (scene, observer, query plan, transfer plan, record)."""
+    scene = golden_plans.Scene(seed)
+    records = []
+    observer = record_module.Observer(scene.scheduler, records.append)
+    schedule = scene.scheduler.schedule
+
+    def look_and_schedule():
+        observer.look()
+        return schedule()
+    scene.scheduler.schedule = look_and_schedule
+    few, scheduler_module.FEW_ROWS = scheduler_module.FEW_ROWS, scene.few_rows
+    try:
+        for _, query_plan, transfer_plan, _ in scene.plans():
+            observer.see(len(records) + 1, query_plan, transfer_plan)
+            if query_plan.runs:
+                observer.tell(10**9, ())
+                yield scene, observer, query_plan, transfer_plan, records[-1]
+    finally:
+        scheduler_module.FEW_ROWS = few
+
+
+def check_reads(header, record):
+    """Each row reads each token up to its own once: old KV, then what its request writes before it;
+    and who is elsewhere is met, as the row travels there or the KV comes."""
+    S, C = header["slots"], header["segment_tokens"]
+    trips = {(q["request"], q["source"], q["target"]) for q in record["queries"]}
+    unused = set(trips)
+    came = {(m["kind"], m["request"], m["target"], slot) for m in record["moves"] for slot in m["slots"]}
+    puts = {(m["request"], m["source"], m["target"], slot) for m in record["moves"]
+            if m["kind"] == "put" for slot in m["slots"]}
+    old = {(read["request"], read["instance"]): read for read in record["reads"]}
+
+    def meets(run, instance):
+        if instance != run["instance"]:
+            trip = run["request"], run["instance"], instance
+            assert trip in trips
+            unused.discard(trip)
+    for number, run in enumerate(record["runs"]):
+        end = run["position"] + run["rows"]
+        read = old.get((run["request"], run["instance"]), dict(tokens=0, slots=[], pulled=[]))
+        assert len(read["slots"]) == -(-read["tokens"] // C)
+        seen = Counter(range(read["tokens"]))
+        for index, slot in enumerate(read["slots"]):
+            if index in read["pulled"]:
+                assert ("pull", run["request"], run["instance"], slot) in came
+            else:
+                meets(run, slot // S)
+        for fresh in record["fresh"]:
+            if number in fresh["readers"]:
+                writer = record["runs"][fresh["writer"]]
+                assert writer["request"] == run["request"]
+                seen.update(range(writer["position"], writer["position"] + writer["rows"]))
+                if fresh["place"] == "sibling":
+                    assert ("sibling", run["request"], run["instance"], writer["slot"]) in came
+                else:
+                    meets(run, fresh["instance"])
+        assert {t: n for t, n in seen.items() if t < end} == dict.fromkeys(range(end), 1)
+        put = run["request"], run["instance"], run["home"], run["slot"]
+        assert (put in puts) == (run["puts"] and run["home"] != run["instance"])
+    assert not unused
+
+
+def check_totals(header, record):
+    """By instance, and bytes."""
+    for instance, balance in enumerate(record["balance"]):
+        rows = [run["rows"] for run in record["runs"] if run["instance"] == instance]
+        assert balance["rows"] == sum(rows)
+    first = {read["request"]: read for read in reversed(record["reads"])}
+    assert sum(b["reads"] for b in record["balance"]) == sum(r["tokens"] for r in first.values())
+    assert all(q["bytes"] == q["rows"] * header["query_bytes"] for q in record["queries"])
+    assert all(m["bytes"] == m["rows"] * header["kv_bytes"] for m in record["moves"])
+    assert all(trip["source"] != trip["target"] for trip in record["queries"] + record["moves"])
+
+
+def check_words(header, record):
+    """The text has the numbers of the record."""
+    text = record_module.explain(header, record)
+    assert all(len(line) < 140 for line in text.splitlines()), text
+    assert len(text.splitlines()) < 120
+    rows = re.findall(r"^  instance \d+: ([\d,]+) rows?;", text, re.MULTILINE)
+    assert [int(n.replace(",", "")) for n in rows] == [b["rows"] for b in record["balance"]]
+    trips = [dict(q, kind="query") for q in record["queries"]] + record["moves"]
+    sections = re.findall(r"^  (\S.*)((?:\n    .*)*)", text.split("what travels:\n")[1], re.MULTILINE)
+    assert len(sections) == len(record_module.WHY)
+    for (kind, (name, why)), (heading, leaving) in zip(record_module.WHY.items(), sections):
+        those = [trip for trip in trips if trip["kind"] == kind]
+        total = record_module.name_bytes(sum(trip["bytes"] for trip in those))
+        assert heading == f"{name}: {total}" + f" ({why})" * bool(those)
+        said = Counter()
+        for source, targets in re.findall(r"from (\d+): .* to instance (.*)", leaving):
+            for target, count in re.findall(r"(\d+): ([\d,]+)", targets):
+                said[int(source), int(target)] += int(count.replace(",", ""))
+        planned = Counter()
+        for trip in those:
+            planned[trip["source"], trip["target"]] += trip["rows"]
+        assert said == planned
+    for key in ("preempted", "ended"):
+        if record[key]:
+            assert f"  {key}: {record_module.name_numbers('request', record[key])}" in text
+
+
+def watch_evictions(balancer, evictions):
+    """Adds (slot, whether it was to be filled with a copy in this iteration) of each to a list."""
+    evict, replicate = balancer.tree.evict, balancer.replicate
+    at_work = []
+
+    def watched_replicate():
+        at_work.append(True)
+        copies = replicate()
+        at_work.clear()
+        return copies
+
+    def watched_evict():
+        slot = evict()
+        if slot is not None:
+            evictions.append((slot, bool(at_work) and slot in balancer.copying))
+        return slot
+    balancer.replicate, balancer.tree.evict = watched_replicate, watched_evict
+
+
+def test_records_say_what_is_planned():
+    """Scenes of every policy: each row reads each token once, as the record has it; who keeps the
+    slots as it says has those of the pool; the text says the same, and the page gets it all."""
+    seen = Counter()
+    for seed in range(0, golden_plans.NUM_SCENES, 16):
+        slots, records, evictions = watch_module.Slots(), [], []
+        for scene, observer, query_plan, transfer_plan, record in observe_scene(seed):
+            header = describe(scene.lake)
+            if records:  # from the second one on: what left, and whether it was about to be a copy
+                assert sorted(e["slot"] for e in record["evicted"]) == sorted(
+                    slot for slot, is_copy in evictions if not is_copy)
+                assert record["evictions"] == len(evictions)
+            evictions.clear()
+            if not records:
+                watch_evictions(scene.lake.balancer, evictions)
+            check_reads(header, record)
+            check_totals(header, record)
+            check_words(header, record)
+            slots.apply(record)
+            owners = record_module.owners_of_slots(scene.lake.balancer, scene.scheduler.running)
+            held = {slot: -1 - owner[0] if isinstance(owner, tuple) else observer.numbers[owner.id]
+                    for slot, owner in owners.items()}
+            assert {slot: n for slot, n in slots.held.items() if n} == held
+            assert [b["reads"] for b in record["balance"]] == query_plan.reads.tolist()
+            records.append(json.loads(json.dumps(record)))
+            seen.update(move["kind"] for move in record["moves"])
+            for key in ("evicted", "evictions", "preempted", "freed", "ended", "published"):
+                seen[key] += len(record[key]) if isinstance(record[key], list) else record[key]
+            seen["copies evicted"] += sum(event["replica"] for event in record["evicted"])
+        assert records and watch_module.pack(header, records)["used"] <= header["slots"]
+        assert sum(r["evictions"] for r in records) <= scene.lake.balancer.evictions
+        assert sum(len(r["preempted"]) for r in records) <= scene.scheduler.counters["preemptions"]
+    assert all(seen[what] > 5 for what in (
+        "pull", "sibling", "put", "replica", "evicted", "preempted", "freed", "ended", "published",
+        "copies evicted")), seen
+    assert seen["evicted"] < seen["evictions"]
+
+
+def test_what_a_record_says_is_explained():
+    """Every key of plans.jsonl, and no other, stands in the table of record.py."""
+    table = record_module.__doc__.split("begins with a line for the run:")[1]
+    keys = re.findall(r"^    (  )?([a-z_]+)(?:   | ?$|  )", table, re.MULTILINE)
+    explained = {key for nested, key in keys if not nested}
+    nested = {key for nested, key in keys if nested}
+    written, within = set(), set()
+    for seed in (0, 3, 7, 60):
+        for scene, _, _, _, record in observe_scene(seed):
+            written |= {*record, *describe(scene.lake)}
+            for value in record.values():
+                entries = [entry for entry in value if isinstance(entry, dict)] if (
+                    isinstance(value, list)) else []
+                within.update(*entries)
+    assert explained == written and nested == within
+
+
+def total_bytes(records) -> dict:
+    total = Counter()
+    for record in records:
+        total["query_bytes"] += sum(q["bytes"] for q in record["queries"])
+        for move in record["moves"]:
+            kind = "pull" if move["kind"] == "sibling" else move["kind"]
+            total[f"{kind}_bytes"] += move["bytes"]
+    return {f"{kind}_bytes": total[f"{kind}_bytes"] for kind in ("query", "put", "replica", "pull")}
+
+
+SMALL_POOL = ["--slots", 7, "--segment-tokens", 8, "--chunk-tokens", 24]
+
+
+@pytest.mark.parametrize("ranks, arguments", [
+    (1, []), (4, []), (3, ["--scheduler", "dp", "--no-plan-ahead"]),
+    (4, ["--scheduler", "pd:1x3", "--plan-ahead"]),
+    (2, ["--placement", "hash", "--plan-ahead", "--dtype", "bfloat16"]),
+    (4, [*SMALL_POOL, "--plan-ahead"]), (4, [*SMALL_POOL, "--no-plan-ahead"])])
+def test_a_run_tells_its_plans(tmp_path, ranks, arguments):
+    """All of it, and what it sums up to is what summary.json counts; one iteration as text."""
+    lines = [dict(input_ids=tokens(40, 1 + i % 2) + tokens(20 + i, 5 + i), output_length=4 + i % 5)
+             for i in range(9)]
+    run = serve(tmp_path, lines, "--record", 1000, "--explain", 4, *arguments, ranks=ranks, dtype="float32")
+    (folder,) = (path.parent for path in tmp_path.glob("out*/plans.jsonl"))
+    header, records = watch_module.read_plans(folder / "plans.jsonl")
+    summary = run.summary
+    assert len(records) == summary["iterations"] and header["instances"] == ranks
+    assert total_bytes(records) == {key: summary[key] for key in total_bytes(records)}
+    rows = [sum(b["rows"] for b in record["balance"]) for record in records]
+    assert sum(rows) == summary["computed_tokens"] + summary["dropped_rows"]
+    reads = np.sum([[b["reads"] for b in record["balance"]] for record in records], 0)
+    assert reads.tolist() == summary["cache_reads"]
+    read = sum(b["tokens_read"] for record in records for b in record["balance"])
+    assert read * header["kv_bytes"] == summary["kv_bytes_read"]
+    assert sum(record["evictions"] for record in records) == summary["evictions"]
+    assert (summary["evictions"] > 0) == (SMALL_POOL[1] in arguments)
+    assert sum(len(record["preempted"]) for record in records) == summary["preemptions"]
+    came = [event for record in records for event in record["arrived"]]
+    assert sorted(event["request"] for event in came) == list(range(9))
+    for record in records:
+        check_reads(header, record)
+    clocks = [record["clock_s"] for record in records]
+    assert clocks == sorted(clocks) and 0 <= clocks[-1] < 240
+    assert record_module.explain(header, records[3]) in run.text
+    said = f"--record 1000: the run ended after {len(records)}, which plans.jsonl has"
+    assert run.text.count("run_cluster.py: ") == 1 and said in run.text
+    assert watch_module.main([str(folder)]) is None and (folder / "lake.html").stat().st_size < 300_000
+
+
+def test_plans_that_nobody_asks_for_cost_nothing(tmp_path):
+    """From the last one that is asked for on, the engine has no observer."""
+    lines = [dict(input_ids=tokens(9, 1), output_length=8)]
+    trace = write_trace(tmp_path, lines)
+    for asked in ([], ["--explain", "2"], ["--record", "2", "--explain", "3"]):
+        observers = []
+
+        def note(server, finished):
+            observers.append(server.engine.observer is not None)
+        out = tmp_path / f"out{len(asked)}"
+        arguments = ["--trace", str(trace), "--output", str(out), "--speed", "inf", "--device", "cpu"]
+        assert run_cluster.run([*arguments, *asked], note) == 0
+        last = int(asked[-1]) if asked else 1
+        assert observers == [True] * (last - 1) + [False] * (len(observers) - last + 1)
+        assert (out / "plans.jsonl").exists() == ("--record" in asked)
+    assert (out / "plans.jsonl").read_text().count("\n") == 3
+
+
+def test_plans_begin_anew_with_the_pool(tmp_path, capsys):
+    """A folder that holds some is refused; with --resume they are of the run that goes on, as its
+    pool is; one that finds nothing to do leaves them."""
+    trace = write_trace(tmp_path, [dict(input_ids=tokens(9, i), output_length=5) for i in range(4)])
+    out = tmp_path / "out"
+    arguments = ["--trace", str(trace), "--output", str(out), "--speed", "inf", "--max-batch", "1",
+                 "--device", "cpu", "--record", "3"]
+
+    def stop(server, finished):
+        if finished:
+            server.cluster.ask_stop()
+    assert run_cluster.run(arguments, stop) == 1
+    text = (out / "plans.jsonl").read_text()
+    assert [json.loads(line).get("iteration") for line in text.splitlines()] == [None, 1, 2, 3]
+    (out / "requests.jsonl").rename(tmp_path / "moved")
+    (out / "summary.json").unlink()
+    capsys.readouterr()
+    assert "already holds plans.jsonl; a new folder, or --resume" in refused(tmp_path, *arguments)
+    (tmp_path / "moved").rename(out / "requests.jsonl")
+    assert run_cluster.run([*arguments, "--resume"]) == 0
+    header, records = watch_module.read_plans(out / "plans.jsonl")
+    assert records[0]["arrived"][0]["request"] > 0 and "--resume" in header["command"]
+    text = (out / "plans.jsonl").read_text()
+    assert run_cluster.run([*arguments, "--resume"]) == 0
+    assert (out / "plans.jsonl").read_text() == text
+    assert "--record 3: the run ended after 0" in capsys.readouterr().err
+
+
+def plans_are_a_folder(rank, seen):
+    """What is in the way of plans.jsonl comes while the run is under way."""
+    def append(self, record):
+        raise OSError(28, "No space left on device")
+    record_module.PlansFile.append = append
+
+
+def test_plans_that_cannot_be_written_are_one_line(tmp_path):
+    lines = [dict(input_ids=tokens(9, i), output_length=5) for i in range(9)]
+    arguments = ["--trace", write_trace(tmp_path, lines), "--output", tmp_path / "out", "--speed", "inf"]
+    results = Job([*arguments, "--record", 9], 2, "plans_are_a_folder").finish()
+    text = "".join(text for _, text, _ in results)
+    assert [status for status, *_ in results] == [1, 1] and text.count("run_cluster.py: ") == 1
+    assert "out/plans.jsonl: No space left on device; 0 of 9 are finished" in text
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--record", "3"], "--record needs --output DIR"),
+    (["--record", "0", "--output", "{tmp}/new"], "--record: '0': a positive integer below 2**48"),
+    (["--explain", "0"], "--explain: '0': a positive integer below 2**48 is expected")])
+def test_plans_are_asked_for_in_numbers(tmp_path, arguments, said):
+    assert said in refused(tmp_path, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert not (tmp_path / "new").exists()
+
+
+def planned_lines() -> list[str]:
+    """A small plans.jsonl."""
+    values = []
+    for scene, *_, record in observe_scene(60):
+        values = [describe(scene.lake), *values[1:], record]
+    return [json.dumps(value) + "\n" for value in values]
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda lines: None, "plans.jsonl: No such file or directory (run_cluster.py --record K --output"),
+    (lambda lines: [], "plans.jsonl: it is empty; a line for the run is expected"),
+    (lambda lines: lines[:1], "plans.jsonl: it has no iteration; one at least is expected"),
+    (lambda lines: [lines[0].replace('"version": 1', '"version": 2'), *lines[1:]],
+     "plans.jsonl:1: version 2; 1 is expected (record it again)"),
+    (lambda lines: lines[1:], "plans.jsonl:1: version None; 1 is expected (record it again)"),
+    (lambda lines: [lines[0], lines[2]], "plans.jsonl:2: iteration 1 is expected"),
+    (lambda lines: [lines[0], "{\n", lines[1]], "plans.jsonl:2: not a JSON object"),
+    (lambda lines: ["\0\xff\n"], "plans.jsonl:1: not a JSON object"),
+    (lambda lines: ["[" * 100_000 + "\n"], "plans.jsonl:1: not a JSON object"),
+    (lambda lines: [lines[0], '{"iteration": 1}\n'], "plans.jsonl: not plans of version 1 (KeyError"),
+    (lambda lines: [lines[0], lines[1].replace('"freed": []', '"freed": 7')],
+     "plans.jsonl: not plans of version 1 (TypeError")])
+def test_plans_that_are_none_are_one_line(tmp_path, capsys, change, said):
+    lines = change(planned_lines())
+    if lines is not None:
+        (tmp_path / "plans.jsonl").write_text("".join(lines))
+    with pytest.raises(SystemExit, match="2"):
+        watch_module.main([str(tmp_path)])
+    text = capsys.readouterr().err
+    assert said in text and text.count("\n") == 1 and len(text) < 400
+    assert not (tmp_path / "lake.html").exists()
+
+
+def test_a_torn_line_is_dropped(tmp_path, capsys):
+    """With a warning; the page has the others."""
+    lines = planned_lines()
+    (tmp_path / "plans.jsonl").write_text("".join(lines)[:-5])
+    watch_module.main([str(tmp_path)])
+    out, error = capsys.readouterr()
+    assert error == f"{tmp_path}/plans.jsonl:{len(lines)}: the line is torn, and dropped\n"
+    assert f"lake.html: {len(lines) - 2} iterations, " in out
+    done = subprocess.run([sys.executable, HERE / "bench" / "watch.py", tmp_path / "x"], text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    (tmp_path / "lake.html").unlink()
+    (tmp_path / "lake.html").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        watch_module.main([str(tmp_path)])
+    assert f"{tmp_path}/lake.html: Is a directory\n" in capsys.readouterr().err
+
+
+def record_large_lake(folder, iterations, instances, slots):
+    """Plans of a lake without tensors: prompts behind four stems, so many that slots run out."""
+    rng = np.random.default_rng(0)
+    config = LakeConfig(slots=slots, max_batch=64, chunk_tokens=512, placement="hash")
+    lake = TokenLake(list(range(instances)), LlamaConfig(), config)
+    scheduler = Scheduler(lake)
+    file = record_module.PlansFile(folder, describe(lake))
+    observer = record_module.Observer(scheduler, file.append)
+    stems = [rng.integers(500, size=n).tolist() for n in (1600, 900, 700, 3000)]
+    coming = 0
+    for iteration in range(1, iterations + 1):
+        while len(scheduler.waiting) < 8:
+            own = rng.integers(500, size=rng.integers(200, 1500)).tolist()
+            prompt = stems[min(rng.geometric(0.5), 4) - 1] + own
+            scheduler.add(Request(coming, prompt, len(prompt) + int(rng.integers(3, 30))))
+            coming += 1
+        observer.look()
+        batches, dops = scheduler.schedule()
+        query_plan, transfer_plan, _ = lake.gen_plans(batches, dops, lake.get_prefix_tree())
+        observer.see(iteration, query_plan, transfer_plan)
+        observer.tell(iteration * 10**7, ())
+        scheduler.update(query_plan, {run.request.id: 7 for run in query_plan.runs if run.samples})
+
+
+@pytest.fixture(scope="module")
+def large_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    record_large_lake(folder, 64, 8, 2000)
+    watch_module.main([str(folder)])
+    return folder / "lake.html"
+
+
+def test_pages_are_small(large_page):
+    """Without data, and with 64 iterations of 8 instances of 2,000 slots; and none loads anything."""
+    page = watch_module.TEMPLATE.read_text()
+    assert len(page.encode()) < 80_000 and page.count(watch_module.MARK) == 1
+    assert "default-src 'none'" in page and not re.search(r"https?:|//cdn|@import|src=", page)
+    assert 500_000 < large_page.stat().st_size < 3_000_000
+
+
+def look_at(page) -> dict:
+    """What the page says of itself in a browser."""
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,900",
+               f"--user-data-dir={page.parent}/browser", "--dump-dom", f"file://{page}#check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.findall(r'<pre id="check">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    return json.loads(found[0].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+
+
+@in_a_browser
+def test_a_page_in_a_browser(tmp_path):
+    """It draws every iteration, the same there and back; keys and clicks lead where they should, and
+    a name in it is text."""
+    lines = planned_lines()
+    header = json.dumps(json.loads(lines[0]) | dict(trace="</script><script>start = 1</script>&amp;")) + "\n"
+    (tmp_path / "plans.jsonl").write_text("".join([header, *lines[1:]]))
+    watch_module.main([str(tmp_path)])
+    seen = look_at(tmp_path / "lake.html")
+    last = len(lines) - 1
+    records = [json.loads(line) for line in lines[1:]]
+    assert seen["iterations"] == last and seen["steps"] == 3 * last and seen["alike"]
+    assert seen["colours"] > 10
+    first_request = records[-1]["running"][0]
+    places = [place for place, *_ in seen["keys"]]
+    assert places == [1, 2, 3, 2, last, last, last, last, 1, 1, 1]
+    assert [request for _, request, _ in seen["keys"]] == [-1] * 6 + [first_request] + [-1] * 4
+    assert [plays for *_, plays in seen["keys"]] == [False] * 9 + [True, False]
+    place, slot, segment, text = seen["segment"]
+    record = records[place - 1]
+    readers = [read["request"] for read in record["reads"] if slot in read["slots"]]
+    assert text.startswith(f"Segment {segment}, the ")
+    assert readers and f"read by {record_module.name_numbers('request', readers)}, computed at" in text
+    place, request, text = seen["request"]
+    assert request == record["running"][0] and text.startswith(f"Request {request}: a prompt of ")
+
+
+@in_a_browser
+def test_a_large_page_steps_quickly(large_page):
+    """By the browser's own clock, with what is painted."""
+    seen = look_at(large_page)
+    assert seen["iterations"] == 64 and seen["alike"]
+    assert 0.1 < seen["median_ms"] < 50, seen["median_ms"]
+
+
+def test_colours_of_the_page_can_be_told():
+    """WCAG's contrast of text, 4.5, and of lines, 3, in both themes."""
+    def luminance(colour):
+        values = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    def contrast(a, b):
+        low, high = sorted(map(luminance, (a, b)))
+        return (high + 0.05) / (low + 0.05)
+    style = watch_module.TEMPLATE.read_text().split("<style>")[1].split("</style>")[0]
+    light, dark = style.split("prefers-color-scheme: dark")
+    for theme in (light.split("@media")[0], dark.split("* {")[0]):
+        colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", theme))
+        for ground in ("paper", "panel"):
+            assert all(contrast(colours[name], colours[ground]) >= 4.5 for name in ("ink", "soft"))
+        for name in [*record_module.WHY, "gone", "mark", "focus"]:
+            assert contrast(colours[name], colours["paper"]) >= 3, name
+
+
 # ── the control plane against a naive model ───────────────────────────────────────────────────
 
 END = 1_000_000  # the end-of-sequence token: no prompt has it
