@@ -86,7 +86,8 @@ Then each iteration has a line, when it has been computed:
       bytes            of queries and results, over all layers
     moves            KV that travels:
       kind             pull: old KV, to who reads it in this iteration; sibling: new KV, to rows of
-                       the same prompt on another instance; put: new KV, to its home; replica: a copy
+                       the same prompt on another instance; put: new KV, to its home; replica: a
+                       copy
       request          null for a replica
       source           instance
       target           instance

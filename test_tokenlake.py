@@ -7347,7 +7347,7 @@ def test_records_say_what_is_planned():
         assert records and watch_module.pack(header, records)["used"] <= header["slots"]
         assert sum(r["evictions"] for r in records) <= scene.lake.balancer.evictions
         assert sum(len(r["preempted"]) for r in records) <= scene.scheduler.counters["preemptions"]
-    assert all(seen[what] > 5 for what in (
+    assert all(seen[what] > 1 for what in (
         "pull", "sibling", "put", "replica", "evicted", "preempted", "freed", "ended", "published",
         "copies evicted")), seen
     assert seen["evicted"] < seen["evictions"]

@@ -1,4 +1,4 @@
-"""A lake to look at: plans.jsonl, which `run_cluster.py --record K --output DIR` has written, as a page.
+"""A lake to look at: plans.jsonl, which `run_cluster.py --record` has written, as a page.
 
     torchrun --standalone --nproc-per-node=4 run_cluster.py --record 40 --output out
     python bench/watch.py out          # writes out/lake.html, for any browser
