@@ -36,7 +36,8 @@ Then each iteration has a line, when it has been computed:
     admitted         requests that run from now on:
       request
       done             tokens that it found in the pool
-    preempted        requests that gave up their slots, and start over
+    preempted        requests that gave up their slots, and start over; also one that had just been
+                     admitted
     ended            requests that have left since the iteration before
     dropped          requests that had ended when this was computed: what it gives them is dropped
     published        segments that others can hit from now on:
@@ -211,8 +212,7 @@ class Observer:
     def see(self, iteration: int, plan, transfer_plan):
         """It is planned. If it has no rows, what happened is told with the next one."""
         scheduler = self.scheduler
-        preempted = scheduler.preempted
-        self.events["preempted"] += preempted
+        self.events["preempted"] += scheduler.preempted
         self._compare_requests()
         # Without rows nothing is copied.
         self._compare_slots(self.lake.balancer.copying if plan.runs else ())

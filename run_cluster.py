@@ -507,11 +507,9 @@ def last_observed(options) -> int:
 
 def warn_of_early_end(options, iterations):
     """--record or --explain has asked for more iterations than there were."""
-    if (options.record or 0) > iterations:
-        said = f"the run ended after {iterations}, which plans.jsonl has"
-        warn(f"--record {options.record}: {said}")
-    if (options.explain or 0) > iterations:
-        warn(f"--explain {options.explain}: the run ended after {iterations} iterations")
+    for name, asked in ("--record", options.record), ("--explain", options.explain):
+        if (asked or 0) > iterations:
+            warn(f"{name} {asked}: the run ended after {iterations} iterations")
 
 
 class Server:

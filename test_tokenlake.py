@@ -7414,7 +7414,7 @@ def test_a_run_tells_its_plans(tmp_path, ranks, arguments):
     clocks = [record["clock_s"] for record in records]
     assert clocks == sorted(clocks) and 0 <= clocks[-1] < 240
     assert record_module.explain(header, records[3]) in run.text
-    said = f"--record 1000: the run ended after {len(records)}, which plans.jsonl has"
+    said = f"--record 1000: the run ended after {len(records)} iterations\n"
     assert run.text.count("run_cluster.py: ") == 1 and said in run.text
     assert watch_module.main([str(folder)]) is None and (folder / "lake.html").stat().st_size < 300_000
 
@@ -7462,11 +7462,11 @@ def test_plans_begin_anew_with_the_pool(tmp_path, capsys):
     text = (out / "plans.jsonl").read_text()
     assert run_cluster.run([*arguments, "--resume"]) == 0
     assert (out / "plans.jsonl").read_text() == text
-    assert "--record 3: the run ended after 0" in capsys.readouterr().err
+    assert "--record 3: the run ended after 0 iterations\n" in capsys.readouterr().err
 
 
-def plans_are_a_folder(rank, seen):
-    """What is in the way of plans.jsonl comes while the run is under way."""
+def disk_of_plans_is_full(rank, seen):
+    """Of them alone."""
     def append(self, record):
         raise OSError(28, "No space left on device")
     record_module.PlansFile.append = append
@@ -7475,7 +7475,7 @@ def plans_are_a_folder(rank, seen):
 def test_plans_that_cannot_be_written_are_one_line(tmp_path):
     lines = [dict(input_ids=tokens(9, i), output_length=5) for i in range(9)]
     arguments = ["--trace", write_trace(tmp_path, lines), "--output", tmp_path / "out", "--speed", "inf"]
-    results = Job([*arguments, "--record", 9], 2, "plans_are_a_folder").finish()
+    results = Job([*arguments, "--record", 9], 2, "disk_of_plans_is_full").finish()
     text = "".join(text for _, text, _ in results)
     assert [status for status, *_ in results] == [1, 1] and text.count("run_cluster.py: ") == 1
     assert "out/plans.jsonl: No space left on device; 0 of 9 are finished" in text
