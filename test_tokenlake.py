@@ -8147,7 +8147,21 @@ COMMANDS = {
     "python bench/simulate.py --validate": Shown('"correlation"', seconds=25),
     "python bench/peers.py": Shown("tokenlake, 1 rank", "python bench/peers.py --sharing on --ranks 1 "
                                    "--rounds 1 --num-requests 4 --layers 1 --batch 2", "a small load", 60),
-    "python kernels.py": Shown("decode", seconds=25),
+    "python kernels.py": Shown("Merged they differ by .*decode", seconds=25),
+    "python work.py": Shown("265 slab rows are read; 649", seconds=5),
+    "python balancer.py": Shown("eviction  6@1", seconds=3),
+    "python pool.py": Shown("All ten keys in one place", seconds=6),
+    "python tokenlake.py": Shown("old tokens to read: 4", seconds=5),
+    "python model.py": Shown("rows were computed", seconds=5),
+    "python bench/example.py": Shown("32 of 35 prompt tokens", seconds=5),
+    "python bench/lesson.py": Shown("^$", seconds=5),
+    f"{SERVE}4 run_cluster.py --record 40 --output out": Shown(f"48/48 {VERIFIED}", seconds=25),
+    "python bench/watch.py out":
+        Shown(r"lake.html: 5 iterations", "python run_cluster.py --record 5 --num-requests 3 "
+              "--speed inf --output out && python bench/watch.py out", "it needs a recording", 15),
+    "python record.py": Shown("plans.jsonl begins with a line", seconds=9),
+    "python run_cluster.py --model DIR --trace FILE.jsonl":
+        Shown(r"1 on .*requests  20 in", f"python {TINY}", "a tiny folder", 15),
     "python bench/kernel_speed.py": Shown("merge", seconds=25),
     "python bench/host_time.py": Shown("decodes, one rank", seconds=25),
 }
@@ -8164,7 +8178,8 @@ def shown_commands() -> list[str]:
     """Of both READMEs: lines of their fenced blocks, and what stands in backticks, that begin with a
     program; each once."""
     text = "\n".join(page.read_text() for page in report.PAGES)
-    fenced = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fenced = "".join(block for language, block in blocks if not language)
     lines = fenced.replace("\\\n", "").splitlines()
     lines += re.findall("`([^`]*)`", re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     lines = [" ".join(line.split()) for line in lines]
