@@ -1,0 +1,563 @@
+"""Does a port decide and compute what TokenLake does? Small fixed cases, in files for any language.
+
+    python bench/conformance.py write DIR            # writes the cases; bench/vectors has them
+    python bench/conformance.py check DIR            # compares this implementation with them
+    python bench/conformance.py check DIR --answers FILE_OR_DIR     # compares a port's answers
+    python bench/conformance.py check DIR --kind eviction,merge     # some kinds only
+
+The inputs of a case are complete: read them, decide, compare. This is format 1. A directory of
+vectors has
+
+    README.md           this text, and a section for each kind
+    format.json         {"format": 1, "cases": {KIND: number of cases}}
+    KIND.json           {"format": 1, "kind": KIND, "cases": [case, ...]}
+    KIND.safetensors    tensors of its cases, if there are any
+
+and a case has
+
+    name       KIND/what it is about; no two cases have the same
+    shows      a sentence: what it is there for
+    input      complete; the kind's section says what the fields are
+    output     what is expected
+    compare    of each field of the output how: "exactly"; "cost" (several answers are right, and
+               cost the same: the kind's section says what costs); or {"within": t}: no number is
+               farther than t from what is expected, infinite ones are the same
+    because    where tolerances come from
+
+**Numbers.** An integer of more than 53 bits is a string of its decimal digits; only tokens are so
+large. A float is written so that it is the same again when it is read as a float64. A tensor is
+`{"tensor": name, "dtype": "F32" or "BF16", "shape": [...]}`, and has this name in the safetensors
+file: 8 bytes with the length n of the header, little-endian; n bytes of JSON, from name to dtype,
+shape and data_offsets [begin, end), counted from behind the header; the data, row-major and
+little-endian. BF16 is the upper half of a float32. NaN in a tensor stands for what must not be
+used.
+
+**Units and index spaces.** There are N instances with S slots each, and C tokens in a segment. A
+*global slot* is instance · S + slot, from 0 to N·S - 1. A *position* counts a request's tokens from
+0; segment i of a request is positions i·C to (i + 1)·C - 1. Runs, shares, requests, parts and
+batches are numbered from 0. Times are in ps, sizes in bytes of one layer, loads in rows · tokens. A
+table is an object of columns, lists of one length; [n][N] is a list of n lists of N. T rows, H
+query heads, Hkv KV heads, D values of a head. Sections (§) are of arXiv 2508.17219.
+
+**A pool** is what a decision begins with:
+
+    instances, slots, segment_tokens    N, S, C
+    placement           "stripe" or "hash"
+    replicate_factor    how many heavy hitters may be copied, see replication
+    free                [N] lists of free global slots; the last of a list is taken first
+    segments            published ones, parents first: id; parent, its id, null for a first one;
+                        slots of its replicas, in the order made, one per instance at most; heat,
+                        how often it was hit, less for what is long ago; touched, the clock when it
+                        was last accessed
+    lru                 ids of segments that nobody pins, oldest first
+    extras              slots of replicas but for the first ones of segments, oldest first
+    hits                sum of the heat of all hits, also those of segments that have left
+    load                [N] attention done recently
+
+**A request** that runs:
+
+    id
+    length, prompt      its tokens in all, and those of its prompt
+    ids                 of its full segments
+    published           how many of these, the first ones, are in the pool; it pins them
+    shared              how many of these, the first ones, other running requests pin, too
+    table               global slots of its segments so far
+    done                tokens whose KV is in the pool (one less than all of a prompt that is
+                        cached entirely, whose last row is computed again)
+
+**Answers** of a port are JSON lines, `{"case": name, "output": {field: value}}`, in a file, or in
+all *.jsonl files of a directory. A tensor is a list of its numbers, nested or flat and row-major,
+with "-inf", "inf" and "nan" as strings; or `{"tensor": name}`, of a *.safetensors file in that
+directory. Fields that are not compared may be there, too; cases that are not here may not. The exit
+status is 0 if all agree, 1 if something is missing or differs, 2 if the input is no good.
+
+**Left out** is the digest of a plan, by which ranks find out that one has planned otherwise: it
+hashes shapes, types and the order of this implementation's arrays (`pool.plan_digest`), so nobody
+else can have the same, and nobody needs it: the ranks of a port may hash what they have. The plan
+itself is compared, table by table, by `iteration`.
+"""
+
+import json
+import math
+import sys
+from inspect import cleandoc
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import conformance_attention  # noqa: E402
+import conformance_balance  # noqa: E402
+import conformance_iteration  # noqa: E402
+import conformance_placement  # noqa: E402
+from conformance_cases import Case  # noqa: E402
+from model import one_line, shown  # noqa: E402
+from options import Parser, file_name, run_main  # noqa: E402
+
+FORMAT = 1
+KINDS = conformance_placement.KINDS | conformance_balance.KINDS
+KINDS |= conformance_attention.KINDS | conformance_iteration.KINDS
+WIDTH = 110  # of a line of JSON, where it can be cut
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+MOST_SAID = 10  # differences of a kind that are printed
+# What an implementation raises on inputs that make no sense to it.
+WRONG_INPUT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Refused(Exception):
+    """What is wrong with files that were given."""
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def expected_cases(name: str) -> list[Case]:
+    """The cases of a kind, under full names, with what is expected."""
+    kind = KINDS[name]
+    expect = kind.expect or kind.answer
+    return [
+        case._replace(name=f"{name}/{case.name}", output=expect(case.input))
+        for case in kind.cases()
+    ]
+
+
+def set_apart(value, name: str, tensors: dict):
+    """The value with a reference in place of each tensor, which goes into `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.contiguous()
+        return dict(tensor=name, dtype=DTYPES[value.dtype], shape=list(value.shape))
+    if isinstance(value, dict):
+        return {
+            key: set_apart(part, f"{name}.{key}", tensors) for key, part in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [set_apart(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
+    return value
+
+
+def layout(value, indent=0) -> str:
+    """JSON that people read: what fits a line is one; else each part has one, or, of plain values,
+    as many as fit."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if len(text) + indent <= WIDTH or not isinstance(value, (dict, list)):
+        return text
+    inner = " " * (indent + 1)
+    if isinstance(value, dict):
+        lines = [
+            f"{json.dumps(key)}: {layout(part, indent + 1)}"
+            for key, part in value.items()
+        ]
+    else:
+        lines = fill_lines([layout(part, indent + 1) for part in value], WIDTH - indent)
+    opening, closing = text[0], text[-1]
+    body = ",\n".join(inner + line for line in lines)
+    return f"{opening}\n{body}\n{' ' * indent}{closing}"
+
+
+def fill_lines(parts: list[str], width: int) -> list[str]:
+    """Parts of a list, several in a line if they are plain."""
+    lines: list[str] = []
+    for part in parts:
+        is_plain = part[0] not in "[{"
+        if lines and is_plain and len(lines[-1]) + len(part) < width:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def write_text(path: Path, text: str):
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_kind(folder: Path, name: str) -> int:
+    """Its files; how many cases there are."""
+    tensors: dict[str, torch.Tensor] = {}
+    cases = []
+    for case in expected_cases(name):
+        fields = dict(
+            name=case.name, shows=case.shows, input=case.input, output=case.output
+        )
+        listed = set_apart(fields, case.name, tensors) | dict(compare=case.compare)
+        cases.append(listed | (dict(because=case.because) if case.because else {}))
+    document = dict(format=FORMAT, kind=name, cases=cases)
+    write_text(folder / f"{name}.json", layout(document) + "\n")
+    if tensors:
+        (folder / f"{name}.safetensors").write_bytes(save(tensors))
+    return len(cases)
+
+
+def readme() -> str:
+    """This module's docstring, and that of each kind's answer."""
+    pages = [
+        f"## {name}\n\n{cleandoc(kind.answer.__doc__)}\n" for name, kind in KINDS.items()
+    ]
+    return "\n".join([f"# TokenLake's conformance vectors\n\n{__doc__}", *pages])
+
+
+def write(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = {name: write_kind(folder, name) for name in KINDS}
+        write_text(
+            folder / "format.json", layout(dict(format=FORMAT, cases=counts)) + "\n"
+        )
+        write_text(folder / "README.md", readme())
+    except OSError as error:
+        raise Refused(f"{error.filename or folder}: {error.strerror}") from None
+    print(
+        f"{sum(counts.values())} cases of {len(counts)} kinds are in {one_line(folder)}"
+    )
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Refused(f"{path}: not UTF-8; text is expected") from None
+
+
+def parse(text: str, where) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{where}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{where}: a JSON object is expected")
+    return value
+
+
+def read_tensors(path: Path) -> dict:
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise Refused(f"{path}: no safetensors ({error})") from None
+
+
+def check_format(document: dict, path: Path):
+    if document.get("format") != FORMAT:
+        said = f"format {shown(document.get('format'))}; format {FORMAT} is expected"
+        raise Refused(f"{path}: {said}")
+
+
+def put_back(value, tensors: dict, where: str):
+    """The value with its tensors."""
+    if isinstance(value, list):
+        return [put_back(part, tensors, where) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" not in value:
+        return {key: put_back(part, tensors, where) for key, part in value.items()}
+    name = value["tensor"]
+    if not isinstance(name, str) or name not in tensors:
+        raise Refused(
+            f"{where}: no safetensors file beside it has a tensor {shown(name)}"
+        )
+    return tensors[name]
+
+
+def read_kind(folder: Path, name: str) -> list[Case]:
+    path = folder / f"{name}.json"
+    document = parse(read_text(path), path)
+    check_format(document, path)
+    beside = folder / f"{name}.safetensors"
+    tensors = read_tensors(beside) if beside.exists() else {}
+    cases = document.get("cases")
+    if not isinstance(cases, list):
+        raise Refused(f"{path}: no cases; a list of them is expected")
+    return [
+        case_of(listed, tensors, f"{path}: case {i}") for i, listed in enumerate(cases)
+    ]
+
+
+def case_of(listed, tensors: dict, where: str) -> Case:
+    is_case = isinstance(listed, dict) and isinstance(listed.get("name"), str)
+    fields = (
+        [listed.get(field) for field in ("input", "output", "compare")] if is_case else []
+    )
+    if not fields or not all(isinstance(field, dict) for field in fields):
+        raise Refused(
+            f"{where}: an object with name, input, output and compare is expected"
+        )
+    given, output, compare = (put_back(field, tensors, where) for field in fields)
+    for field, how in compare.items():
+        if field not in output or not can_be_compared(output[field], how):
+            raise Refused(f"{where}: {shown(field)} cannot be compared by {shown(how)}")
+    return Case(listed["name"], str(listed.get("shows")), given, compare, output=output)
+
+
+def can_be_compared(expected, how) -> bool:
+    if not isinstance(how, dict):
+        return how in ("exactly", "cost")
+    tensors = expected if isinstance(expected, list) else [expected]
+    within = how.get("within")
+    is_number = isinstance(within, (int, float)) and 0 <= within < math.inf
+    return is_number and all(isinstance(each, torch.Tensor) for each in tensors)
+
+
+def kind_of(case: Case) -> str:
+    return case.name.partition("/")[0]
+
+
+def read_vectors(folder: Path) -> dict[str, list[Case]]:
+    """All cases, by kind."""
+    path = folder / "format.json"
+    document = parse(read_text(path), path)
+    check_format(document, path)
+    cases = {name: read_kind(folder, name) for name in KINDS}
+    counts = {name: len(its) for name, its in cases.items()}
+    if document.get("cases") != counts:
+        raise Refused(f"{path}: the files have other numbers of cases: {shown(counts)}")
+    names = set()
+    for kind, its in cases.items():
+        for case in its:
+            if kind_of(case) != kind or case.name in names:
+                said = f"{shown(case.name)}; names {kind}/NAME, each once, are expected"
+                raise Refused(f"{folder / kind}.json: {said}")
+            names.add(case.name)
+    return cases
+
+
+def read_answers(path: Path) -> dict[str, dict]:
+    """Outputs by the names of their cases."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise Refused(f"{path}: no *.jsonl file is there")
+    tensors = {}
+    for beside in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
+        tensors |= read_tensors(beside)
+    answers: dict[str, dict] = {}
+    for file in files:
+        for number, line in enumerate(read_text(file).split("\n"), 1):
+            if line.strip():
+                name, output = answer_of(line, tensors, f"{file}:{number}")
+                if name in answers:
+                    raise Refused(f"{file}:{number}: {shown(name)} has an answer already")
+                answers[name] = output
+    return answers
+
+
+def answer_of(line: str, tensors: dict, where: str) -> tuple[str, dict]:
+    """The name of a case, and the output that a line has for it."""
+    answer = parse(line, where)
+    name = answer.get("case")
+    output = answer.get("output")
+    if not isinstance(name, str) or not isinstance(output, dict):
+        raise Refused(f'{where}: {{"case": name, "output": {{...}}}} is expected')
+    return name, put_back(output, tensors, where)
+
+
+# ── comparing ────────────────────────────────────────────────────────────────────────────────────
+
+
+def difference(path: str, expected, found) -> str | None:
+    """The first place where two values of JSON are not the same; None: they are."""
+    if isinstance(found, torch.Tensor):
+        found = found.tolist()
+    both = expected, found
+    if all(isinstance(value, dict) for value in both):
+        missing = [key for key in expected if key not in found]
+        if missing:
+            return f"{path}.{missing[0]} is missing"
+        parts = ((f"{path}.{key}", part, found[key]) for key, part in expected.items())
+    elif all(isinstance(value, (list, tuple)) for value in both):
+        if len(expected) != len(found):
+            return f"{path} has {len(found)} entries; {len(expected)} are expected"
+        parts = ((f"{path}[{i}]", *pair) for i, pair in enumerate(zip(*both)))
+    else:
+        same = expected == found
+        return (
+            None if same else f"{path} is {shown(found)}; {shown(expected)} is expected"
+        )
+    return next(filter(None, (difference(*part) for part in parts)), None)
+
+
+def numbers_of(value) -> list[float]:
+    """Of a tensor, or of a list of any depth."""
+    if isinstance(value, torch.Tensor):
+        return value.double().flatten().tolist()
+    if isinstance(value, list):
+        return [number for part in value for number in numbers_of(part)]
+    return [float(value)]
+
+
+def distance(path: str, expected, found, within: float) -> str | None:
+    """The first number that is too far from what is expected; None: there is none. Lists of tensors
+    are compared one by one."""
+    if isinstance(expected, list):
+        if not isinstance(found, list) or len(found) != len(expected):
+            return f"{path}: a list of {len(expected)} tensors is expected"
+        parts = enumerate(zip(expected, found))
+        each = (distance(f"{path}[{i}]", *pair, within) for i, pair in parts)
+        return next(filter(None, each), None)
+    try:
+        numbers = numbers_of(found)
+    except (TypeError, ValueError, OverflowError):
+        return f"{path} is {shown(found)}; numbers are expected"
+    if len(numbers) != expected.numel():
+        return f"{path} has {len(numbers)} numbers; {expected.numel()} are expected"
+    for i, (right, number) in enumerate(zip(numbers_of(expected), numbers)):
+        if not (right == number or abs(right - number) <= within):
+            index = ", ".join(map(str, np.unravel_index(i, expected.shape)))
+            said = f"{number:.9g}; {right:.9g} is expected, within {within:g}"
+            return f"{path}[{index}] is {said}"
+    return None
+
+
+def cost_difference(path: str, case: Case, field: str, found) -> str | None:
+    """Whether an answer costs something else than what is expected, or is not allowed."""
+    cost = KINDS[kind_of(case)].cost
+    try:
+        least = cost(case.input, case.output[field])
+    except WRONG_INPUT as error:
+        raise Refused(f"case {shown(case.name)}: {field} has no cost ({error})") from None
+    try:
+        costs = cost(case.input, found)
+    except WRONG_INPUT as error:
+        return f"{path} is {shown(found)} ({error})"
+    return None if costs == least else f"{path} costs {costs}; {least} is expected"
+
+
+def problems_of(case: Case, output: dict) -> list[str]:
+    """A line for each field that is not as expected."""
+    problems = []
+    for field, how in case.compare.items():
+        path = f"{case.name}: {field}"
+        if field not in output:
+            problem = f"{path} is missing"
+        elif how == "exactly":
+            problem = difference(path, case.output[field], output[field])
+        elif how == "cost":
+            problem = cost_difference(path, case, field, output[field])
+        else:
+            problem = distance(path, case.output[field], output[field], how["within"])
+        problems += [problem] if problem else []
+    return problems
+
+
+def our_problems(case: Case) -> list[str]:
+    """With this implementation's answer, if it has any."""
+    try:
+        output = KINDS[kind_of(case)].answer(case.input)
+    except WRONG_INPUT as error:
+        return [f"{case.name}: no answer ({type(error).__name__}: {error})"]
+    return problems_of(case, output)
+
+
+class Compared(NamedTuple):
+    """Of a kind."""
+    cases: int
+    agree: int
+    missing: list[str]  # names of cases
+    problems: list[str]
+
+
+def compare_kind(cases: list[Case], answers: dict[str, dict] | None) -> Compared:
+    """With our answers, if there are no others."""
+    missing = []
+    problems = []
+    agree = 0
+    for case in cases:
+        if answers is not None and case.name not in answers:
+            missing.append(case.name)
+            continue
+        if answers is None:
+            found = our_problems(case)
+        else:
+            found = problems_of(case, answers[case.name])
+        agree += not found
+        problems += found
+    return Compared(len(cases), agree, missing, problems)
+
+
+def print_compared(kind: str, compared: Compared):
+    missing = f", {len(compared.missing)} missing" if compared.missing else ""
+    print(
+        f"{kind.replace('_', ' ')}: {compared.agree} of {compared.cases} agree{missing}"
+    )
+    said = [*compared.problems, *(f"{name} is missing" for name in compared.missing)]
+    for line in said[:MOST_SAID]:
+        print(f"  {one_line(line)}")
+    if len(said) > MOST_SAID:
+        print(f"  and {len(said) - MOST_SAID} more")
+
+
+def check(folder: Path, kinds: list[str], answers_at: Path | None) -> int:
+    """Exit status."""
+    cases = read_vectors(folder)
+    answers = read_answers(answers_at) if answers_at else None
+    names = {case.name for its in cases.values() for case in its}
+    unknown = [name for name in answers or () if name not in names]
+    if unknown:
+        raise Refused(f"{answers_at}: {shown(unknown[0])} is no case of {folder}")
+    status = 0
+    for kind in kinds:
+        compared = compare_kind(cases[kind], answers)
+        print_compared(kind, compared)
+        if compared.agree < compared.cases:
+            status = 1
+    return status
+
+
+# ── the program ──────────────────────────────────────────────────────────────────────────────────
+
+
+def kinds_of(text: str) -> list[str]:
+    """What --kind says."""
+    kinds = text.split(",")
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise Refused(
+            f"--kind {shown(unknown[0])}: some of {', '.join(KINDS)} are expected"
+        )
+    return kinds
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(description="Write conformance vectors, or compare with them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="write|check")
+    writes = commands.add_parser("write", help="write the cases into DIR")
+    writes.add_argument("folder", metavar="DIR", type=file_name)
+    checks = commands.add_parser("check", help="compare with the cases in DIR")
+    checks.add_argument("folder", metavar="DIR", type=file_name)
+    answers = "a port's, in place of this implementation's: JSON lines, or a directory"
+    checks.add_argument("--answers", type=file_name, metavar="FILE_OR_DIR", help=answers)
+    every = ",".join(KINDS)
+    checks.add_argument("--kind", default=every, help=f"some of {every}")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    folder = Path(options.folder)
+    try:
+        if options.command == "check":
+            answers_at = options.answers and Path(options.answers)
+            return check(folder, kinds_of(options.kind), answers_at)
+        write(folder)
+    except Refused as refused:
+        parser.refuse(refused)
+    except RecursionError:
+        parser.refuse("a value of the cases or answers is nested too deep")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
