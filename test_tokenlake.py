@@ -4372,6 +4372,324 @@ def test_replay_by_the_command_line(tmp_path, capsys):
     assert "t.jsonl: is empty" in capsys.readouterr().err
 
 
+# ── conformance vectors ───────────────────────────────────────────────────────────────────────
+
+
+VECTORS = HERE / "bench" / "vectors"
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """bench/conformance.py, and the cases that are kept."""
+    import conformance
+    return SimpleNamespace(module=conformance, cases=conformance.read_vectors(VECTORS))
+
+
+@pytest.fixture(scope="module")
+def our_answers(vectors):
+    """A line for each case, as a port writes them: tensors are lists."""
+    def listed(value):
+        if isinstance(value, torch.Tensor):
+            return listed(value.tolist())
+        if isinstance(value, dict):
+            return {key: listed(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [listed(part) for part in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return {case.name: listed(vectors.module.KINDS[kind].answer(case.input))
+            for kind, cases in vectors.cases.items() for case in cases}
+
+
+def checked(module, capsys, *arguments) -> tuple[int, str]:
+    """Exit status and what is said."""
+    try:
+        status = module.main(["check", *map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
+    out, err = capsys.readouterr()
+    return status, out + err
+
+
+def answer_lines(answers: dict) -> str:
+    return "".join(json.dumps(dict(case=name, output=output)) + "\n" for name, output in answers.items())
+
+
+def changed(value, by):
+    """The value with its first leaf changed."""
+    if isinstance(value, dict):
+        key = next(iter(value))
+        return value | {key: changed(value[key], by)}
+    if isinstance(value, list) and value:
+        return [changed(value[0], by), *value[1:]]
+    if isinstance(value, (int, float)):
+        return value + by
+    return f"{value}0"
+
+
+def test_vectors_are_what_is_written(tmp_path, vectors, capsys):
+    """Each file, byte for byte, but for the last bit of expected tensors: exp may differ in it."""
+    from safetensors.torch import load_file
+    assert vectors.module.main(["write", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.match(r"\d{3} cases of 13 kinds are in ", said)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in VECTORS.iterdir())
+    assert sum(path.stat().st_size for path in VECTORS.iterdir()) < 500_000
+    for name in names:
+        if not name.endswith(".safetensors"):
+            assert (tmp_path / name).read_bytes() == (VECTORS / name).read_bytes(), name
+            continue
+        written, kept = load_file(tmp_path / name), load_file(VECTORS / name)
+        assert written.keys() == kept.keys()
+        for key, value in written.items():
+            limits = dict(rtol=0, atol=0) if ".input." in key else dict(rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(value, kept[key], equal_nan=True, **limits)
+
+
+def test_vectors_agree_with_us(vectors, our_answers, tmp_path, capsys):
+    """As this implementation answers; as its answers are read from a file; and with tensors in a
+    safetensors file."""
+    from safetensors.torch import save_file
+    module = vectors.module
+    expected = "".join(f"{kind.replace('_', ' ')}: {len(cases)} of {len(cases)} agree\n"
+                       for kind, cases in vectors.cases.items())
+    assert checked(module, capsys, VECTORS) == (0, expected)
+    (tmp_path / "answers.jsonl").write_text(answer_lines(our_answers))
+    assert checked(module, capsys, VECTORS, "--answers", tmp_path / "answers.jsonl") == (0, expected)
+    tensors = {}
+    answers = {case.name: module.set_apart(module.KINDS[kind].answer(case.input), case.name, tensors)
+               for kind in ("merge", "iteration") for case in vectors.cases[kind]}
+    (tmp_path / "answers.jsonl").write_text(answer_lines(answers))
+    save_file(tensors, tmp_path / "o.safetensors")
+    status, said = checked(module, capsys, VECTORS, "--answers", tmp_path, "--kind", "merge,iteration")
+    assert status == 0 and said == "merge: 14 of 14 agree\niteration: 4 of 4 agree\n"
+
+
+def test_every_compared_field_counts(vectors, our_answers):
+    """In each case each field is changed by a little, and left out: that alone is said."""
+    module = vectors.module
+    for case in (case for cases in vectors.cases.values() for case in cases):
+        answer = our_answers[case.name]
+        assert not module.problems_of(case, answer)
+        for field, how in case.compare.items():
+            by = 2 * how["within"] + 1e-6 if isinstance(how, dict) else 1
+            if isinstance(how, dict) and "inf" in str(answer[field]):
+                by = math.inf  # −inf and inf are no number
+            wrong = answer | {field: changed(answer[field], by)}
+            (problem,) = module.problems_of(case, wrong)
+            assert problem.startswith(f"{case.name}: {field}"), problem
+            (problem,) = module.problems_of(case, {k: v for k, v in answer.items() if k != field})
+            assert problem == f"{case.name}: {field} is missing"
+
+
+def test_a_wrong_answer_is_named(vectors, our_answers, tmp_path, capsys):
+    """One of each kind, and one that is missing."""
+    path = tmp_path / "answers.jsonl"
+    for kind, cases in vectors.cases.items():
+        case = cases[-1]
+        field = next(iter(case.compare))
+        answers = our_answers | {case.name: our_answers[case.name] | {field: "x"}}
+        path.write_text(answer_lines(answers))
+        status, said = checked(vectors.module, capsys, VECTORS, "--answers", path, "--kind", kind)
+        first, second = said.splitlines()
+        assert status == 1 and first == f"{kind.replace('_', ' ')}: {len(cases) - 1} of {len(cases)} agree"
+        assert second.startswith(f"  {case.name}: {field} ")
+    del answers["merge/two parts"]
+    path.write_text(answer_lines(answers))
+    status, said = checked(vectors.module, capsys, VECTORS, "--answers", path, "--kind", "merge")
+    assert status == 1 and said == "merge: 13 of 14 agree, 1 missing\n  merge/two parts is missing\n"
+    path.write_text("")
+    status, said = checked(vectors.module, capsys, VECTORS, "--answers", path)
+    assert status == 1 and "segment ids: 0 of 24 agree, 24 missing\n" in said and "and 14 more" in said
+
+
+def test_answers_by_cost(vectors):
+    """Another matching or cut that costs the same is right; a dearer or impossible one is not."""
+    module = vectors.module
+    cases = {case.name: case for kind in ("dispatch", "dynamic_program") for case in vectors.cases[kind]}
+    tie = cases["dispatch/a tie"]
+    assert not module.problems_of(tie, dict(instance_of_part=[2, 1], cost=0))
+    for wrong in ([1, 1], [0, 3], [0], None, {}):
+        (problem,) = module.problems_of(tie, dict(instance_of_part=wrong, cost=0))
+        assert "another instance for each part" in problem or "not iterable" in problem or "KeyError" in problem
+    (problem,) = module.problems_of(cases["dispatch/to the keys"], dict(instance_of_part=[0, 1], cost=0))
+    assert problem == "dispatch/to the keys: instance_of_part costs 3584; 0 is expected"
+    tie = cases["dynamic_program/a tie"]
+    assert not module.problems_of(tie, dict(batches=[[0, 3, 3]], cost=300))
+    assert not module.problems_of(tie, dict(batches=[[0, 1, 1], [1, 3, 2]], cost=300))
+    for wrong in ([[0, 2, 1]], [[0, 3, 4]], [[1, 3, 1]], [[0, 1, 2], [1, 3, 2]], None):
+        (problem,) = module.problems_of(tie, dict(batches=wrong, cost=300))
+        assert problem.startswith("dynamic_program/a tie: batches")
+
+
+def test_ids_by_the_words_of_the_vectors(vectors):
+    """The recipe of their README, without this implementation."""
+    from hashlib import blake2b
+    for case in vectors.cases["segment_ids"]:
+        ids = [blake2b(bytes.fromhex(case.input["salt_hex"]), digest_size=16, person=b"root").digest()]
+        C = case.input["segment_tokens"]
+        for start in range(0, len(case.input["tokens"]) - C + 1, C):
+            tokens = [int(token) for token in case.input["tokens"][start : start + C]]
+            message = b"".join(token.to_bytes(8, "little", signed=True) for token in tokens)
+            ids.append(blake2b(ids[-1] + message, digest_size=16).digest())
+        assert case.output["ids"] == [id.hex() for id in ids[1:]], case.name
+
+
+def test_least_costs_of_the_vectors(vectors):
+    """Every matching and every cut is tried: none costs less, but where parts stay at home."""
+    from itertools import permutations, product
+    for case in vectors.cases["dispatch"]:
+        cost = vectors.module.KINDS["dispatch"].cost
+        every = permutations(range(case.input["instances"]), case.input["parts"])
+        least = min(cost(case.input, list(matching)) for matching in every)
+        assert (case.output["cost"] > least) == (case.name == "dispatch/all at home, and they stay")
+    for case in vectors.cases["dynamic_program"]:
+        R, N = case.input["requests"], case.input["instances"]
+        costs = []
+        for cuts in product([False, True], repeat=R - 1):
+            ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [R]
+            for dops in product(range(1, N + 1), repeat=len(ends)):
+                with contextlib.suppress(ValueError):  # not allowed
+                    batches = [list(batch) for batch in zip([0, *ends], ends, dops)]
+                    costs.append(vectors.module.KINDS["dynamic_program"].cost(case.input, batches))
+        assert case.output["cost"] == min(costs, default=None)
+
+
+def test_iterations_of_the_vectors(vectors, monkeypatch):
+    """All that a plan can have comes up, and no matching is as cheap as the one that is expected."""
+    import itertools
+    costs = []
+    match = tokenlake.linear_sum_assignment
+    monkeypatch.setattr(tokenlake, "linear_sum_assignment", lambda cost: costs.append(cost) or match(cost))
+    came_up = {}
+    for case in vectors.cases["iteration"]:
+        assert not vectors.module.our_problems(case)
+        matchings = itertools.permutations(range(len(costs[-1])))
+        least, second, *_ = sorted(sum(costs[-1][range(len(m)), m].tolist()) for m in matchings)
+        assert least < second
+        plan = case.output
+        decodes = [ships for ships, decode in zip(plan["ships"], plan["runs"]["decode"]) if decode]
+        slots = [case.input["requests"][0]["table"], plan["replicas"]["slot"]]
+        came_up[case.name] = dict(
+            ships=any(map(any, decodes)), cached=0 in plan["runs"]["puts"],
+            pulls=len(plan["pulls"]["kind"]) > 0, chosen=not set(slots[1]) <= set(slots[0]),
+            late="late" in plan["fresh"]["place"], sibling="sibling" in plan["fresh"]["place"],
+            **{kind: kind in plan["moves"]["kind"] for kind in ("put", "replica")})
+    all_at_once = came_up["iteration/all at once"]
+    assert [what for what, came in all_at_once.items() if not came] == ["late"]
+    two = came_up["iteration/two batches"]
+    assert two["late"] and two["pulls"] and two["sibling"] and two["put"] and two["replica"]
+    two = came_up["iteration/two instances"]
+    assert two["ships"] and two["cached"] and two["pulls"] and two["sibling"] and two["replica"]
+    example = vectors.cases["iteration"][0].output
+    plan, *_ = plan_by_example()
+    table = {name: values.tolist() for name, values in plan.run_table._asdict().items()}
+    assert example["runs"] == table and example["reads"] == plan.reads.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_recorded_iteration_is_planned_again(seed):
+    """The state that a case has is all that a plan depends on."""
+    import conformance_iteration
+    scene = conformance_iteration.busy_scene(2 + seed % 2, seed)
+    for iteration in range(12):
+        batches, dops = scene.schedule(1)
+        given = scene.input_of(batches, dops)
+        scene.draws.drawn = []
+        rows = scene.slabs.rows.copy()
+        plan = scene.iterate(batches, dops)
+        if plan.runs:
+            given |= dict(draws=scene.draws.drawn) | conformance_iteration.draw_tensors(scene, rows, plan)
+            answer = conformance_iteration.expect_iteration(given)
+            assert answer["runs"] == conformance_iteration.columns_of(plan.run_table)
+            assert answer["segment_reads"] == conformance_iteration.columns_of(plan.segment_reads)
+            assert answer["fresh"] == conformance_iteration.columns_of(plan.fresh)
+            assert answer["load_after"] == scene.lake.balancer.load.tolist()
+            o = conformance_iteration.answer_iteration(given)["o"]
+            torch.testing.assert_close(torch.cat(o), torch.cat(answer["o"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of ±3e38, as is meant
+@pytest.mark.skipif(GPU or kernels.triton is None, reason="there the interpreter is not in use")
+def test_triton_agrees_with_the_vectors(vectors, monkeypatch):
+    """Its kernels, too, in float32 and in bfloat16."""
+    import conformance_attention
+    from functools import partial
+    monkeypatch.setattr(conformance_attention, "partial_attention", partial(partial_attention, backend="triton"))
+    monkeypatch.setattr(conformance_attention, "merge", partial(merge, backend="triton"))
+    for kind in ("partial_attention", "merge"):
+        compared = vectors.module.compare_kind(vectors.cases[kind], None)
+        assert compared.agree == compared.cases == len(vectors.cases[kind]), compared.problems
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("format.json", None, "format.json: No such file"),
+    ("format.json", "{", "format.json: not JSON"),
+    ("format.json", "[1]", "a JSON object is expected"),
+    ("format.json", '{"format": 2}', "format.json: format 2; format 1 is expected"),
+    ("format.json", '{"format": 1, "cases": {}}', "the files have other numbers of cases"),
+    ("merge.json", None, "merge.json: No such file"),
+    ("merge.json", '{"format": "x"}', "merge.json: format 'x'; format 1"),
+    ("merge.json", '{"format": 1}', "no cases; a list of them"),
+    ("merge.json", '{"format": 1, "cases": [1]}', "case 0: an object with name, input, output and compare"),
+    ("merge.json", '{"format": 1, "cases": [{"name": "merge/x", "input": {}, "output": {}, "compare": '
+     '{"o": "exactly"}}]}', "case 0: 'o' cannot be compared by 'exactly'"),
+    ("merge.json", b"\xff", "not UTF-8"),
+    ("merge.safetensors", None, "merge.json: case 0: no safetensors file beside it has a tensor 'merge/two parts"),
+    ("merge.safetensors", "x", "no safetensors ("),
+    ("answers", "\n{", "answers:2: not JSON"),
+    ("answers", '{"case": 1}', 'answers:1: {"case": name, "output": {...}} is expected'),
+    ("answers", '{"case": "merge/none", "output": {}}', "'merge/none' is no case of"),
+    ("answers", '{"case": "merge/two parts", "output": {}}\n' * 2, "answers:2: 'merge/two parts' has an answer"),
+    ("answers", '{"case": "merge/two parts", "output": {"o": {"tensor": "a"}}}', "has a tensor 'a'"),
+    ("answers", '{"case": "merge/two parts", "output": {"o": %s1%s}}' % ("[" * 900, "]" * 900), "nested too deep"),
+    ("answers", None, "answers: No such file"),
+    ("--kind", "merge,x", "--kind 'x': some of segment_ids, placement"),
+    ("--kind", "", "--kind '': some of"),
+])
+def test_bad_vectors_are_one_line(vectors, tmp_path, capsys, name, text, said):
+    folder = shutil.copytree(VECTORS, tmp_path / "vectors")
+    path = folder / name if "." in name else tmp_path / name
+    arguments = [name, path] if name == "--kind" else []
+    if name == "answers":
+        arguments = ["--answers", path]
+    if name == "--kind":
+        arguments = [name, text]
+    elif text is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, output = checked(vectors.module, capsys, folder, *arguments)
+    assert status == 2 and said in output and output.count("\n") == 1, output
+
+
+@pytest.mark.parametrize("command", [[], ["x"], ["write"], ["check"], ["check", "--kind=a\nb", "DIR"]])
+def test_any_option_of_vectors_is_refused_shortly(vectors, capsys, command):
+    commands = [command] + [["check", "DIR", f"--{name}={value}"] for name in ("answers", "kind")
+                            for value in ("--", "9" * 5000, "\0")]
+    for arguments in commands:
+        with pytest.raises(SystemExit, match="2"):
+            vectors.module.main(arguments)
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1 and len(text) < 300, text
+
+
+def test_vectors_that_make_no_sense(vectors, tmp_path, capsys):
+    """Inputs that no implementation can use; names twice; and a folder that cannot be written."""
+    folder = shutil.copytree(VECTORS, tmp_path / "vectors")
+    path = folder / "eviction.json"
+    good = path.read_text()
+    path.write_text(good.replace('"release": 1', '"release": 7', 1))
+    status, said = checked(vectors.module, capsys, folder, "--kind", "eviction")
+    assert status == 1 and "8 of 9 agree\n  eviction/leaf first: no answer (KeyError: 7)\n" in said
+    path.write_text(good.replace('"name": "eviction/pinned"', '"name": "eviction/nothing"'))
+    status, said = checked(vectors.module, capsys, folder)
+    assert status == 2 and "'eviction/nothing'; names eviction/NAME, each once, are expected\n" in said
+    with pytest.raises(SystemExit, match="2"):
+        vectors.module.main(["write", str(path)])
+    assert "eviction.json: File exists" in capsys.readouterr().err
+
+
 # ── schedulers ────────────────────────────────────────────────────────────────────────────────
 
 
