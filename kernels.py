@@ -363,6 +363,7 @@ def _merge_with_triton(o, lse, table, out, out_lse):
 
 
 def _merge_with_torch(o, lse, table, out, out_lse):
+    """Writes the rows of the table."""
     rows, parts = table
     if not o.numel() or not parts.numel():
         out[rows] = 0
@@ -469,6 +470,14 @@ if triton is not None:
         return k, _load_rows(KV + VALUES, at, mask, UPCAST)
 
     @triton.jit
+    def _hide(s, n, position, kv_position, length):
+        """The causal rule: scores s [M, N] of a tile, −inf where a row does not see a key. Rows are
+        at their positions [M], key n [N] at kv_position + n; the tile has `length` keys."""
+        # As int32: counts of keys of this tile that a row sees.
+        visible = tl.minimum(position + 1 - kv_position, length).to(tl.int32)
+        return tl.where(n[None, :] < visible[:, None], s, -float("inf"))
+
+    @triton.jit
     def _add_tile(s, v, top, total, acc):
         """Softmax, a tile at a time: sums so far shrink by what the maximum has grown. Scores are
         in powers of two: exp2 is the hardware's instruction."""
@@ -544,9 +553,7 @@ if triton is not None:
             kv_mask = d_mask & (n < length)[:, None]  # of V, too: 0 × NaN is NaN
             k, v = _load_kv(KV, first_row * ROW + kv_at, kv_mask, VALUES, UPCAST)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            # As int32: counts of keys of this tile that a row sees.
-            visible = tl.minimum(position + 1 - kv_position, length).to(tl.int32)
-            s = tl.where(n[None, :] < visible[:, None], s, -float("inf"))
+            s = _hide(s, n, position, kv_position, length)
             top, total, acc = _add_tile(s, v, top, total, acc)
             first_row = _tile_column(Tiles, t + 1, TILE_FIRST_ROW)
             length = _tile_column(Tiles, t + 1, TILE_LENGTH)

@@ -469,7 +469,7 @@ class Work:
         key = first_key + number * is_key
         kv_rows, kv_position = (column[key] for column in self._keys)
         kv_position = np.where(is_key, kv_position, AFTER_ALL)
-        hidden = kv_position[:, None, None] > self.members.position[member][:, None, :, None]
+        hidden = is_hidden(self.members.position[member], kv_position)
         target = self.numbers[pieces.first_output + row * is_row]
         target = np.where(is_row, target, self.for_padding)
         arrays = [
@@ -491,6 +491,12 @@ class Work:
         b, _ = rows.shape
         head = np.arange(heads).reshape(self.num_kv_heads, 1, -1, 1)
         return (rows[:, None] * row_heads + head).reshape(self.num_kv_heads * b, -1)
+
+
+def is_hidden(position, kv_position):
+    """The causal rule: [b, 1, m, n] whether a query row, at its position [b, m], does not see a
+    key, at its own [b, n]. (The same for all heads.)"""
+    return kv_position[:, None, None] > position[:, None, :, None]
 
 
 def rows_of_a_block(heads_per_kv, max_lanes) -> int:
