@@ -26,6 +26,7 @@ import time
 import traceback
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -8387,6 +8388,385 @@ def test_the_control_plane_equals_a_naive_model_for_long(monkeypatch, tmp_path):
     happened = sum((take_random_steps(monkeypatch, tmp_path, seed) for seed in range(100, 200)),
                    Counter())
     assert happened["steps"] >= 100_000 and happened["preemptions"] > happened["preempted"]
+
+
+# ── the exercises ─────────────────────────────────────────────────────────────────────────────
+#
+# First tests that grade them beside the others, as short as they can be; then what EXERCISES.md and
+# bench/exercise.py promise.
+
+
+def test_a_merge_by_hand():
+    """A row's keys have equal scores: one of them in a part with o = 8, three in one with o = 4. Scores
+    may be higher than exp bears; an empty part changes nothing; other rows are not touched."""
+    o = torch.tensor([8, 4, math.nan], dtype=torch.float64).view(3, 1, 1)
+    lse = torch.tensor([[1], [3], [0]], dtype=torch.float64).log()
+    for higher in (0, 1000):
+        for parts in ([0, 1], [1, -1, 0], [2, 0, 1]):
+            out, out_lse = torch.full_like(o, 7), torch.full_like(lse, 7)
+            table = kernels.MergeTable(torch.tensor([1]), torch.tensor([parts]))
+            kernels._merge_with_torch(o, lse + higher, table, out, out_lse)
+            assert out.flatten().tolist() == pytest.approx([7, (1 * 8 + 3 * 4) / 4, 7])
+            assert out_lse.flatten().tolist() == pytest.approx([7, math.log(4) + higher, 7])
+
+
+def test_a_key_is_hidden_from_rows_before_it():
+    """Two pieces, of two rows and three keys each."""
+    hidden = work_module.is_hidden(np.array([[3, 4], [0, 9]]), np.array([[2, 3, 4], [7, 8, 9]]))
+    assert hidden.shape == (2, 1, 2, 3)
+    assert hidden[0, 0].tolist() == [[False, False, True], [False, False, False]]
+    assert hidden[1, 0].tolist() == [[True, True, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("begins", [0, 60, 63, 64])
+def test_a_row_sees_keys_up_to_its_own(backend, begins):
+    """Of q = 0 all keys that a row sees weigh the same: exp(lse) counts them, and o is the mean of
+    their positions. Tiles are of 64 keys; what lies in the slab behind the last one is no number."""
+    rows, device = 7, DEVICE[backend]
+    end = begins + rows
+    position = torch.arange(end, dtype=torch.float32)
+    kv = torch.full((end + 64, 2, 1, 16), math.nan)
+    kv[:end] = position[:, None, None, None]
+    work = make_work([(0, rows, begins)], [(0, 0, end, 0)], 2, 1)
+    o, lse = partial_attention(torch.zeros(rows, 2, 16, device=device), kv.to(device), work, 1.0, backend)
+    seen = position[begins:] + 1
+    assert torch.allclose(lse.cpu().exp(), seen[:, None].expand(rows, 2), rtol=1e-5)
+    assert torch.allclose(o.cpu(), ((seen - 1) / 2)[:, None, None].expand(rows, 2, 16), rtol=1e-5)
+
+
+def same_prompt_twice():
+    """Two requests with the same prompt of two segments, at once: neither has found the other's. What
+    the second one reserves lies all at the instance where the first one's first segment is not."""
+    bal = Balancer(2, 8, 4)
+    first = prepared(bal, 0, tokens(8, 0), publish=False)
+    second = Request(1, tokens(8, 0), 18)
+    bal.admit(second, bal.match(second))
+    crowded = [100 * (int(first.table[0]) // 8 == i) for i in range(2)]
+    assert bal.reserve(second, 8, crowded, [0, 0], 50)
+    assert first.table[0] // 8 != second.table[0] // 8 == second.table[1] // 8
+    return bal, first, second
+
+
+def test_a_new_segment_enters_the_tree_where_it_lies():
+    bal, first, _ = same_prompt_twice()
+    slots = first.table[:2].tolist()
+    bal.commit(first, 8)
+    parent, child = first.segments
+    assert parent.parent is bal.tree.root and child.parent is parent and child.depth == 2
+    assert [segment.id for segment in first.segments] == first.ids == [*bal.tree.segments]
+    assert [segment.replicas for segment in first.segments] == [{slot // 8: slot} for slot in slots]
+    assert bal.duplicates == 0 and first.table[:2].tolist() == slots
+
+
+@pytest.mark.parametrize("rows", [[8], [3, 5], [4, 4]])
+def test_a_segment_that_is_there_is_not_kept_twice(rows):
+    """The second request reads the first one's segments from now on; its own slots are free again, each
+    at its instance, and nothing else is."""
+    bal, first, second = same_prompt_twice()
+    bal.commit(first, 8)
+    own, free = second.table[:2].tolist(), sum(map(len, bal.free))
+    for count in rows:
+        bal.commit(second, count)
+    assert second.segments == first.segments and len(bal.tree.segments) == 2
+    assert second.table[:2].tolist() == first.table[:2].tolist()
+    assert sum(map(len, bal.free)) == free + 2 and bal.duplicates == 2
+    assert all(slot in bal.free[slot // 8] for slot in own)
+    check_bookkeeping(bal, [first, second])
+
+
+def test_the_least_recently_read_leaves_first():
+    """Of three segments b was read first, then a, then c, which is read still. a and c have copies at
+    instances 1 and 2: these leave before it, the last one made first, also while it is read."""
+    tree, reader = PrefixTree(), Request(0, [], 0)
+    a, b, c = (tree.insert(id, None, 0, slot) for slot, id in enumerate((b"a", b"b", b"c")))
+    for segment in (b, a, c):
+        tree.hit([segment], reader)
+        tree.clock += 1
+        if segment is not c:
+            tree.unpin(segment, reader)
+    for slot, segment in ((10, a), (20, a), (11, c), (21, c)):
+        segment.replicas[slot // 10] = slot
+        tree.extras[slot] = segment
+    assert tree.evict() == 1 and not tree.extras_evicted
+    assert [tree.evict() for _ in range(3)] == [20, 10, 0] and tree.extras_evicted
+    assert [tree.evict() for _ in range(3)] == [21, 11, None]
+    assert [*tree.segments] == [*tree.root.children] == [b"c"] and not tree.extras
+    tree.unpin(c, reader)
+    assert [tree.evict(), tree.evict()] == [2, None] and not tree.segments and not tree.root.children
+
+
+def test_two_are_drawn_and_the_less_loaded_is_read():
+    """Eight replicas, loads far apart: one is read if it is drawn with one that has more load, so the
+    n-th least loaded in 8 − n of the 28 pairs. Each rank draws the same."""
+    order = [3, 0, 7, 1, 6, 2, 5, 4]  # instances by load
+    before = np.zeros(8, np.int64)
+    before[order] = 10**6 * np.arange(8)
+    found = []
+    for _ in range(2):
+        load = before.copy()
+        candidates = np.tile(100 * np.arange(8) + 7, (2800, 1))
+        found.append(Balancer(8, 100, 4).choose_replicas(candidates, np.full(2800, 3), load).tolist())
+        counts = np.bincount(np.array(found[-1]) // 100, minlength=8)
+        assert {slot % 100 for slot in found[-1]} == {7} and (load - before == 3 * counts).all()
+        assert np.abs(counts[order] - 100 * np.arange(7, -1, -1)).max() < 100
+    assert found[0] == found[1]
+
+
+def test_each_choice_is_a_load_for_later_ones():
+    """Two replicas: those that come first read the less loaded, until it is no longer."""
+    load = np.array([0, 500])
+    chosen = Balancer(2, 100, 4).choose_replicas(np.tile([5, 105], (200, 1)), np.full(200, 10), load)
+    assert load.sum() == 500 + 2000 and abs(load[0] - load[1]) <= 40
+    assert set(chosen[:40].tolist()) == {5} and set(chosen.tolist()) == {5, 105}
+
+
+@pytest.mark.parametrize("prompts, rows, kv_bytes, room, pulled", [
+    (1, 4, 49, 99, 8), (1, 3, 49, 99, 0), (1, 4, 50, 99, 0),  # 8 tokens against rows of 100 bytes
+    (1, 4, 49, 8, 8), (1, 4, 49, 7, 0),  # and all of them have to fit
+    (2, 4, 49, 16, 16), (2, 4, 49, 15, 0), (0, 1, 1, 99, 0)])  # prompts share the room; decodes ship
+def test_what_is_fewer_bytes_travels(prompts, rows, kv_bytes, room, pulled):
+    """Of requests that instance 0 computes, eight old tokens of each lie at instance 1: how many come."""
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0, pull_tokens=room))
+    lake.query_bytes, lake.kv_bytes = 100, kv_bytes
+    runs = [reader(lake, id, [50 + 2 * id, 51 + 2 * id], 10 + id, rows, decode=not prompts)
+            for id in range(max(1, prompts))]
+    plan, _, groups = lake.gen_plans([runs, []], [1, 1], lake.get_prefix_tree())
+    assert groups == [[0] * len(runs), []] and plan.old.pulls.rows.sum() == pulled
+    assert plan.ships[:, 1].tolist() == [not pulled] * len(runs)
+
+
+def test_all_that_goes_into_a_plan_goes_into_its_digest():
+    """Values that are not the same have other bytes: of another shape or type, cut elsewhere, or with
+    one number of many changed. How an array lies in memory does not count."""
+    numbers, many = np.arange(6), np.arange(5000)
+    other = many.copy()
+    other[2500] += 1
+    values = [numbers, numbers.reshape(2, 3), numbers.reshape(3, 2), numbers.astype(np.int32), [*numbers],
+              (numbers[:3], numbers[3:]), (numbers[:2], numbers[2:]), 0 * numbers, 0.0 * numbers, 12, (1, 2),
+              many, other, work_module.AtOnce(3, 4), pool.TransferPlan((), (), 3)]
+    written = [b"".join(map(bytes, pool.plan_leaves(value))) for value in values]
+    assert len({*written}) == len(values)
+    table = numbers.reshape(3, 2)
+    strided, copied = ([*map(bytes, pool.plan_leaves(x))] for x in (table[:, 1], table[:, 1].copy()))
+    assert strided == copied
+
+
+def test_a_plan_is_hashed_before_its_tokens_are_known():
+    """Who makes the same plan has the same hash, though its objects are others; tokens do not count, but
+    for the digest that is made of it. What is no part of the digest may differ."""
+    plan, transfer, _ = plan_by_example()
+    hashed = pool.hash_plan(7, plan, transfer).digest()
+    again, transfer_again, _ = plan_by_example()
+    assert pool.hash_plan(7, again, transfer_again).digest() == hashed
+    run = again.runs[0]
+    run.request.tokens[run.position] += 1
+    assert pool.hash_plan(7, again, transfer_again).digest() == hashed
+    digests = [pool.plan_digest(7, *plans) for plans in ((plan, transfer), (again, transfer_again))]
+    assert digests[0] != digests[1] and len(digests[0]) == 16
+    tables = [np.append(table, table[:1]) for table in plan.old.tables]  # behind what is read
+    other = replace(plan, old=replace(plan.old, tables=tables))
+    assert pool.hash_plan(7, other, transfer).digest() == hashed
+    assert pool.hash_plan(8, plan, transfer).digest() != hashed
+
+
+def test_the_best_pair_is_not_always_matched():
+    """One request has 12 old tokens at instance 0 and 8 at instance 1, the other 8 at instance 0; both
+    will write a row at instance 0. The first one is to leave it to the other: 17 bytes stay instead of
+    13."""
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0))
+    lake.query_bytes, lake.kv_bytes = 10**6, 1  # so all is pulled
+    first = reader(lake, 0, [0, 1, 2, 50, 51], home=10, decode=False)
+    second = reader(lake, 1, [3, 4], home=11, decode=False)
+    plan, transfer, groups = lake.gen_plans([[first], [second]], [1, 1], lake.get_prefix_tree())
+    assert groups == [[1], [0]]
+    assert plan.old.pulls.rows.sum() + transfer.moves.rows.sum() == 12 + 1
+
+
+@pytest.mark.parametrize("exchange_bytes, instance", [(90, 0), (89, 1)])
+def test_a_part_leaves_its_home_if_an_exchange_is_worth_it(exchange_bytes, instance):
+    """At home a decode ships its row of 100 bytes; where its old KV lies it would put 10. One exchange
+    less in each layer is worth so many bytes, too."""
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0))
+    lake.query_bytes, lake.kv_bytes, lake.exchange_bytes = 100, 10, exchange_bytes
+    run = reader(lake, 0, [50, 51], home=10)
+    _, _, groups = lake.gen_plans([[run], []], [1, 1], lake.get_prefix_tree())
+    assert groups == [[instance], []]
+
+
+def test_who_reads_what_together():
+    """Four readers: a span of all but the last, two of the first two, one with the same first row that
+    is longer, and what each has alone. The second one reads it in two rows, which see all of it."""
+    rows = QueryRows.of_runs(np.arange(4), np.arange(4) * 2, np.array([1, 2, 1, 1]), np.full(4, 500))
+    entries = [(0, 0, 64, 0), (1, 0, 64, 0), (2, 0, 64, 0), (3, 0, 65, 0), (0, 100, 32, 64),
+               (1, 100, 32, 64), (0, 200, 9, 96), (1, 200, 9, 96), (2, 300, 5, 64)]
+    spans = KVSpans(*np.array(entries).T)
+    shareable = work_module.can_be_shared(rows, spans, 16)
+    assert shareable.all()
+    readers, set_of_entry, is_first = work_module.find_sets(spans, shareable, 4)
+    together = [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert sorted(readers.astype(int).tolist(), reverse=True) == together
+    found = [readers[number].astype(int).tolist() if number >= 0 else None for number in set_of_entry]
+    assert found == [together[0]] * 3 + [None] + [together[1]] * 4 + [None]
+    assert np.flatnonzero(is_first).tolist() == [0, 4, 6]
+    none = work_module.find_sets(spans, shareable & False, 4)
+    assert none[0].shape == (0, 4) and (none[1] == -1).all() and not none[2].any()
+
+
+def test_who_may_read_together():
+    """All rows of a reader see all of the span; and rows for a whole block gain little."""
+    rows = QueryRows.of_runs(np.arange(3), np.array([0, 9, 20]), np.array([2, 2, 16]), np.array([62, 63, 99]))
+    spans = KVSpans(*np.array([(0, 0, 64, 0), (1, 0, 64, 0), (2, 0, 64, 0), (0, 0, 63, 0)]).T)
+    assert work_module.can_be_shared(rows, spans, 16).tolist() == [False, True, False, True]
+    assert work_module.can_be_shared(rows, spans, 17).tolist() == [False, True, True, True]
+
+
+def test_a_dynamic_program_by_hand():
+    """Two requests, two instances: each takes 4 alone, both take 6 together on one instance, of which
+    each waits for all. On two instances they take 3, or, if these do not get on, 9."""
+    def divide(together, N, slo=None):
+        table = np.zeros((2, 3, 3), np.int64)  # requests before the batch, up to its last, DoP
+        table[0, 1, 1:] = table[1, 2, 1:] = 4, 9
+        table[0, 2, 1:] = 6, together
+        return balancer.dynamic_program(lambda i, dop: table[:i, i, dop], 2, N, slo)
+    assert divide(3, 2) == [(0, 2, 2)] and divide(9, 2) == [(0, 1, 1), (1, 2, 1)]
+    assert divide(9, 1) == divide(9, 1, slo=6) == [(0, 2, 1)] and divide(9, 1, slo=5) is None
+
+
+import exercise  # noqa: E402
+
+EXERCISES = exercise.read_exercises()
+
+
+def test_the_exercises_name_what_there_is():
+    """Ten in order, each whole: functions, tests, hints, and all that stands in backticks."""
+    text = exercise.TEXT.read_text()
+    assert [made.number for made in EXERCISES] == [*range(1, 11)]
+    functions = [function for made in EXERCISES for function in made.functions]
+    assert len({*functions}) == len(functions) and all(made.functions for made in EXERCISES)
+    for function in functions:
+        place = exercise.find(function, exercise.read_lines(function.file))
+        assert place.first < place.body < place.end
+    for made, section in zip(EXERCISES, text.split("\n## ")[1:], strict=True):
+        assert 2 <= len(made.graders) <= 5 and len({*made.graders}) == len(made.graders)
+        assert all(callable(globals()[name.partition("[")[0]]) for name in made.graders)
+        assert 2 <= section.count("<details><summary>Hint ") == section.count("</details>") <= 3
+        for part in ("Read first", "Empties", "What stays.", "The contract.", "Graded by", "Go on thinking."):
+            assert section.count(f"\n**{part}**") == 1, (made.title, part)
+        assert max(map(len, section.splitlines())) <= 115
+    sources = " ".join((HERE / name).read_text() for name in [*MODULES, "README.md", "test_tokenlake.py"])
+    prose = re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    named = {word for name in re.findall("`([^`]*)`", prose) for word in re.findall(r"[A-Za-z_]\w+", name)}
+    known = {*re.findall(r"\w+", sources)}
+    assert len(named) > 100 and not named - known
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["0"], "'0': an exercise from 1 to 10 is expected"), (["11"], "'11': an exercise"), (["--check"], "no number:"),
+    (["x\n\x1b" * 900], r"'x\n\x1bx"), (["-1"], "-1"), (["1", "2"], "unrecognized arguments: 2"),
+    (["1", "--solution", "--check"], "not allowed with"), (["--bogus" * 900], "--bogus"),
+    (["--solution"], "no number: an exercise"), (["3", "--solution"], "exercise 3 is not begun: the original is")])
+def test_what_is_no_exercise_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(exercise, "KEPT", tmp_path / "none")
+    with pytest.raises(SystemExit, match="2"):
+        exercise.main(arguments)
+    text = capsys.readouterr().err
+    assert said in text and text.count("\n") == 1 and len(text) < 240 and text[:-1].isprintable()
+
+
+def copy_project(folder) -> Path:
+    """What exercises need of it, compiled files too, with their times: so these stay good."""
+    for pattern in ("*.py", "*.md", "pytest.ini", "__pycache__/*.pyc"):
+        for part in (".", "bench"):
+            for file in (HERE / part).glob(pattern):
+                target = folder / file.relative_to(HERE)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
+    return folder
+
+
+def contents(folder) -> dict:
+    return {name: (folder / name).read_bytes() for name in [*MODULES, "EXERCISES.md"]}
+
+
+def test_an_attempt_is_kept(tmp_path, monkeypatch, capsys):
+    """Also a second one; other changes of a file stay. What cannot be done is a line, and nothing is
+    changed."""
+    copy_project(tmp_path)
+    monkeypatch.setattr(exercise, "ROOT", tmp_path)
+    monkeypatch.setattr(exercise, "KEPT", tmp_path / ".exercises")
+    before, file = contents(tmp_path), tmp_path / "balancer.py"
+    file.write_bytes((before["balancer.py"] + b"# mine\xc2\xa0\n").replace(b"\n", b"\r\n"))  # also such lines
+    with_a_change = contents(tmp_path)
+
+    def refused(arguments, said):
+        found = contents(tmp_path)
+        with pytest.raises(SystemExit, match="2"):
+            exercise.main(arguments)
+        text = capsys.readouterr().err
+        assert said in text and text.count("\n") == 1 and contents(tmp_path) == found
+
+    for number in (1, 2):
+        assert exercise.main(["4"]) == exercise.main(["5"]) == 0
+        refused(["4"], "exercise 4 is begun; --solution puts its original back")
+        hole = file.read_text()
+        attempt = hole.replace('raise NotImplementedError("exercise 4: PrefixTree.evict")', f"return {number}")
+        file.write_text(attempt.replace("return", "return ("))
+        refused(["4", "--solution"], "balancer.py:")
+        file.write_text(attempt.replace("def evict(", "def evicts("))
+        refused(["4", "--solution"], "balancer.py: PrefixTree.evict is expected there, and is not")
+        file.write_bytes(attempt.replace("\n", "\r\n").encode())
+        assert attempt != hole and not exercise.main(["4", "--solution"])
+        kept = (tmp_path / ".exercises" / f"4-attempt-{number}.py").read_text()
+        assert kept.startswith("# PrefixTree.evict in balancer.py\n") and f"return {number}\n" in kept
+        assert exercise.main(["5", "--solution"]) == 0 and contents(tmp_path) == with_a_change
+    file.write_bytes(before["balancer.py"])
+    capsys.readouterr()
+    assert exercise.main([]) == exercise.main(["2"]) == exercise.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.count("The causal rule in a piece  (begun)") == 1 and "write    is_hidden, work.py:" in said
+    assert exercise.main(["2", "--solution"]) == 0 and contents(tmp_path) == before
+    assert len([*(tmp_path / ".exercises").iterdir()]) == 2
+
+
+def run_exercise(folder, *arguments):
+    """→ exit status, what it says."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "bench/exercise.py", *map(str, arguments)], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+                          env=environment | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout
+
+
+def fail_and_put_back(folder, made):
+    """Once its functions are empty all of its tests fail, and for that; then all is as it was."""
+    before = contents(folder)
+    assert run_exercise(folder, made.number)[0] == 0
+    changed = [name for name, content in contents(folder).items() if content != before[name]]
+    assert changed == sorted({function.file for function in made.functions})
+    status, said = run_exercise(folder, made.number, "--check")
+    failed = set(re.findall(r"^FAILED \S+::(\w+(?:\[\S+\])?)", said, re.MULTILINE))
+    names = failed | {name.partition("[")[0] for name in failed}
+    assert status == 1 and names >= {*made.graders}, (made.graders, said)
+    assert not re.search(r"\d+ (passed|error)", said.splitlines()[-1]), said
+    assert said.count(f"exercise {made.number}: ") >= len(failed), said
+    assert run_exercise(folder, made.number, "--solution")[0] == 0 and contents(folder) == before
+
+
+def test_the_graders_see_what_is_missing(tmp_path):
+    """Of each exercise, in two copies of the project at once; and in the end that all is there."""
+    folders = [copy_project(tmp_path / name) for name in "ab"]
+
+    def every_second(first):
+        for made in EXERCISES[first::2]:
+            fail_and_put_back(folders[first], made)
+
+    with ThreadPoolExecutor(2) as executor:
+        assert [*executor.map(every_second, (0, 1))] == [None, None]
+    graders = dict.fromkeys(f"test_tokenlake.py::{name}" for made in EXERCISES for name in made.graders)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *graders], cwd=folders[0], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert done.returncode == 0, done.stdout
 
 
 # ── the README's commands ─────────────────────────────────────────────────────────────────────
