@@ -8675,13 +8675,12 @@ def test_what_is_no_exercise_is_refused(tmp_path, monkeypatch, capsys, arguments
 
 
 def copy_project(folder) -> Path:
-    """What exercises need of it, compiled files too, with their times: so these stay good."""
-    for pattern in ("*.py", "*.md", "pytest.ini", "__pycache__/*.pyc"):
-        for part in (".", "bench"):
-            for file in (HERE / part).glob(pattern):
-                target = folder / file.relative_to(HERE)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, target)
+    """What exercises need of it."""
+    for pattern in ("*.py", "bench/*.py", "*.md", "pytest.ini"):
+        for file in HERE.glob(pattern):
+            target = folder / file.relative_to(HERE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
     return folder
 
 
@@ -8729,11 +8728,12 @@ def test_an_attempt_is_kept(tmp_path, monkeypatch, capsys):
     assert len([*(tmp_path / ".exercises").iterdir()]) == 2
 
 
-def run_exercise(folder, *arguments):
-    """→ exit status, what it says."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "bench/exercise.py", *map(str, arguments)], cwd=folder, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+def run_in(folder, *command):
+    """Python there, which compiles what it imports once → exit status, what it says."""
+    left_out = "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    done = subprocess.run([sys.executable, *command], cwd=folder, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=environment | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout
 
@@ -8741,16 +8741,17 @@ def run_exercise(folder, *arguments):
 def fail_and_put_back(folder, made):
     """Once its functions are empty all of its tests fail, and for that; then all is as it was."""
     before = contents(folder)
-    assert run_exercise(folder, made.number)[0] == 0
+    command = "bench/exercise.py", str(made.number)
+    assert run_in(folder, *command)[0] == 0
     changed = [name for name, content in contents(folder).items() if content != before[name]]
     assert changed == sorted({function.file for function in made.functions})
-    status, said = run_exercise(folder, made.number, "--check")
+    status, said = run_in(folder, *command, "--check")
     failed = set(re.findall(r"^FAILED \S+::(\w+(?:\[\S+\])?)", said, re.MULTILINE))
     names = failed | {name.partition("[")[0] for name in failed}
     assert status == 1 and names >= {*made.graders}, (made.graders, said)
     assert not re.search(r"\d+ (passed|error)", said.splitlines()[-1]), said
     assert said.count(f"exercise {made.number}: ") >= len(failed), said
-    assert run_exercise(folder, made.number, "--solution")[0] == 0 and contents(folder) == before
+    assert run_in(folder, *command, "--solution")[0] == 0 and contents(folder) == before
 
 
 def test_the_graders_see_what_is_missing(tmp_path):
@@ -8764,9 +8765,8 @@ def test_the_graders_see_what_is_missing(tmp_path):
     with ThreadPoolExecutor(2) as executor:
         assert [*executor.map(every_second, (0, 1))] == [None, None]
     graders = dict.fromkeys(f"test_tokenlake.py::{name}" for made in EXERCISES for name in made.graders)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *graders], cwd=folders[0], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
-    assert done.returncode == 0, done.stdout
+    status, said = run_in(folders[0], "-m", "pytest", "-q", *graders)
+    assert status == 0, said
 
 
 # ── the README's commands ─────────────────────────────────────────────────────────────────────
