@@ -8422,17 +8422,19 @@ def test_a_key_is_hidden_from_rows_before_it():
 @pytest.mark.parametrize("begins", [0, 60, 63, 64])
 def test_a_row_sees_keys_up_to_its_own(backend, begins):
     """Of q = 0 all keys that a row sees weigh the same: exp(lse) counts them, and o is the mean of
-    their positions. Tiles are of 64 keys; what lies in the slab behind the last one is no number."""
+    their positions. Tiles are of 64 keys; what lies in the slab behind the last one is no number. The
+    last row comes long after all of them, as where a tail of its keys lies elsewhere."""
     rows, device = 7, DEVICE[backend]
     end = begins + rows
     position = torch.arange(end, dtype=torch.float32)
     kv = torch.full((end + 64, 2, 1, 16), math.nan)
     kv[:end] = position[:, None, None, None]
-    work = make_work([(0, rows, begins)], [(0, 0, end, 0)], 2, 1)
-    o, lse = partial_attention(torch.zeros(rows, 2, 16, device=device), kv.to(device), work, 1.0, backend)
-    seen = position[begins:] + 1
-    assert torch.allclose(lse.cpu().exp(), seen[:, None].expand(rows, 2), rtol=1e-5)
-    assert torch.allclose(o.cpu(), ((seen - 1) / 2)[:, None, None].expand(rows, 2, 16), rtol=1e-5)
+    work = make_work([(0, rows, begins), (rows, 1, 500)], [(0, 0, end, 0), (1, 0, end, 0)], 2, 1)
+    q = torch.zeros(rows + 1, 2, 16, device=device)
+    o, lse = (x.cpu() for x in partial_attention(q, kv.to(device), work, 1.0, backend))
+    seen = torch.tensor([*range(begins + 1, end + 1), end], dtype=torch.float32)
+    assert torch.allclose(lse.exp(), seen[:, None].expand_as(lse), rtol=1e-5)
+    assert torch.allclose(o, ((seen - 1) / 2)[:, None, None].expand_as(o), rtol=1e-5)
 
 
 def same_prompt_twice():

@@ -196,8 +196,12 @@ def check(exercise) -> int:
     if not exercise.originals.exists():
         print(f"Exercise {exercise.number} is not begun: this grades the original.", flush=True)
     tests = [f"{TESTS}::{grader}" for grader in exercise.graders]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=native", *tests]
-    return subprocess.run(command, cwd=ROOT).returncode
+    # A line for each that fails: pytest's longer forms take most of a second for each.
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", *tests]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status:
+        print(f"\nMore about one of them: python -m pytest {TESTS}::NAME")
+    return status
 
 
 def put_back(exercise):
