@@ -258,7 +258,10 @@ def main(arguments: list[str]) -> int:
     if options.check:
         return check(exercise)
     try:
-        put_back(exercise) if options.solution else begin(exercise)
+        if options.solution:
+            put_back(exercise)
+        else:
+            begin(exercise)
     except ValueError as error:
         parser.error(str(error))
     return 0
@@ -268,6 +271,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except OSError as error:  # a full disk, say
-        sys.exit(f"exercise.py: error: {error.filename}: {error.strerror}")
+        sys.exit(f"exercise.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("exercise.py: stopped by Ctrl-C")
