@@ -8538,6 +8538,16 @@ def test_what_is_fewer_bytes_travels(prompts, rows, kv_bytes, room, pulled):
     assert plan.ships[:, 1].tolist() == [not pulled] * len(runs)
 
 
+@pytest.mark.parametrize("room, pulled", [(16, 16), (15, 8), (7, 0)])
+def test_all_that_is_pulled_has_to_fit(room, pulled):
+    """Eight old tokens lie at instance 1 and eight at instance 2; either is worth it, in one buffer."""
+    lake = TokenLake([0, 1, 2], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0, pull_tokens=room))
+    lake.query_bytes, lake.kv_bytes = 100, 40
+    run = reader(lake, 0, [50, 51, 100, 101], 10, rows=4, decode=False)
+    plan, _, groups = lake.gen_plans([[run], [], []], [1, 1, 1], lake.get_prefix_tree())
+    assert groups == [[0], [], []] and plan.old.pulls.rows.sum() == pulled
+
+
 def test_all_that_goes_into_a_plan_goes_into_its_digest():
     """Values that are not the same have other bytes: of another shape or type, cut elsewhere, or with
     one number of many changed. How an array lies in memory does not count."""
@@ -8583,6 +8593,21 @@ def test_the_best_pair_is_not_always_matched():
     plan, transfer, groups = lake.gen_plans([[first], [second]], [1, 1], lake.get_prefix_tree())
     assert groups == [[1], [0]]
     assert plan.old.pulls.rows.sum() + transfer.moves.rows.sum() == 12 + 1
+
+
+def test_a_row_that_puts_nothing_draws_nobody():
+    """A cached prompt reads at instance 0 and ships a row of 10 bytes; its KV is there already. A decode
+    reads at instance 1 and puts 100 bytes at instance 2: there their part is computed."""
+    lake = TokenLake([0, 1, 2], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0))
+    lake.query_bytes, lake.kv_bytes = 10, 100
+    cached = Request(0, tokens(4, 0), 9)
+    lake.balancer.admit(cached, 0)
+    cached.done = 3
+    lake.balancer.held[cached.held_row] = [1, 0, 0]
+    run = balancer.Run(cached, 3, 1, 0, int(cached.table[0]), False, False)
+    decode = reader(lake, 1, [50], home=100)
+    _, _, groups = lake.gen_plans([[run, decode]], [1], lake.get_prefix_tree())
+    assert groups == [[2, 2]]
 
 
 @pytest.mark.parametrize("exchange_bytes, instance", [(90, 0), (89, 1)])
