@@ -8550,7 +8550,7 @@ def test_all_that_is_pulled_has_to_fit(room, pulled):
 
 def test_all_that_goes_into_a_plan_goes_into_its_digest():
     """Values that are not the same have other bytes: of another shape or type, cut elsewhere, or with
-    one number of many changed. How an array lies in memory does not count."""
+    one number of many changed. How an array lies in memory does not count, nor what is left out."""
     numbers, many = np.arange(6), np.arange(5000)
     other = many.copy()
     other[2500] += 1
@@ -8559,6 +8559,8 @@ def test_all_that_goes_into_a_plan_goes_into_its_digest():
               many, other, work_module.AtOnce(3, 4), pool.TransferPlan((), (), 3)]
     written = [b"".join(map(bytes, pool.plan_leaves(value))) for value in values]
     assert len({*written}) == len(values)
+    left_out = [pool.OldKV(numbers, tables, (), (), ()) for tables in ([], [numbers])]
+    assert len({b"".join(map(bytes, pool.plan_leaves(old))) for old in left_out}) == 1
     table = numbers.reshape(3, 2)
     strided, copied = ([*map(bytes, pool.plan_leaves(x))] for x in (table[:, 1], table[:, 1].copy()))
     assert strided == copied
