@@ -8643,11 +8643,14 @@ def test_who_reads_what_together():
 
 
 def test_who_may_read_together():
-    """All rows of a reader see all of the span; and rows for a whole block gain little."""
+    """All rows of a reader see all of the span; and rows for a whole block gain little. Nor do four
+    readers of 31 rows each gain anything: together they fill four blocks of 32, as alone."""
     rows = QueryRows.of_runs(np.arange(3), np.array([0, 9, 20]), np.array([2, 2, 16]), np.array([62, 63, 99]))
     spans = KVSpans(*np.array([(0, 0, 64, 0), (1, 0, 64, 0), (2, 0, 64, 0), (0, 0, 63, 0)]).T)
     assert work_module.can_be_shared(rows, spans, 16).tolist() == [False, True, False, True]
     assert work_module.can_be_shared(rows, spans, 17).tolist() == [False, True, True, True]
+    assert not work_module.saves_bytes(4, 4 * 31, 10**6, max_rows=32, partial_tokens=8)
+    assert work_module.saves_bytes(4, 4 * 24, 10**6, max_rows=32, partial_tokens=8)
 
 
 def test_a_dynamic_program_by_hand():
