@@ -224,11 +224,12 @@ def put_back(exercise):
     if attempt:
         path = exercise.free_attempt()
         path.write_text("\n".join(attempt), encoding="utf-8")
-        print(f"Your attempt is kept in {path.relative_to(ROOT)}.")
     for file, lines in files.items():
         write_lines(file, lines)
     exercise.originals.unlink()
     print(f"Exercise {exercise.number}: the original is back.")
+    if attempt:
+        print(f"Your attempt is kept in {path.relative_to(ROOT)}.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -269,7 +270,11 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:  # who reads the output left early, as `head` does
+        os._exit(1)
     except OSError as error:  # a full disk, say
         sys.exit(f"exercise.py: error: {error}")
     except KeyboardInterrupt:
