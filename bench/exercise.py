@@ -197,7 +197,7 @@ def check(exercise) -> int:
         print(f"Exercise {exercise.number} is not begun: this grades the original.", flush=True)
     tests = [f"{TESTS}::{grader}" for grader in exercise.graders]
     # A line for each that fails: pytest's longer forms take most of a second for each.
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "--tb=line", *tests]
     status = subprocess.run(command, cwd=ROOT).returncode
     if status:
         print(f"\nMore about one of them: python -m pytest {TESTS}::NAME")
