@@ -8890,6 +8890,7 @@ COMMANDS = {
         Shown(r"lake.html: 5 iterations", "python run_cluster.py --record 5 --num-requests 3 "
               "--speed inf --output out && python bench/watch.py out", "it needs a recording", 15),
     "python bench/conformance.py check bench/vectors": Shown("iteration: 4 of 4 agree", seconds=9),
+    "python bench/exercise.py": Shown("1  The merge of partial attentions", seconds=2),
     "python record.py": Shown("plans.jsonl begins with a line", seconds=9),
     "python run_cluster.py --model DIR --trace FILE.jsonl":
         Shown(r"1 on .*requests  20 in", f"python {TINY}", "a tiny folder", 15),
