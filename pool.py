@@ -66,8 +66,9 @@ from work import (
 # Kinds of moves, and their names in reports.
 PUT = 0  # new KV goes to its home
 REPLICA = 1  # a segment is copied
-PULL = 2  # KV, old or fresh, comes to its readers for one iteration
-MOVE_KINDS = ("put", "replica", "pull")
+PULL = 2  # old KV comes to its readers, for one iteration
+TO_SIBLING = 3  # so does fresh KV, to later rows of its request
+MOVE_KINDS = ("put", "replica", "pull", "sibling")
 
 # Places of KV that rows read at an instance.
 HERE = 0  # in its slab or staging, before the moves of a layer land
@@ -149,7 +150,7 @@ def iteration_bytes(llama, config: LakeConfig, num_instances, dtype) -> int:
 class Moves(NamedTuple):
     """An entry is a move: rows of KV that travel from one instance to another. In a TransferPlan
     they stand in this order: fresh KV to siblings, new KV to its home, copies."""
-    kind: Column  # PUT, REPLICA or PULL
+    kind: Column  # PUT, REPLICA, PULL or TO_SIBLING
     source: Column  # instance
     source_row: Column  # first slab row there
     target: Column  # instance

@@ -115,14 +115,12 @@ import numpy as np
 
 from balancer import Segment
 from model import dtype_name
-from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING
+from pool import HERE, LATE, MOVE_KINDS, REPLICA, SIBLING
 
 VERSION = 1
 FILE_NAME = "plans.jsonl"
 RUN_KEYS = ("request", "position", "rows", "instance", "slot", "home", "puts", "decode")
 PLACES = {HERE: "here", LATE: "late", SIBLING: "sibling"}
-# In a transfer plan: what is pulled there is fresh.
-KINDS = {PULL: "sibling", PUT: "put", REPLICA: "replica"}
 
 
 def describe_run(lake, model_dtype, options) -> dict:
@@ -420,11 +418,11 @@ def chain_moves(plan, transfer_plan):
     for kind, source, row, target, target_row, rows in zip(*(c.tolist() for c in moves)):
         if kind == REPLICA:
             filled = slot_at(target, target_row)
-            trip = KINDS[kind], None, source, target, filled
+            trip = MOVE_KINDS[kind], None, source, target, filled
             yield trip, [slot_at(source, row), filled], rows
         else:
             id, slot = writer_at[source, row]
-            yield (KINDS[kind], id, source, target), [slot], rows
+            yield (MOVE_KINDS[kind], id, source, target), [slot], rows
 
 
 def find_writers(plan, transfer_plan) -> dict:

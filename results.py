@@ -513,28 +513,24 @@ def describe_speed(speed: float) -> str:
 REPORT = """\
     requests  {completed} in {duration:.1f} s, {output_throughput:,.0f} output tokens/s
     hit rate  {hit_rate:.1%} of {total_input_tokens:,} prompt tokens were found in the pool
-    computed  {computed_tokens:,} of {asked_tokens:,} prompt and fed-back answer tokens; the rest were hits
-              ({recomputed_tokens:,} again, after preemption)
-  cache load  {shares} of cache reads, by rank; coefficient of variation {cache_load_cv:.2f}
-     KV read  {read} MB; what several requests share is read once an iteration
+    computed  {computed_tokens:,} of {asked_tokens:,} tokens of prompts and answers; the rest were hits
+              ({recomputed_tokens:,} of them twice, after a preemption)
+  cache load  {shares} of cache reads, by rank
+              (in 32 iterations each, on average: coefficient of variation {cache_load_cv:.2f})
+     KV read  {read} MB; what several requests share counts once an iteration
      TTFT ms  {ttft} (to the first token)
      TPOT ms  {tpot} (per later token)
-       moved  {moved}
-              ({puts_local:.1%} of new KV stayed where it was computed)
+       moved  queries and results {query} MB, old KV pulled {pull} MB, copies {replica} MB,
+              new KV to siblings {sibling} MB and to homes {put} MB ({puts_local:.1%} was computed at home)
     pressure  {evictions:,} segments evicted, {preemptions:,} requests preempted"""
 RESUMED = "\n     resumed  {resumed} of them were there already"
 VERIFIED = "\n    verified  {verified}/{checked} "
 DIFFERENT = "; {different} DIFFER"
 EQUAL = "equal recomputation without a cache, token for token"
 NEAR = "are as near recomputation without a cache as rounding allows"
-LOGPROBS = "\n              log-probabilities differ by {max_logprob_error:.2g} at most, "
-LOGPROBS += "by rounding {logprob_rounding:.2g}"
-MOVED = {
-    "query": "queries and results",
-    "pull": "pulled KV",
-    "put": "new KV",
-    "replica": "replicas",
-}
+LOGPROBS = "\n              log-probabilities differ by {max_logprob_error:.2g} at most; "
+LOGPROBS += "the model's own rounding is {logprob_rounding:.2g}"
+MOVED = "query pull replica sibling put".split()  # kinds of bytes
 
 
 def format_report(summary: dict) -> str:
@@ -558,9 +554,7 @@ def format_report(summary: dict) -> str:
         checked=(summary["verified"] or 0) + different,
         shares="  ".join(f"{n / max(1, sum(reads)):.1%}" for n in reads),
         read=f"{values['kv_bytes_read'] / 1e6:,.1f}",
-        moved=", ".join(
-            f"{MOVED[k]} {values[f'{k}_bytes'] / 1e6:,.1f} MB" for k in MOVED
-        ),
+        **{kind: f"{values[f'{kind}_bytes'] / 1e6:,.1f}" for kind in MOVED},
         ttft=times("ttft_ms"),
         tpot=times("tpot_ms"),
     )

@@ -71,7 +71,7 @@ from balancer import (
     Run,
 )
 from cluster import Cluster, LakeError
-from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING
+from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING, TO_SIBLING
 from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
@@ -567,7 +567,7 @@ class TokenLake:
         filled_row = slab_row(filled, S, C)
         copied_row = slab_row(copied, S, C)
         return Moves.of(
-            (PULL, sibling.instance, sibling_row, reader, -1, sibling.rows),
+            (TO_SIBLING, sibling.instance, sibling_row, reader, -1, sibling.rows),
             (PUT, new.instance, written[staged], new.home, home_row, new.rows),
             (REPLICA, copied // S, copied_row, filled // S, filled_row, C),
         )

@@ -33,11 +33,11 @@ from options import Parser, run_main  # noqa: E402
 from pool import (  # noqa: E402
     HERE,
     LATE,
-    PULL,
     PULLED,
     PUT,
     REPLICA,
     SIBLING,
+    TO_SIBLING,
     LakeConfig,
     Moves,
 )
@@ -255,7 +255,7 @@ def run_scene(seed: int) -> tuple[str, Counter]:
         kinds = Counter(kind for kind, *_ in tables["moves"])
         counts.update(
             plans=bool(plan.runs),
-            siblings=kinds[PULL],
+            siblings=kinds[TO_SIBLING],
             puts=kinds[PUT],
             replicas=kinds[REPLICA],
             pulls=len(tables["pulls"]),

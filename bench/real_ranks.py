@@ -195,7 +195,7 @@ def describe_real(options, ranks: int, num_requests: int) -> str:
     )
 
 
-MOVED = "query put replica pull".split()
+MOVED = "query put sibling replica pull".split()
 REAL_HEADER = (
     f"{'policy':>10} {'verified':>9} {'hits':>6} {'CV':>5} {'computed':>9} {'evicted':>8} "
     f"{'rounds':>10} {'queries':>8} {'new KV':>8} {'replicas':>8} {'pulled':>8}\n"
@@ -206,12 +206,13 @@ REAL_HEADER = (
 
 def show_real(result: dict) -> str:
     """A row of the table."""
-    query, put, replica, pull = (result[f"{kind}_bytes"] / 1e6 for kind in MOVED)
+    query, put, sibling, replica, pull = (result[f"{kind}_bytes"] / 1e6 for kind in MOVED)
     return (
         f"{result['policy']:>10} {result['verified']:>5}/{result['completed']:<3} "
         f"{100 * result['hit_rate']:>6.1f} {result['cache_load_cv']:>5.2f} "
         f"{result['computed_tokens']:>9,} {result['evictions']:>8,} "
-        f"{result['rounds']:>10,} {query:>8,.1f} {put:>8,.1f} {replica:>8,.1f} {pull:>8,.1f}"
+        f"{result['rounds']:>10,} {query:>8,.1f} {put + sibling:>8,.1f} {replica:>8,.1f} "
+        f"{pull:>8,.1f}"
     )
 
 
