@@ -4966,6 +4966,70 @@ def test_ship_or_pull_halves_the_bytes(tmp_path):
     assert moved[0][1] == moved[16384][1] and moved[0][0] >= 2 * moved[16384][0] > 0
 
 
+# ── an engine with paged KV, brought into a lake ──────────────────────────────────────────────
+
+
+def run_ported(*arguments, fault=""):
+    """bench/ported.py, maybe with something broken in it: ranks are forked, so all have that."""
+    code = (f"import sys; sys.path.insert(0, {str(HERE / 'bench')!r}); import ported\n{fault}\n"
+            f"ported.run_main(ported.main)")
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_ported_engine_answers_as_without_a_cache(ranks):
+    """Prefixes are shared, one prompt is cached as a whole, something is evicted; and with several
+    ranks queries travel, and new KV both to its home and to readers."""
+    done = run_ported("--ranks", str(ranks))
+    assert done.returncode == 0 and done.stdout.endswith("\n6 of 6 answers equal\n"), done.stderr
+    hits = [int(n) for n in re.findall(r"(\d+) of \d+ prompt tokens", done.stdout)]
+    assert sum(n >= 63 for n in hits) == 3 and "63 of 64 prompt tokens" in done.stdout
+    (totals,) = re.findall(r"in all: (\d+) of Q travel, (\d+) of KV to its home, (\d+) to", done.stdout)
+    assert [int(n) > 0 for n in totals] == [ranks > 1] * 3
+    assert ranks == 3 or not done.stdout.count("\n0 segments were evicted")
+
+
+FAULTS = {
+    "a page is lost": """
+def step(engine, step=ported.Engine.step):
+    if engine.iterations == 3:
+        home, slot = divmod(int(engine.running[0].table[0]), ported.LAKE.slots)
+        if home == engine.rank:
+            engine.cache.layers[:, engine.cache.block_table[slot * ported.C // ported.PAGE]] = 0
+    return step(engine)
+ported.Engine.step = step""",
+    "results from one rank are not merged": """
+def merge(o, lse, parts, merge=ported.merge):
+    return merge(o, lse, parts[:, :1])
+ported.merge = merge""",
+    "what moves does not land": """
+def list_new_kv(attention, *arguments, list_new_kv=ported.PagedAttention._list_new_kv):
+    list_new_kv(attention, *arguments)
+    attention.landing = attention.landing.clamp(max=0)
+ported.PagedAttention._list_new_kv = list_new_kv""",
+    "spans are not cut": """
+def cut(cache, reader, first_row, length, position):
+    row = cache.block_table[first_row // ported.PAGE] * ported.PAGE + first_row % ported.PAGE
+    return ported.KVSpans(reader, row, length.clip(max=ported.PAGE), position)
+ported.PagedCache.cut = cut""",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_ported_engine_notices(fault):
+    """What a port may get wrong: answers differ, and the exit status says so."""
+    done = run_ported(fault=fault)
+    assert done.returncode == 1 and "answer WRONG" in done.stdout, done.stderr
+    assert not done.stderr
+
+
+def test_a_ported_engine_refuses_an_option_in_a_line():
+    done = run_ported("--ranks", "0")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--ranks: '0'" in done.stderr
+    assert not done.stdout
+
+
 # ── hazards ───────────────────────────────────────────────────────────────────────────────────
 
 
