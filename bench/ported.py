@@ -68,7 +68,6 @@ class PagedCache:
     Behind the slots lie rows that are never published: staging, for new KV that is computed here
     and lives elsewhere, then `incoming`, for KV that comes only to be read in this iteration.
     """
-
     def __init__(self, num_ranks, rank):
         self.incoming = LAKE.slots * C + LAKE.staging(num_ranks)
         num_rows = self.incoming + LAKE.max_batch * CHUNK  # all of an iteration may come
@@ -105,7 +104,6 @@ def exchange(rows, sends, receives):
 
 class PagedAttention:
     """An iteration's attention backend: its tables are made once of the plan, for all layers."""
-
     def __init__(self, plan, transfer_plan, cache, rank):
         self.cache = cache
         self._list_new_kv(transfer_plan, rank)
@@ -138,9 +136,8 @@ class PagedAttention:
         is_own = plan.run_table.instance == rank
         own = select(plan.run_table, is_own)
         num_own = own.rows.sum()
-        holder, run = np.nonzero(
-            plan.ships[is_own].T
-        )  # by holder: in this order rows leave
+        # By holder: in this order rows leave.
+        holder, run = np.nonzero(plan.ships[is_own].T)
         rows = ranges(own.first_row[run], own.rows[run])
         self.shipped = torch.from_numpy(rows)
         # By own row and rank: the result from there, −1 if there is none. Those that return are
@@ -172,9 +169,8 @@ class PagedAttention:
 
     def __call__(self, layer, q, kv):
         """q [T, H, D], kv [T, 2, Hkv, D] of own rows → [T, H, D]."""
-        slab = self.cache.layers[layer].view(
-            -1, *kv.shape[1:]
-        )  # pages as rows, not copied
+        # Pages as rows, which copies nothing.
+        slab = self.cache.layers[layer].view(-1, *kv.shape[1:])
         slab[self.written] = kv[self.computed]
         slab[self.landing] = exchange(slab[self.leaving], *self.kv_splits)
         sends, receives = self.q_splits
@@ -189,7 +185,6 @@ class PagedAttention:
 
 class Engine:
     """One rank. All have the same requests, in the same order, and so decide the same."""
-
     def __init__(self, requests, num_ranks, rank):
         self.rank = rank
         # Without a cluster it only plans: it makes no pool.
