@@ -116,10 +116,9 @@ EXPERIMENTS = {
     "real": "compare.py --real --json --policies tokenlake,lakes:2x2,router,pd:1x3,pd:3x1",
     "peers": f"peers.py --json {FIGURES_FILE}",
     "demo": "run_cluster.py",
-    "demo-1": "run_cluster.py",
 }
 RANKS = {"real": 4, "validation-4": 4, "demo": 4}  # of the experiments that take several
-TEXTS = ["demo", "demo-1"]  # experiments that print no JSON
+TEXTS = ["demo"]  # experiments that print no JSON
 
 
 # Measuring.
