@@ -3206,11 +3206,14 @@ def test_bytes_in_figures_are_counted_by_hand(drawn_figures):
     query = result = 32 * 128 * 2
     row = query + result + 32 * 4
     segment = 512 * 2 * 8 * 128 * 2
-    assert f": {segment:,} bytes" in said["pool"] and f": {row:,} bytes" in said["pool"]
-    assert segment / row == pytest.approx(127, abs=0.01) and "127 times" in said["pool"]
-    assert "Even at 127 rows" in said["meet"] and "16.5 kB travel" in said["meet"]
+    assert (row, segment) == (16_512, 2_097_152)  # 16.5 kB and 2.1 MB, as the README has them
+    assert "lives: 2.1 MB" in said["pool"] and "instead: 16.5 kB, 127 times fewer" in said["pool"]
+    assert segment / row == pytest.approx(127, abs=0.01) and "Break-even: 127 rows" in said["meet"]
+    assert "16.5 kB travel in a layer, not 2.1 MB" in said["meet"]
     assert "2.1 MB are read a layer, not 67.1 MB" in said["once"]
     assert round(32 * segment / 1e6, 1) == 67.1
+    units = re.findall(r"[\d.,]+ (\w*)(?:B|bytes)\b", " ".join(map(bytes.decode, drawn_figures.values())))
+    assert len(units) > 10 and {*units} == {"k", "M"}
 
 
 @pytest.mark.parametrize("rows, pulled", [(1, 0), (127, 0), (128, 1)])
@@ -3221,6 +3224,35 @@ def test_a_prompt_pulls_from_where_the_figure_says(rows, pulled):
     share = SimpleNamespace(is_prompt=np.array([True]), part=np.array([0]), rows=np.array([rows]))
     found = lesson.LAKE._ship_or_pull(share, np.array([[0, lesson.C, 0]]))
     assert found.holder.tolist() == [1] * pulled
+
+
+def test_fresh_kv_goes_as_the_figure_says(drawn_figures):
+    """The prompt that is drawn, planned: who computes what, and which KV goes from whom to whom."""
+    import lesson
+
+    C, N = lesson.C, lesson.INSTANCES
+    cached, end = lesson.CACHED * C, lesson.SEGMENTS * C
+    lake = TokenLake(list(range(N)), lesson.LLAMA, LakeConfig(C, chunk_tokens=4 * C), dtype=torch.bfloat16)
+    prepared(lake.balancer, 0, list(range(cached)))
+    asked = Scheduler(lake)
+    asked.add(Request(1, list(range(end)), end + 1))
+    plan, transfer, _ = lake.gen_plans(*asked.schedule(), lake.get_prefix_tree())
+    S = lake.balancer.slots
+    first = plan.old.tables[0][0] // S  # the home of segment 0, which is instance 0 in the figure
+    segment_at = {}
+    for run in plan.runs:
+        assert run.rows == C and run.preferred == run.slot // S == (first + run.position // C) % N
+        segment_at[run.slot // S, (run.slot % S) * C] = run.position // C
+    moves = transfer.moves
+    sent = {pair: [] for pair in itertools.permutations(range(N), 2)}
+    for source, row, target in zip(moves.source, moves.source_row, moves.target):
+        pair = (source - first) % N, (target - first) % N
+        sent[pair].append(segment_at[source, row])
+    assert (moves.rows == C).all() and not plan.ships.any()
+    assert len(plan.old.pulls.rows) == lesson.CACHED * (N - 1)
+    assert sent == {pair: lesson.fresh_sent(*pair) for pair in sent} and all(sent.values())
+    said = [text.text for text in texts_of(drawn_figures["split"], "kv")]
+    assert sorted(said) == sorted(f"KV {lesson.named(segments)}" for segments in sent.values())
 
 
 @pytest.mark.parametrize("decodes, reads", [(31, 1), (32, 1), (33, 2), (64, 2)])

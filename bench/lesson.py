@@ -7,6 +7,7 @@ counts with for Llama-3.1-8B in bf16; names of functions are the code's. bench/s
 colours mean.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from options import Parser, file_name, run_main  # noqa: E402
 from pool import LakeConfig  # noqa: E402
 from simulate import MODELS, segment_tokens  # noqa: E402
-from svg import WIDTH, Figure  # noqa: E402
+from svg import LINE, WIDTH, Figure  # noqa: E402
 from tokenlake import TokenLake  # noqa: E402
 from work import MAX_LANES, rows_of_a_block  # noqa: E402
 
@@ -45,6 +46,10 @@ def size(count) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
+def named(segments) -> str:
+    return ", ".join(map(str, segments))
+
+
 def columns(number, width):
     """Where so many columns of a width begin, spread from margin to margin."""
     gap = (RIGHT - MARGIN - number * width) / (number - 1)
@@ -65,8 +70,9 @@ def draw_pool() -> Figure:
         "A pool of KV caches",
         f"A long prompt of {PROMPT} segments is striped over the slabs of {INSTANCES} instances. "
         "The query row of a decode, which instance 1 computes, travels to the homes of all "
-        "segments; results, O and LSE, come back and are merged. Below, to scale: of "
-        f"{OF}, a segment of {C} tokens has {SEGMENT:,} bytes, a row's query and result {ROW:,}.",
+        "segments; results, O and its log-sum-exp (LSE), come back and are merged. Below, to "
+        f"scale: of {OF}, a segment of {C} tokens has {size(SEGMENT)}, a row's query and result "
+        f"{size(ROW)}.",
         424,
     )
     holders = columns(INSTANCES, HOLDER)
@@ -123,7 +129,7 @@ def draw_slab(figure, instance, x):
 
 def numbers(instance) -> str:
     """Of the prompt's segments that live there."""
-    return ", ".join(map(str, range(instance, PROMPT, INSTANCES)))
+    return named(range(instance, PROMPT, INSTANCES))
 
 
 INSET = 14  # of what stands in an instance
@@ -161,10 +167,11 @@ def compare_bytes(figure):
     """What travels beside what stays, to scale."""
     whole = RIGHT - MARGIN
     figure.text(MARGIN, 344, f"{OF}, to scale:", "small faint")
-    said = f"a segment, KV of {C} tokens, stays where it lives: {SEGMENT:,} bytes"
+    said = f"a segment, KV of {C} tokens, stays where it lives: {size(SEGMENT)}"
     figure.text(MARGIN, 366, said, "small kv")
     figure.cells([(MARGIN, 373)], whole, 10, "kv")
-    said = f"a row's query and result travel instead: {ROW:,} bytes, {EVEN_ROWS:.0f} times fewer"
+    said = "a row's query and result (O, and its log-sum-exp, LSE) travel instead: "
+    said += f"{size(ROW)}, {EVEN_ROWS:.0f} times fewer"
     query = whole * QUERY / SEGMENT
     figure.cells([(MARGIN, 393)], query, 10, "query solid")
     figure.cells([(MARGIN + query, 393)], whole * RESULT / SEGMENT, 10, "result solid")
@@ -182,8 +189,8 @@ def draw_meet() -> Figure:
         "Q and KV must meet; either can travel",
         "Left: a decode ships its one row to the instance that holds a segment, and the result "
         "comes back. Right: where a prompt has many rows, the segment's KV travels to them. Below: "
-        f"bytes over rows. A row and its result are {ROW:,} bytes, a segment of {C} tokens "
-        f"{SEGMENT:,}: from {int(EVEN_ROWS) + 1} rows on to pull it is fewer bytes.",
+        f"bytes over rows. A row and its result are {size(ROW)}, a segment of {C} tokens "
+        f"{size(SEGMENT)}: from {int(EVEN_ROWS) + 1} rows on to pull it is fewer bytes.",
         386,
     )
     left, right = columns(2, 350)
@@ -210,7 +217,7 @@ def draw_pulling(figure, x):
     figure.arrow([(x + 256, 82), (x + 94, 82)], "kv")
     figure.text(x + 175, 74, "rows of K and V", "small kv", "middle")
     said = f"{size(SEGMENT)} travel in a layer, not {size(C * ROW)} for {C} rows;\n"
-    said += "they leave one layer ahead"
+    said += "the KV leaves one layer early"
     figure.text(x, 148, said, "small")
 
 
@@ -247,8 +254,8 @@ def chart_bytes(figure):
     pulled_y = place(0, SEGMENT)[1]
     figure.text(beside, y + 4, "rows and results travel", "small query")
     figure.text(beside, pulled_y + 4, "the KV travels", "small kv")
-    said = f"Even at {EVEN_ROWS:.0f} rows: one and its\nresult are as many bytes as\n"
-    said += f"the KV of {ROW / LAKE.kv_bytes:.1f} tokens."
+    said = f"Break-even: {EVEN_ROWS:.0f} rows. One and\nits result are as many bytes\n"
+    said += f"as the KV of {ROW / LAKE.kv_bytes:.1f} tokens."
     figure.text(beside, pulled_y + 26, said, "small")
     figure.text(even[0] - 8, bottom - 8, "ship", "small query", "end")
     figure.text(even[0] + 8, bottom - 8, "pull", "small kv")
@@ -260,6 +267,7 @@ FEW = BLOCK // 4
 ROWS_THERE = FEW, 2 * FEW, FEW  # of decodes, by the instance that computes them
 BAR = 5.5  # from row to row
 TREE = 414  # x
+FOOT = 288  # y of what stands below
 
 
 def draw_once() -> Figure:
@@ -269,7 +277,7 @@ def draw_once() -> Figure:
         "holder of a segment at the same moment, and it reads the segment once for all of them. "
         "Right: in a prefix tree there is a group of rows for each branching; a row's own part is "
         "merged with those of its groups.",
-        306,
+        338,
     )
     gather_rows(figure)
     show_groups(figure)
@@ -278,11 +286,12 @@ def draw_once() -> Figure:
 
 def gather_rows(figure):
     """Rows of decodes at the holder of a segment."""
-    said = f"{BLOCK} decodes meet a segment of instance {INSTANCES}"
+    said = f"{BLOCK} decodes meet a segment"
     figure.text(MARGIN, 24, said, "head")
-    top = 50
+    top = 66
     height = BLOCK * BAR
-    figure.box(196, top - 12, 184, height + 40, look="faint hollow")
+    figure.box(196, top - 30, 184, height + 58, look="faint hollow")
+    figure.text(288, top - 12, f"instance {INSTANCES}", "small", "middle")
     figure.text(236, top + height + 16, "rows of Q", "small query", "middle")
     figure.text(340, top + height + 16, "segment", "small kv", "middle")
     y = top
@@ -300,8 +309,9 @@ def gather_rows(figure):
     figure.arrow([(312, middle), (264, middle)], "kv")
     figure.text(288, middle - 9, "once", "small kv", "middle")
     said = f"{size(SEGMENT)} are read a layer, not {size(BLOCK * SEGMENT)}.\n"
-    said += f"(A program takes {BLOCK} rows; more are several reads.)"
-    figure.text(MARGIN, 282, said, "small")
+    said += f"(A thread block of the GPU takes {BLOCK} rows;\n"
+    said += "more rows are several reads.)"
+    figure.text(MARGIN, FOOT, said, "small")
 
 
 class Node(NamedTuple):
@@ -337,60 +347,119 @@ def show_groups(figure):
         figure.box(beside, node.y, node.rows_width, 30, node.rows, "query", "small")
     said = "The result of row A is merged of three:\n"
     said += "its own part, that of A B, and that of A B C D."
-    figure.text(TREE, 282, said, "small result")
+    figure.text(TREE, FOOT, said, "small result")
 
 
 # ── sequence parallelism is a split of rows ──────────────────────────────────────────────────────
 
-PART = 182  # width of a part of the rows
-PART_PITCH = 186
-COMPUTES = 140  # width of an instance
+CACHED = INSTANCES  # segments of the prompt that are in the pool
+SEGMENTS = CACHED + 3 * INSTANCES  # and those whose rows are computed
+COMPUTER = 106, 96  # y and height of an instance
 
 
 def draw_split() -> Figure:
     figure = Figure(
         "Sequence parallelism is only a split of rows",
-        f"The new rows of one prompt are cut into {INSTANCES} parts, which {INSTANCES} instances "
-        "compute. Each puts its new KV into the pool, sends its queries there, and gets results, "
-        "like any other rows. There is no ring; where it is fewer bytes, an instance also sends "
-        "KV that it has just computed straight to the others.",
-        332,
+        f"A prompt of {SEGMENTS} segments, striped over {INSTANCES} instances; the first {CACHED} "
+        "are in the pool. Rows of the others are computed where these will live: instance 0 has "
+        f"{named(range(0, SEGMENTS, INSTANCES))}. {fresh_in_words()} There is no ring. Where fresh KV would be "
+        "more bytes than the queries and results of those that read it, these travel instead.",
+        350,
     )
-    first = RIGHT - INSTANCES * PART_PITCH + PART_PITCH - PART
-    figure.text(MARGIN, 24, "one prompt", "head")
-    figure.box(MARGIN, 36, first - MARGIN - 4, 30, "cached", "kv")
-    for part in range(INSTANCES):
-        draw_part(figure, first + part * PART_PITCH, part)
-    middle = (MARGIN + first - 4) / 2
-    figure.arrow([(middle, 68), (middle, 234)], "kv")
-    figure.text(middle + 8, 150, "is there\nalready", "small kv")
-    said = "the pool: the prompt's old KV, striped; its new KV, layer by layer"
-    figure.box(MARGIN, 236, RIGHT - MARGIN, 44, said, "kv")
-    said = "No ring: a row meets in the pool all that it reads, as any other row does. Only where "
-    said += "it is fewer bytes\ndoes an instance send KV that it has just computed straight to "
-    said += "the others."
-    figure.text(MARGIN, 304, said, "small")
+    deal_rows(figure)
+    holders = columns(INSTANCES, HOLDER)
+    for instance, x in enumerate(holders):
+        draw_computer(figure, instance, x)
+    exchange_fresh(figure, holders)
+    said = "No ring: fresh KV goes from each instance to those with later rows, both\n"
+    said += "ways between any two, and old KV likewise. Where KV would be more bytes\n"
+    said += "than the queries and results of its readers, these travel instead."
+    figure.text(MARGIN, 302, said, "small")
     return figure
 
 
-def draw_part(figure, x, part):
-    """Rows, the instance that computes them, and what goes between it and the pool."""
-    figure.box(x, 36, PART, 30, f"new rows, part {part}", "query")
-    middle = x + PART / 2
-    figure.arrow([(middle, 68), (middle, 104)], "query")
-    left = middle - COMPUTES / 2
-    figure.box(left, 106, COMPUTES, 52, f"instance {part}\ncomputes them")
-    figure.arrow([(left + 8, 160), (left + 8, 234)], "kv")
-    figure.text(left + 14, 202, "KV", "small kv")
-    figure.arrow([(left + 52, 160), (left + 52, 234)], "query")
-    figure.text(left + 58, 202, "Q", "small query")
-    figure.arrow([(left + 88, 234), (left + 88, 160)], "result")
-    figure.text(left + 94, 202, "O, LSE", "small result")
-    if part < INSTANCES - 1:
-        end = left + COMPUTES
-        next_left = left + PART_PITCH
-        figure.arrow([(end + 2, 132), (next_left - 2, 132)], "kv dashed")
-        figure.text((end + next_left) / 2, 124, "KV", "small kv", "middle")
+def fresh_sent(source, target) -> list[int]:
+    """New segments of an instance that rows of another read: those with later rows there."""
+    last = max(range(target, SEGMENTS, INSTANCES))
+    return [s for s in range(CACHED, SEGMENTS) if s % INSTANCES == source and s < last]
+
+
+def fresh_in_words() -> str:
+    pairs = itertools.permutations(range(INSTANCES), 2)
+    sent = (f"{named(fresh_sent(a, b))} from {a} to {b}" for a, b in pairs)
+    return f"Fresh KV of segments travels: {'; '.join(sent)}."
+
+
+def deal_rows(figure):
+    """The prompt, and the instance of each of its segments."""
+    width = 34
+    first = (WIDTH - SEGMENTS * width) / 2
+    figure.text(WIDTH / 2, 22, f"one prompt: {SEGMENTS} segments", "head", "middle")
+    for segment in range(SEGMENTS):
+        x = first + segment * width
+        look = look_of(segment)
+        figure.box(x + 1, 32, width - 2, 24, str(segment), look, "small")
+        left, top = place_of(segment)
+        figure.curve((x + width / 2, 58), (left + SLOT[0] / 2, top - 1), f"{look} thin")
+    figure.cells([(MARGIN, 14)], 20, 15, "kv")
+    figure.text(44, 26, "in the pool already", "small")
+    figure.cells([(MARGIN, 35)], 20, 15, "query")
+    figure.text(44, 47, "rows to compute", "small")
+    said = "Striped: rows are\ncomputed where their\nKV will live."
+    figure.text(604, 26, said, "small")
+
+
+def look_of(segment) -> str:
+    return "kv" if segment < CACHED else "query"
+
+
+def place_of(segment):
+    """Left and top of it at its instance."""
+    column, instance = divmod(segment, INSTANCES)
+    width = SEGMENTS // INSTANCES * PITCH[0]
+    left = columns(INSTANCES, HOLDER)[instance] + (HOLDER - width) / 2
+    return left + column * PITCH[0], COMPUTER[0] + 14
+
+
+def draw_computer(figure, instance, x):
+    """An instance, its old segment, and the rows that it computes."""
+    top, height = COMPUTER
+    figure.box(x, top, HOLDER, height, look="faint hollow")
+    own = range(instance, SEGMENTS, INSTANCES)
+    for segment in own:
+        left, y = place_of(segment)
+        figure.cells([(left, y)], *SLOT, look_of(segment))
+        figure.text(left + SLOT[0] / 2, y + 16, str(segment), "small", "middle")
+    centre = x + HOLDER / 2
+    figure.text(centre, top + 60, f"instance {instance}", "", "middle")
+    said = f"computes rows of {named(own[CACHED // INSTANCES :])}"
+    figure.text(centre, top + 80, said, "small", "middle")
+
+
+def exchange_fresh(figure, holders):
+    """Between each two instances, both ways: neighbours side by side, the outer ones below."""
+    top, height = COMPUTER
+    for left in range(INSTANCES - 1):
+        ends = holders[left] + HOLDER + 2, holders[left + 1] - 2
+        tell(figure, left, left + 1, [(ends[0], top + 32), (ends[1], top + 32)])
+        tell(figure, left + 1, left, [(ends[1], top + 76), (ends[0], top + 76)])
+    first, *_, last = (holder + HOLDER / 2 for holder in holders)
+    bottom = top + height + 2
+    for source, target, start, end, y in (
+        (INSTANCES - 1, 0, last - 20, first + 20, bottom + 28),
+        (0, INSTANCES - 1, first - 20, last + 20, bottom + 58),
+    ):
+        path = [(start, bottom), (start, y), (end, y), (end, bottom)]
+        tell(figure, source, target, path)
+
+
+def tell(figure, source, target, path):
+    """Fresh KV goes along a path, the middle of which is level."""
+    figure.arrow(path, "kv")
+    middle = (path[0][0] + path[-1][0]) / 2
+    level = path[len(path) // 2][1]
+    said = f"KV {named(fresh_sent(source, target))}"
+    figure.text(middle, level - 7, said, "small kv", "middle")
 
 
 # ── a conventional instance is a lake of one ─────────────────────────────────────────────────────
@@ -449,9 +518,10 @@ def draw_agree() -> Figure:
         "The control plane is deterministic",
         "From the same trace, the same clock and fit of rank 0 and the same sampled tokens, every "
         "rank plans the same for all. Ranks compare a digest of the plan and its tokens before the "
-        "first exchange of data. At the end of an iteration sampled tokens, rank 0's clock "
-        "and its fit cross; with them the next one is planned.",
-        440,
+        "first exchange of data. Then Q, results and KV cross, each rank with each. At the end of "
+        "an iteration sampled tokens, rank 0's clock and its fit cross; with them the next one is "
+        "planned.",
+        516,
     )
     figure.text(MARGIN, 24, "what every rank has", "head")
     said = (
@@ -461,43 +531,40 @@ def draw_agree() -> Figure:
     pitch = (BAND - RANK) / (INSTANCES - 1)
     for rank in range(INSTANCES):
         draw_rank(figure, MARGIN + rank * pitch, rank)
-    between = MARGIN + (RANK + pitch) / 2  # the first two
-    figure.text(between, 236, "if one differs, all stop", "small", "middle")
-    figure.text(between + pitch, 236, "no data has crossed yet", "small", "middle")
+    said = "each rank sends all others the digest of its plan and tokens;\nif one differs, all "
+    said += "stop, before any data has crossed"
+    figure.box(MARGIN, 186, BAND, 66, said, code="Cluster.announce, Cluster.confirm")
+    said = "in each layer, from each rank to each: Q, results (O, LSE), KV"
+    figure.box(MARGIN, 386, BAND, 32, said)
     said = (
         "what the next plan needs crosses: sampled tokens · rank 0's clock · rank 0's fit"
     )
-    figure.box(MARGIN, 364, BAND, 50, said, code="EndOfIteration.gather")
-    figure.arrow([(BAND + 18, 389), (LANE, 389), (LANE, 52), (BAND + 18, 52)], "ink")
-    figure.text(LANE, 432, "the next iteration", "small", "end")
+    figure.box(MARGIN, 442, BAND, 50, said, code="EndOfIteration.gather")
+    figure.arrow([(BAND + 18, 467), (LANE, 467), (LANE, 52), (BAND + 18, 52)], "ink")
+    figure.text(LANE, 508, "the next iteration", "small", "end")
     return figure
 
 
 def draw_rank(figure, x, rank):
-    """What it does in an iteration, and says to the next rank."""
+    """What it does in an iteration, between what crosses."""
     middle = x + RANK / 2
-    for y, end in ((70, 94), (164, 184), (214, 250), (338, 362)):
+    for y, end in ((70, 94), (164, 184), (254, 274), (420, 440)):
         figure.arrow([(middle, y), (middle, end)], "ink")
     calls = "Scheduler.schedule\nTokenLake.gen_plans"
     figure.box(x, 96, RANK, 66, f"rank {rank} plans for all", code=calls)
-    figure.box(x, 186, RANK, 26, "digest of plan and tokens", letters="small")
     calls = "TokenLake.put\nTokenLake.query"
-    figure.box(x, 252, RANK, 84, "computes its own rows", code=calls)
-    if rank < INSTANCES - 1:
-        talk(figure, x + RANK, (BAND - INSTANCES * RANK) / (INSTANCES - 1))
+    figure.box(x, 276, RANK, 66, "computes its own rows", code=calls)
+    exchange(figure, middle - 72, "query", "Q")
+    exchange(figure, middle - 20, "result", "O, LSE")
+    exchange(figure, middle + 52, "kv", "KV")
 
 
-def talk(figure, x, gap):
-    """Between two ranks: they compare digests, then exchange data."""
-    middle = x + gap / 2
-    figure.text(middle, 204, "= ?", "head", "middle")
-    near = x + 3
-    far = x + gap - 3
-    for y, look, said in ((276, "query", "Q"), (328, "kv", "KV")):
-        figure.arrow([(near, y), (far, y)], look)
-        figure.text(middle, y - 6, said, f"small {look}", "middle")
-    figure.arrow([(far, 302), (near, 302)], "result")
-    figure.text(middle, 296, "O, LSE", "small result", "middle")
+def exchange(figure, x, look, said):
+    """Goes from a rank to the others, and comes to it from them."""
+    ends = [(x, 344), (x, 384)]
+    figure.arrow(ends, look)
+    figure.arrow(ends[::-1], look)
+    figure.text(x + 8, 368, said, f"small {look}")
 
 
 # ── a request's life ─────────────────────────────────────────────────────────────────────────────
@@ -535,15 +602,17 @@ STEPS = [
     ),
     Step(
         "It is admitted",
-        "if there is room. What it hits is pinned: nobody evicts it now.",
-        "Scheduler._admit, Balancer.admit",
+        "if there is room. While another prefills its next segment it waits, to\n"
+        "hit that. What it hits is pinned: it cannot be evicted (copies can).",
+        "Scheduler._admit, Balancer.awaited, Balancer.admit",
         ["kv solid"] * HITS + ["faint hollow"] * REST,
         "pinned",
     ),
     Step(
         "In each iteration slots are reserved",
-        "for its next rows, at the instances where their segments will live.",
-        "Scheduler._reserve, Balancer.reserve",
+        "for its next rows, at the instances where their segments will live. If no\n"
+        "slot is free, what was least recently used is evicted.",
+        "Scheduler._reserve, Balancer.reserve, PrefixTree.evict",
         ["kv solid"] * HITS + ["kv hollow dashed"] * REST,
         "slots reserved",
     ),
@@ -577,6 +646,16 @@ STEPS = [
     ),
 ]
 LOOP = 4, 7  # these are repeated, by number
+PREEMPTED = Step(
+    "Or it is preempted",
+    "if all slots are pinned and it was admitted last. It keeps its tokens,\n"
+    "gives back its slots, waits again, and will hit what it had published.",
+    "Scheduler._preempt, Balancer.release, Scheduler.add",
+    ["kv"] * (HITS + 1) + ["faint hollow"] * (REST - 1),
+    "unpinned, slots given back",
+)
+RESERVES = 4  # the step to which that is the alternative
+ENTRIES = [*STEPS[:RESERVES], PREEMPTED, *STEPS[RESERVES:]]  # from above to below
 
 
 def draw_life() -> Figure:
@@ -584,31 +663,43 @@ def draw_life() -> Figure:
     first, last = LOOP
     figure = Figure(
         "A request's life",
-        f"{named}. Steps {first} to {last} are repeated in each iteration.",
-        len(STEPS) * STEP_PITCH + 12,
+        f"{named}. Steps {first} to {last} are repeated in each iteration. If in step {RESERVES} "
+        "all slots are pinned, the request that was admitted last is preempted, and goes on with "
+        "step 1.",
+        sum(map(height_of, ENTRIES)) + 12,
     )
-    for number, step in enumerate(STEPS, 1):
-        draw_step(figure, number, step)
-    start = middle_of_step(last)
-    end = middle_of_step(first)
-    figure.arrow([(46, start), (24, start), (24, end), (46, end)], "ink")
+    for step in ENTRIES:
+        draw_step(figure, step)
+    ys = [middle_of(step) for step in STEPS]
+    for number, (y, end) in enumerate(zip(ys, [*ys[1:], None]), 1):
+        figure.box(48, y - 13, 26, 26, str(number), letters="head")
+        if end:
+            figure.arrow([(61, y + 15), (61, end - 15)], "faint")
+    go_back(figure, 28, (46, ys[last - 1]), ys[first - 1], "ink")
+    go_back(figure, 12, (84, middle_of(PREEMPTED) - 11), ys[0], "ink dashed")
     return figure
 
 
-def middle_of_step(number) -> float:
+def go_back(figure, lane, start, y, look):
+    """To the number of an earlier step. lane: the x of the way up."""
+    figure.arrow([start, (lane, start[1]), (lane, y), (46, y)], look)
+
+
+def height_of(step) -> float:
+    return STEP_PITCH + LINE * step.said.count("\n")
+
+
+def middle_of(step) -> float:
     """y of its number."""
-    return STEP_PITCH * (number - 1) + 26
+    return sum(map(height_of, ENTRIES[: ENTRIES.index(step)])) + 26
 
 
-def draw_step(figure, number, step):
+def draw_step(figure, step):
     """A line of the story, who does it, and what becomes of the request's segments."""
-    y = middle_of_step(number)
-    figure.box(48, y - 13, 26, 26, str(number), letters="head")
-    if number < len(STEPS):
-        figure.arrow([(61, y + 15), (61, y + STEP_PITCH - 15)], "faint")
+    y = middle_of(step)
     figure.text(90, y - 6, step.title, "head")
     figure.text(90, y + 12, step.said, "small")
-    figure.text(90, y + 29, step.calls, "code faint")
+    figure.text(90, y + height_of(step) - 33, step.calls, "code faint")
     for look in dict.fromkeys(step.looks):
         places = [
             (STRIP + SEGMENT_PITCH * i, y - 14)
