@@ -99,6 +99,12 @@ class Segment:
         return len(self.readers)
 
 
+def root_id(salt: str) -> bytes:
+    """In place of a parent's id, for first segments: behind another salt all is another cache."""
+    salt_bytes = salt.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(salt_bytes, digest_size=16, person=b"root").digest()
+
+
 class PrefixTree:
     """All published segments (§4.1), the global LRU of what may leave, and what is read most.
 
@@ -308,11 +314,7 @@ class Balancer:
         C = self.segment_tokens
         ids = request.ids
         for start in range(len(ids) * C, len(request.tokens) - C + 1, C):
-            if ids:
-                parent = ids[-1]
-            else:
-                salt = request.salt.encode("utf-8", "surrogatepass")
-                parent = hashlib.blake2b(salt, digest_size=16, person=b"root").digest()
+            parent = ids[-1] if ids else root_id(request.salt)
             tokens = np.asarray(request.tokens[start : start + C], np.int64)
             ids.append(
                 hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()

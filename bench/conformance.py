@@ -4,9 +4,12 @@
     python bench/conformance.py check DIR            # compares this implementation with them
     python bench/conformance.py check DIR --answers FILE_OR_DIR     # compares a port's answers
     python bench/conformance.py check DIR --kind eviction,merge     # some kinds only
+    python bench/conformance.py check DIR --case "merge/two parts"  # some cases only
 
-The inputs of a case are complete: read them, decide, compare. This is format 1. A directory of
-vectors has
+A case needs nothing but its input: read it, decide, compare. A port may begin with any kind, and
+with `iteration/the plan of the docstring`, in which no KV moves. `check` says of each kind how many
+cases agree, and of ten that differ the first number and how many (--all: of all). This is format 1.
+A directory of vectors has
 
     README.md           this text, and a section for each kind
     format.json         {"format": 1, "cases": {KIND: number of cases}}
@@ -23,6 +26,7 @@ and a case has
                cost the same: the kind's section says what costs); or {"within": t}: no number is
                farther than t from what is expected, infinite ones are the same
     because    where tolerances come from
+    paged      true of cases of `partial_attention` that a kernel over paged blocks can do
 
 **Numbers.** An integer of more than 53 bits is a string of its decimal digits; only tokens are so
 large. A float is written so that it is the same again when it is read as a float64. A tensor is
@@ -30,7 +34,7 @@ large. A float is written so that it is the same again when it is read as a floa
 file: 8 bytes with the length n of the header, little-endian; n bytes of JSON, from name to dtype,
 shape and data_offsets [begin, end), counted from behind the header; the data, row-major and
 little-endian. BF16 is the upper half of a float32. NaN in a tensor stands for what must not be
-used.
+used. A dimension may be 0.
 
 **Units and index spaces.** There are N instances with S slots each, and C tokens in a segment. A
 *global slot* is instance · S + slot, from 0 to N·S - 1. A *position* counts a request's tokens from
@@ -47,12 +51,17 @@ query heads, Hkv KV heads, D values of a head. Sections (§) are of arXiv 2508.1
     free                [N] lists of free global slots; the last of a list is taken first
     segments            published ones, parents first: id; parent, its id, null for a first one;
                         slots of its replicas, in the order made, one per instance at most; heat,
-                        how often it was hit, less for what is long ago; touched, the clock when it
-                        was last accessed
+                        how often it was hit, less for what is long ago (see admission); touched,
+                        the clock when it was last accessed
     lru                 ids of segments that nobody pins, oldest first
     extras              slots of replicas but for the first ones of segments, oldest first
     hits                sum of the heat of all hits, also those of segments that have left
     load                [N] attention done recently
+
+A segment is in `lru` exactly if no request pins it. Those that pin the others need not be in the
+case: what is not in `lru` keeps its first replica, whoever needs it. Only `eviction` and
+`admission` have calls that pin and unpin; there nothing is pinned at first. A slot that is neither
+free nor a segment's nor in the table of a request here is somebody else's, and stays so.
 
 **A request** that runs:
 
@@ -80,6 +89,8 @@ itself is compared, table by table, by `iteration`.
 import json
 import math
 import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
 from typing import NamedTuple
@@ -192,7 +203,8 @@ def write_kind(folder: Path, name: str) -> int:
             name=case.name, shows=case.shows, input=case.input, output=case.output
         )
         listed = set_apart(fields, case.name, tensors) | dict(compare=case.compare)
-        cases.append(listed | (dict(because=case.because) if case.because else {}))
+        listed |= dict(because=case.because) if case.because else {}
+        cases.append(listed | (dict(paged=True) if case.paged else {}))
     document = dict(format=FORMAT, kind=name, cases=cases)
     write_text(folder / f"{name}.json", layout(document) + "\n")
     if tensors:
@@ -303,7 +315,8 @@ def case_of(listed, tensors: dict, where: str) -> Case:
     for field, how in compare.items():
         if field not in output or not can_be_compared(output[field], how):
             raise Refused(f"{where}: {shown(field)} cannot be compared by {shown(how)}")
-    return Case(listed["name"], str(listed.get("shows")), given, compare, output=output)
+    shows, because = (str(listed.get(field)) for field in ("shows", "because"))
+    return Case(listed["name"], shows, given, compare, because, output=output)
 
 
 def can_be_compared(expected, how) -> bool:
@@ -370,26 +383,46 @@ def answer_of(line: str, tensors: dict, where: str) -> tuple[str, dict]:
 # ── comparing ────────────────────────────────────────────────────────────────────────────────────
 
 
-def difference(path: str, expected, found) -> str | None:
-    """The first place where two values of JSON are not the same; None: they are."""
-    if isinstance(found, torch.Tensor):
-        found = found.tolist()
-    both = expected, found
-    if all(isinstance(value, dict) for value in both):
-        missing = [key for key in expected if key not in found]
-        if missing:
-            return f"{path}.{missing[0]} is missing"
-        parts = ((f"{path}.{key}", part, found[key]) for key, part in expected.items())
-    elif all(isinstance(value, (list, tuple)) for value in both):
-        if len(expected) != len(found):
-            return f"{path} has {len(found)} entries; {len(expected)} are expected"
-        parts = ((f"{path}[{i}]", *pair) for i, pair in enumerate(zip(*both)))
+class Unlike(Exception):
+    """Where two values do not have the same parts."""
+
+
+def places_of(path: str, expected, found) -> Iterator[tuple]:
+    """Of each plain value of `expected`: its path, itself, and what `found` has there."""
+    if isinstance(expected, torch.Tensor):
+        yield from numbers_at(path, expected, found)
+        return
+    found = found.tolist() if isinstance(found, torch.Tensor) else found
+    if not isinstance(expected, (dict, list, tuple)):
+        yield path, expected, found
+    elif isinstance(expected, dict) and isinstance(found, dict):
+        for key, part in expected.items():
+            if key not in found:
+                raise Unlike(f"{path}.{key} is missing")
+            yield from places_of(f"{path}.{key}", part, found[key])
+    elif isinstance(expected, dict) or not isinstance(found, (list, tuple)):
+        kind = "an object" if isinstance(expected, dict) else "a list"
+        raise Unlike(f"{path} is {shown(found)}; {kind} of {len(expected)} is expected")
+    elif len(expected) != len(found):
+        raise Unlike(f"{path} has {len(found)} entries; {len(expected)} are expected")
     else:
-        same = expected == found
-        return (
-            None if same else f"{path} is {shown(found)}; {shown(expected)} is expected"
-        )
-    return next(filter(None, (difference(*part) for part in parts)), None)
+        for i, parts in enumerate(zip(expected, found)):
+            yield from places_of(f"{path}[{i}]", *parts)
+
+
+def numbers_at(path: str, expected: torch.Tensor, found) -> Iterator[tuple]:
+    """The same of a tensor, which may be a list of any depth."""
+    try:
+        numbers = numbers_of(found)
+    except (TypeError, ValueError, OverflowError):
+        raise Unlike(f"{path} is {shown(found)}; numbers are expected") from None
+    if len(numbers) != expected.numel():
+        said = f"{path} has {len(numbers)} numbers; {expected.numel()} are expected"
+        raise Unlike(said)
+    for index, right, number in zip(
+        np.ndindex(expected.shape), numbers_of(expected), numbers
+    ):
+        yield f"{path}[{', '.join(map(str, index))}]", right, number
 
 
 def numbers_of(value) -> list[float]:
@@ -401,27 +434,29 @@ def numbers_of(value) -> list[float]:
     return [float(value)]
 
 
-def distance(path: str, expected, found, within: float) -> str | None:
-    """The first number that is too far from what is expected; None: there is none. Lists of tensors
-    are compared one by one."""
-    if isinstance(expected, list):
-        if not isinstance(found, list) or len(found) != len(expected):
-            return f"{path}: a list of {len(expected)} tensors is expected"
-        parts = enumerate(zip(expected, found))
-        each = (distance(f"{path}[{i}]", *pair, within) for i, pair in parts)
-        return next(filter(None, each), None)
+def difference(path: str, how, expected, found) -> str | None:
+    """The first place where a field is not as expected, and how many there are; None: it is."""
     try:
-        numbers = numbers_of(found)
-    except (TypeError, ValueError, OverflowError):
-        return f"{path} is {shown(found)}; numbers are expected"
-    if len(numbers) != expected.numel():
-        return f"{path} has {len(numbers)} numbers; {expected.numel()} are expected"
-    for i, (right, number) in enumerate(zip(numbers_of(expected), numbers)):
-        if not (right == number or abs(right - number) <= within):
-            index = ", ".join(map(str, np.unravel_index(i, expected.shape)))
-            said = f"{number:.9g}; {right:.9g} is expected, within {within:g}"
-            return f"{path}[{index}] is {said}"
-    return None
+        places = list(places_of(path, expected, found))
+    except Unlike as unlike:
+        return str(unlike)
+    if how == "exactly":
+        wrong = [
+            f"{place} is {shown(value)}; {shown(right)} is expected"
+            for place, right, value in places
+            if right != value
+        ]
+    else:
+        within = how["within"]
+        wrong = [
+            f"{place} is {number:.9g}; {right:.9g} is expected, within {within:g}"
+            for place, right, number in places
+            if not (right == number or abs(right - number) <= within)
+        ]
+    if not wrong:
+        return None
+    count = f" ({len(wrong)} of {len(places)} values differ)" if len(places) > 1 else ""
+    return wrong[0] + count
 
 
 def cost_difference(path: str, case: Case, field: str, found) -> str | None:
@@ -438,82 +473,119 @@ def cost_difference(path: str, case: Case, field: str, found) -> str | None:
     return None if costs == least else f"{path} costs {costs}; {least} is expected"
 
 
-def problems_of(case: Case, output: dict) -> list[str]:
+def problems_of(case: Case, output: dict) -> dict[str, str]:
     """A line for each field that is not as expected."""
-    problems = []
+    problems = {}
     for field, how in case.compare.items():
         path = f"{case.name}: {field}"
         if field not in output:
             problem = f"{path} is missing"
-        elif how == "exactly":
-            problem = difference(path, case.output[field], output[field])
         elif how == "cost":
             problem = cost_difference(path, case, field, output[field])
         else:
-            problem = distance(path, case.output[field], output[field], how["within"])
-        problems += [problem] if problem else []
+            problem = difference(path, how, case.output[field], output[field])
+        problems |= {field: problem} if problem else {}
     return problems
 
 
-def our_problems(case: Case) -> list[str]:
+def our_problems(case: Case) -> dict[str, str]:
     """With this implementation's answer, if it has any."""
     try:
         output = KINDS[kind_of(case)].answer(case.input)
     except WRONG_INPUT as error:
-        return [f"{case.name}: no answer ({type(error).__name__}: {error})"]
+        return {"": f"{case.name}: no answer ({type(error).__name__}: {error})"}
     return problems_of(case, output)
+
+
+def notes_on(case: Case, problems: dict[str, str]) -> list[str]:
+    """What may help whoever looks for the reason."""
+    notes = [f"shows: {case.shows}"]
+    if any(isinstance(case.compare.get(field), dict) for field in problems):
+        notes.append(f"within, because: {case.because}")
+    return notes
 
 
 class Compared(NamedTuple):
     """Of a kind."""
     cases: int
-    agree: int
     missing: list[str]  # names of cases
-    problems: list[str]
+    wrong: list[tuple[Case, dict[str, str]]]  # and their problems
+
+    @property
+    def agree(self) -> int:
+        return self.cases - len(self.missing) - len(self.wrong)
 
 
 def compare_kind(cases: list[Case], answers: dict[str, dict] | None) -> Compared:
     """With our answers, if there are no others."""
     missing = []
-    problems = []
-    agree = 0
+    wrong = []
     for case in cases:
-        if answers is not None and case.name not in answers:
+        if answers is None:
+            problems = our_problems(case)
+        elif case.name in answers:
+            problems = problems_of(case, answers[case.name])
+        else:
             missing.append(case.name)
             continue
-        if answers is None:
-            found = our_problems(case)
-        else:
-            found = problems_of(case, answers[case.name])
-        agree += not found
-        problems += found
-    return Compared(len(cases), agree, missing, problems)
+        if problems:
+            wrong.append((case, problems))
+    return Compared(len(cases), missing, wrong)
 
 
-def print_compared(kind: str, compared: Compared):
+def print_compared(kind: str, compared: Compared, most: int | None):
+    """most: differences that are said, None for all."""
     missing = f", {len(compared.missing)} missing" if compared.missing else ""
     print(
         f"{kind.replace('_', ' ')}: {compared.agree} of {compared.cases} agree{missing}"
     )
-    said = [*compared.problems, *(f"{name} is missing" for name in compared.missing)]
-    for line in said[:MOST_SAID]:
-        print(f"  {one_line(line)}")
-    if len(said) > MOST_SAID:
-        print(f"  and {len(said) - MOST_SAID} more")
+    said = 0
+    for case, problems in compared.wrong:
+        lines = [*problems.values()][: None if most is None else most - said]
+        said += len(lines)
+        for line in lines:
+            print(f"  {one_line(line)}")
+        for note in notes_on(case, problems) if lines else []:
+            print(f"    {one_line(note)}")
+    names = compared.missing[: None if most is None else most - said]
+    for name in names:
+        print(f"  {one_line(name)} is missing")
+    every = sum(len(problems) for _, problems in compared.wrong) + len(compared.missing)
+    left = every - said - len(names)
+    if left:
+        print(f"  and {left} more; --all shows them")
 
 
-def check(folder: Path, kinds: list[str], answers_at: Path | None) -> int:
-    """Exit status."""
+def select_cases(cases: dict, kinds: list[str], names: list[str]) -> dict:
+    """Cases of these kinds, by kind; of these names, if there are any."""
+    chosen = {kind: cases[kind] for kind in kinds}
+    if not names:
+        return chosen
+    known = [case.name for its in chosen.values() for case in its]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = get_close_matches(unknown[0], known, 1, 0) or known[:1]
+        said = f"--case {shown(unknown[0])}: a case's name is expected, as {near[0]!r}"
+        raise Refused(said)
+    chosen = {
+        kind: [case for case in its if case.name in names] for kind, its in chosen.items()
+    }
+    return {kind: its for kind, its in chosen.items() if its}
+
+
+def check(folder: Path, kinds, names, answers_at: Path | None, most: int | None) -> int:
+    """Exit status. kinds, names, most: see `select_cases` and `print_compared`."""
     cases = read_vectors(folder)
+    chosen = select_cases(cases, kinds, names)
     answers = read_answers(answers_at) if answers_at else None
-    names = {case.name for its in cases.values() for case in its}
-    unknown = [name for name in answers or () if name not in names]
+    every = {case.name for its in cases.values() for case in its}
+    unknown = [name for name in answers or () if name not in every]
     if unknown:
         raise Refused(f"{answers_at}: {shown(unknown[0])} is no case of {folder}")
     status = 0
-    for kind in kinds:
-        compared = compare_kind(cases[kind], answers)
-        print_compared(kind, compared)
+    for kind, its in chosen.items():
+        compared = compare_kind(its, answers)
+        print_compared(kind, compared, most)
         if compared.agree < compared.cases:
             status = 1
     return status
@@ -522,15 +594,19 @@ def check(folder: Path, kinds: list[str], answers_at: Path | None) -> int:
 # ── the program ──────────────────────────────────────────────────────────────────────────────────
 
 
+def listed(text: str) -> list[str]:
+    """What an option says, with commas between."""
+    return [part.strip() for part in text.split(",")]
+
+
 def kinds_of(text: str) -> list[str]:
     """What --kind says."""
-    kinds = text.split(",")
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in listed(text) if kind not in KINDS]
     if unknown:
         raise Refused(
             f"--kind {shown(unknown[0])}: some of {', '.join(KINDS)} are expected"
         )
-    return kinds
+    return listed(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -544,13 +620,19 @@ def main(arguments: list[str]) -> int:
     checks.add_argument("--answers", type=file_name, metavar="FILE_OR_DIR", help=answers)
     every = ",".join(KINDS)
     checks.add_argument("--kind", default=every, help=f"some of {every}")
+    one = "a case by its name, or several, with commas between; may be given again"
+    checks.add_argument("--case", default=[], action="append", metavar="NAME", help=one)
+    most = f"say all that differs, not only {MOST_SAID} differences of a kind"
+    checks.add_argument("--all", action="store_true", help=most)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     folder = Path(options.folder)
     try:
         if options.command == "check":
             answers_at = options.answers and Path(options.answers)
-            return check(folder, kinds_of(options.kind), answers_at)
+            names = [name for text in options.case for name in listed(text)]
+            most = None if options.all else MOST_SAID
+            return check(folder, kinds_of(options.kind), names, answers_at, most)
         write(folder)
     except Refused as refused:
         parser.refuse(refused)

@@ -21,6 +21,7 @@ from work import KVSpans, QueryRows, Work  # noqa: E402
 # Unit roundoff.
 SINGLE = 2.0**-24
 HALF = 2.0**-8  # of bfloat16
+BLOCK = 16  # rows, of the cases that are `paged`
 
 
 def tensor(values, dtype=torch.float32) -> torch.Tensor:
@@ -41,11 +42,18 @@ def answer_partial_attention(given: dict) -> dict:
     scores s_j = scale · q·k_j of the keys that it sees, lse = ln Σ exp(s_j) (the natural one) and
     o = Σ exp(s_j - lse)·v_j. Head h of q sees KV head floor(h · Hkv / H). A row that sees no key
     has o = 0 and lse = -inf, never NaN. Slab rows outside the spans are never used: they are NaN
-    here.
+    here. Those inside are finite, also where no row sees them: a kernel may read and mask them.
+
+    Cases that are `paged` are for kernels over paged blocks: heads of 64 or 128 values in bfloat16;
+    a reader's spans are whole blocks of 16 slab rows, in the order of its block table, from
+    position 0 on; its rows of q follow each other; and they see all of these, or as in a causal
+    mask that is aligned at the end. Such a kernel may skip all others. (It has to give lse.)
 
     - input: `q` [T, H, D]; `slab` [rows, 2, Hkv, D], of each row key and value; `scale`; `rows`,
-      a table with an entry for each query row: `reader`, `row` of q, `position`; `spans`, a table:
-      `reader`, `first_row` of the slab, `length`, `position` of the first row
+      a table with an entry for each query row: `reader`, `row` of q (in any order), `position`, by
+      reader and then position; `spans`, a table: `reader`, `first_row` of the slab, `length` (never
+      0), `position` of the first row. Spans of a reader do not overlap in position, and a slab row
+      has one position for all
     - output: `o` [T, H, D] and `lse` [T, H], computed in float32 at least (o may be rounded to the
       type of q)"""
     q = given["q"]
@@ -98,6 +106,8 @@ def attention_tolerance(q, kv, scale, parts=1) -> tuple[float, float]:
     """Of o and lse of rows q [T, H, D], none of which sees other KV than kv [n, 2, Hkv, D], in so
     many parts: BOUND."""
     n, _, Hkv, D = kv.shape
+    if not len(q) or not n:
+        return 0.0, 0.0
     keys, values = kv.double().unbind(1)
     largest = keys.abs().repeat_interleave(q.shape[1] // Hkv, 1).amax(0)
     size = torch.einsum("thd,hd->th", q.abs().double(), largest).max().item() * scale
@@ -109,26 +119,48 @@ def attention_tolerance(q, kv, scale, parts=1) -> tuple[float, float]:
 
 
 def attention_case(
-    name, shows, rows, spans, heads=(2, 1, 4), dtype=torch.float32, size=2.0
+    name,
+    shows,
+    rows,
+    spans,
+    heads=(2, 1, 4),
+    dtype=torch.float32,
+    size=2.0,
+    scale=None,
+    order=None,
 ):
     """rows: (reader, position); spans: (reader, first row, length, position); heads: H, Hkv, D;
-    size: of q's entries, at most."""
-    H, Hkv, D = heads
-    draws = Draws(1)
-    is_used = np.zeros(2 + max(first + length for _, first, length, _ in spans), bool)
-    for _, first, length, _ in spans:
-        is_used[first : first + length] = True
-    q = tensor(draws.uniform(len(rows), H, D) * size, dtype)
-    slab = tensor(draws.uniform(len(is_used), 2, Hkv, D), dtype)
-    scale = D**-0.5
+    size: of q's entries, at most; scale: D^-0.5 if not said otherwise; order: the row of q of each
+    of `rows`."""
+    q, slab, is_used = draw_attention(len(rows), spans, heads, dtype, size)
+    scale = heads[-1] ** -0.5 if scale is None else scale
     o, lse = attention_tolerance(q, slab[is_used], scale)
     slab[~is_used] = math.nan
-    readers, positions = zip(*rows)
+    order = order or range(len(rows))
+    rows = [(reader, row, position) for row, (reader, position) in zip(order, rows)]
     given = dict(q=q, slab=slab, scale=scale)
-    given["rows"] = dict(reader=readers, row=[*range(len(rows))], position=positions)
-    given["spans"] = dict(zip(KVSpans._fields, zip(*spans)))
+    given |= dict(rows=table_of(QueryRows, rows), spans=table_of(KVSpans, spans))
     because = BOUND_16 if dtype == torch.bfloat16 else BOUND
     return Case(name, shows, given, dict(o=dict(within=o), lse=dict(within=lse)), because)
+
+
+def draw_attention(T, spans, heads, dtype, size):
+    """q, a slab, and which of its rows are in spans. Behind these it has two rows, but not if they
+    end at a block's end."""
+    H, Hkv, D = heads
+    end = max((first + length for _, first, length, _ in spans), default=0)
+    is_used = np.zeros(end + 2 if end % BLOCK else end, bool)
+    for _, first, length, _ in spans:
+        is_used[first : first + length] = True
+    draws = Draws(1)
+    q = tensor(draws.uniform(T, H, D) * size, dtype)
+    slab = tensor(draws.uniform(len(is_used), 2, Hkv, D), dtype)
+    return q, slab, is_used
+
+
+def table_of(kind, entries) -> dict:
+    """Columns of a table."""
+    return {name: [entry[i] for entry in entries] for i, name in enumerate(kind._fields)}
 
 
 # Six rows, and what they read: two spans before them, and their own.
@@ -137,7 +169,7 @@ THREE_SPANS = [(0, 10, 4, 0), (0, 2, 4, 4), (0, 16, 6, 8)]
 
 
 def partial_attention_cases() -> list[Case]:
-    return [*visible_cases(), *precision_cases()]
+    return [*visible_cases(), *precision_cases(), *paged_cases()]
 
 
 def visible_cases():
@@ -161,6 +193,14 @@ def visible_cases():
     spans = [(reader, 0, 20, 0) for reader in range(3)]
     spans += [(reader, 22 + 3 * reader, 2, 20) for reader in range(3)]
     yield attention_case("a shared prefix", said, rows, spans, (4, 2, 8))
+    said = "No query row, T = 0: o has the shape [0, 2, 4], lse [0, 2]."
+    yield attention_case("no rows", said, [], [])
+    said = "Rows of q are not in order of their positions: o and lse stand where q does."
+    rows = [(0, 5), (0, 7), (1, 6), (1, 8)]
+    spans = [(0, 1, 8, 0), (1, 1, 4, 0), (1, 12, 5, 4)]
+    yield attention_case("rows in another order", said, rows, spans, order=[2, 0, 3, 1])
+    said = "`causal inside a piece` with a scale of 0.3, where D^-0.5 would be 0.5."
+    yield attention_case("another scale", said, PIECE, THREE_SPANS, scale=0.3)
     said = "150 keys, three heads of 6 values: sizes need be no power of two."
     yield attention_case(
         "odd sizes", said, [(0, 100), (0, 150)], [(0, 1, 150, 0)], (3, 1, 6)
@@ -177,8 +217,23 @@ def precision_cases():
     yield attention_case("bf16", said, PIECE, THREE_SPANS, heads, bf16)
     said = "The same with scores in the hundreds."
     yield attention_case(
-        "large scores, bf16", said, PIECE, THREE_SPANS, heads, bf16, 400.0
+        "large scores in bf16", said, PIECE, THREE_SPANS, heads, bf16, 400.0
     )
+
+
+def paged_cases():
+    """Two readers of two blocks, of which they share the first. Slab rows 32 to 47 are nobody's."""
+    spans = [(0, 48, 16, 0), (0, 0, 16, 16), (1, 48, 16, 0), (1, 16, 16, 16)]
+    said = "Rows behind all 32 keys see all of them: no mask. Block tables [3, 0] and [3, 1]."
+    rows = [(0, 40), (1, 50), (1, 51)]
+    bf16 = torch.bfloat16
+    case = attention_case("paged and no mask", said, rows, spans, (4, 2, 64), bf16)
+    yield case._replace(paged=True)
+    said = "The last two and three rows of 32 tokens: causal, aligned at the end. Block tables as "
+    said += "before."
+    rows = [(0, 30), (0, 31), (1, 29), (1, 30), (1, 31)]
+    case = attention_case("paged and causal", said, rows, spans, (2, 1, 128), bf16)
+    yield case._replace(paged=True)
 
 
 # ── merge ────────────────────────────────────────────────────────────────────────────────────────
@@ -190,29 +245,30 @@ def answer_merge(given: dict) -> dict:
     NaN. A row whose parts are all empty, or that has none, comes out as o = 0 and lse = -inf.
 
     - input: `o` [P, H, D] and `lse` [P, H] of all parts; `parts` [rows][the most that one has], the
-      parts of each row, -1 where it has fewer
+      parts of each row, -1 where it has fewer; [] if there are no rows
     - output: `o` [rows, H, D], `lse` [rows, H], computed in float32 at least. (lse is float32 even
       where o is bfloat16, as results travel.)"""
     lse = given["lse"]
     parts = torch.from_numpy(column(given["parts"]))
+    parts = parts if len(parts) else parts[:, None]
     o, lse = merge(given["o"].to(lse.dtype), lse, parts)
     return dict(o=o, lse=lse)
 
 
 def expect_merge(given: dict) -> dict:
     """In float64, row by row."""
-    o = []
-    lse = []
-    for parts in given["parts"]:
+    _, H, D = given["o"].shape
+    o = torch.zeros(len(given["parts"]), H, D)
+    lse = torch.full((len(given["parts"]), H), -math.inf)
+    for row, parts in enumerate(given["parts"]):
         used = [part for part in parts if part >= 0]
-        part_lse = given["lse"][used].double()
-        total = (
-            part_lse.logsumexp(0) if used else torch.full_like(given["lse"][0], -math.inf)
-        )
-        weight = (part_lse - total).exp().nan_to_num(0)[..., None]
-        o.append((weight * given["o"][used].double().masked_fill(weight == 0, 0)).sum(0))
-        lse.append(total)
-    return dict(o=torch.stack(o).float(), lse=torch.stack(lse).float())
+        if used:
+            part_lse = given["lse"][used].double()
+            total = part_lse.logsumexp(0)
+            weight = (part_lse - total).exp().nan_to_num(0)[..., None]
+            part_o = given["o"][used].double().masked_fill(weight == 0, 0)
+            o[row], lse[row] = (weight * part_o).sum(0), total
+    return dict(o=o, lse=lse)
 
 
 def merge_case(name, shows, lse, parts, dtype=torch.float32, nan=()) -> Case:
@@ -220,7 +276,7 @@ def merge_case(name, shows, lse, parts, dtype=torch.float32, nan=()) -> Case:
     lse = tensor(np.array(lse))
     o = tensor(Draws(3).uniform(*lse.shape, 4), dtype)
     largest = lse.where(lse.isfinite(), 0).abs().max().item()
-    P = len(parts[0])
+    P = len(parts[0]) if parts else 0
     o_within = (2 * P + 10) * SINGLE + HALF * (dtype == torch.bfloat16)
     lse_within = (P + 6 + 2 * largest) * SINGLE
     compare = dict(o=o_within * o.abs().max().item(), lse=lse_within)
@@ -253,7 +309,7 @@ def number_of_parts_cases():
     said = "The parts of a row in three orders come to the same."
     yield merge_case("any order", said, THREE_PARTS, orders)
     said = "The same with o in bfloat16."
-    yield merge_case("any order, bf16", said, THREE_PARTS, orders, torch.bfloat16)
+    yield merge_case("any order in bf16", said, THREE_PARTS, orders, torch.bfloat16)
     yield merge_case("one part", "It comes out as it went in.", THREE_PARTS, [[1]])
     said = "-1 where a row has fewer parts than another."
     fewer = [[0, 1, 2], [1, -1, -1], [2, 0, -1]]
@@ -263,6 +319,8 @@ def number_of_parts_cases():
 def empty_part_cases():
     """Parts that have seen no key."""
     none = -math.inf
+    said = "No row: o has the shape [0, 2, 4], lse [0, 2]."
+    yield merge_case("no rows", said, THREE_PARTS[:1], [])
     said = "A row without a part: o = 0, lse = -inf."
     yield merge_case("no part", said, THREE_PARTS[:1], [[-1, -1], [0, -1]])
     said = "A part with lse = -inf weighs nothing, though its o is NaN."

@@ -36,12 +36,13 @@ def answer_replication(given: dict) -> dict:
 
     An instance is *overloaded* if load · N · 10 is over the sum of loads · 11. `heavy` is
     ceil(replicate_factor · N · ln N), and `enough` = hits / (heavy · N). If none is overloaded, or
-    heavy is 0, nothing is copied. Else the segments with heat over `enough` are looked at, the most
-    read first (of equals the smaller id, byte by byte, but a parent always before its child),
-    `heavy` of them at most; and for each all instances: those with a free slot first, then by load,
-    then by number; as all of this was before the first copy. A segment wants a copy at an instance
-    if it has none there, if its heat is over `enough` times its replicas, and if an instance that
-    has one is overloaded; those that were made just now count as replicas.
+    heavy is 0, nothing is copied. Else segments with heat over `enough` are looked at one by one,
+    `heavy` of them at most: among those whose parent is not still waiting for it the hottest, of
+    equals that with the smallest id, byte by byte. And for each all instances: those with a free
+    slot first, then by load, then by number; as all of this was before the first copy. A segment
+    wants a copy at an instance if it has none there, if its heat is over `enough` times its
+    replicas, and if an instance that has one is overloaded; those that were made just now count as
+    replicas.
 
     The slot is taken from the end of that instance's free list, or evicted (see eviction), wherever
     that is. If the segment had a replica at the slot's instance before this, it does not fit: it
@@ -103,11 +104,24 @@ def heat_cases():
     yield copy_case("a second is enough", said, [make_segment(HOT, [0], heat=6.0)])
     warm = make_segment(WARM, [1], HOT, 9.0)
     chain = [*ONE, warm, make_segment(COLD, [2], WARM, 3.0)]
-    said = "N = 3 copies an iteration: two of the parent, then one of its child, of equal heat."
-    yield copy_case("three at most", said, chain)
+    said = "N = 3 copies an iteration, though a sixteenth of 96 slots is 6: two of the parent, "
+    said += "then one of its child, of equal heat."
+    yield copy_case("three at most", said, chain, 32)
     said = "Of equals the smaller id goes first, whatever order they came in."
     equals = [make_segment(WARM, [1], heat=8.0), make_segment(HOT, [0], heat=8.0)]
     yield copy_case("equal heat", said, equals)
+    said = "All three have heat 9. The smallest id is a child's, which waits for its parent, and "
+    said += "that has the largest one: so the one in between goes first, then the parent."
+    family = [make_segment(COLD, [0], heat=9.0), make_segment(WARM, [1], heat=9.0)]
+    family.append(make_segment(HOT, [2], COLD, 9.0))
+    yield copy_case("parents first", said, family, 32)
+    said = "heavy is 9.89 rounded up: 3 are enough, and 3.25 more, so there is one copy. By 9 of "
+    said += "them, 3.33 would be enough."
+    yield copy_case("rounded up", said, [make_segment(HOT, [0], heat=3.25)])
+    said = "heavy is 0.99 rounded up, so one segment is looked at, and gets a copy at 1. Both are "
+    said += "over 18 / 3."
+    two = [make_segment(HOT, [0], heat=9.0), make_segment(WARM, [1], heat=8.0)]
+    yield copy_case("one heavy hitter", said, two, replicate_factor=0.3, hits=18.0)
     said = "A pool of 24 slots has one further replica at most."
     yield copy_case("a sixteenth", said, chain, 8)
     yield copy_case("no sixteenth", "A pool of 15 slots has none.", chain, 5)
@@ -131,6 +145,13 @@ def copy_slot_cases():
     cold = make_segment(COLD, [17], touched=2)
     none_free = dict(taken=range(48), lru=[WARM, COLD])
     yield copy_case("a slot that does not fit", said, [*ONE, warm, cold], **none_free)
+    said = "Eviction gives slots 2, 3 and 4, of instance 0, where both hot segments are: after "
+    said += "N = 3 that do not fit all ends. (Slot 17 would have fitted next.)"
+    two = [make_segment(HOT, [0], heat=9.0), make_segment(WARM, [1], heat=8.0)]
+    idle = [segment_id(0, number) for number in range(30, 34)]
+    old = [make_segment(id, [slot]) for id, slot in zip(idle, (2, 3, 4, 17))]
+    all_taken = dict(taken=range(48), lru=idle)
+    yield copy_case("three do not fit", said, [*two, *old], **all_taken)
 
 
 # ── choice of a replica ──────────────────────────────────────────────────────────────────────────
@@ -307,9 +328,13 @@ def two_part_cases():
     yield dispatch_case("all at home", said, 2, 2, keys_elsewhere, at_home)
     said = "It saves 1,536 bytes, no more than exchange_bytes: they stay."
     args = said, 2, 2, keys_elsewhere, at_home
-    yield dispatch_case("all at home, and they stay", *args, limit=1536)
+    yield dispatch_case("all at home and they stay", *args, limit=1536)
     said = "What they put lives elsewhere: exchange_bytes, however many, does not count."
     yield dispatch_case("not all at home", said, 2, 2, keys_elsewhere, away, limit=10**6)
+    said = "Two parts on three instances: exchange_bytes does not count either, though what they "
+    said += "put lives with their own number. They change places."
+    keys = [(0, 4, [0, 64, 0]), (1, 4, [64, 0, 0])]
+    yield dispatch_case("fewer parts", said, 3, 2, keys, at_home, limit=10**6)
     said = "Share 0 pulls 2 tokens from 1, 256 bytes, while its queries would be 1,280: so part 1, "
     said += "which ships to 1, goes there."
     shares = [(0, 4, [0, 2]), (1, 4, [0, 64])]

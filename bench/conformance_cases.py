@@ -23,6 +23,7 @@ class Case(NamedTuple):
     # Field of the output → "exactly", "cost" or {"within": absolute tolerance}.
     compare: dict
     because: str = ""  # where tolerances come from
+    paged: bool = False  # see answer_partial_attention
     output: dict | None = None  # once it is known
 
 
@@ -168,18 +169,23 @@ def pool_of(balancer: Balancer, replicate_factor: float) -> dict:
     )
 
 
-def request_of(balancer: Balancer, given: dict) -> Request:
-    """A running request in the state that a case begins with."""
+def arriving(balancer: Balancer, given: dict) -> Request:
+    """A request that comes, with a segment's length of answer."""
     length = given["length"]
     request = Request(given["id"], [0] * length, length + balancer.segment_tokens)
-    request.num_prompt = given["prompt"]
     request.ids = [bytes.fromhex(id) for id in given["ids"]]
+    request.table = np.zeros(balancer.num_segments(request.max_tokens), np.int32)
+    return request
+
+
+def request_of(balancer: Balancer, given: dict) -> Request:
+    """A running request in the state that a case begins with."""
+    request = arriving(balancer, given)
+    request.num_prompt = given["prompt"]
     published = request.ids[: given["published"]]
     request.segments = [balancer.tree.segments[id] for id in published]
     request.num_shared = given["shared"]
     table = given["table"]
-    size = max(len(table), balancer.num_segments(request.max_tokens))
-    request.table = np.zeros(size, np.int32)
     request.table[: len(table)] = table
     request.num_slots = len(table)
     request.done = given["done"]

@@ -1,5 +1,5 @@
-"""What a segment is called, where it lives, when it is published and when it leaves, as small fixed
-cases (see conformance.py).
+"""What a segment is called, where it lives, when it is published and when it leaves, and what a
+request meets meanwhile, as small fixed cases (see conformance.py).
 
 Each kind has its cases and the answer of this implementation, whose docstring is the kind's page in
 the README of the vectors.
@@ -10,37 +10,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from balancer import Balancer, Request  # noqa: E402
+from balancer import Balancer, Request, root_id  # noqa: E402
 from conformance_cases import (  # noqa: E402
     MOST_EXACT,
     Case,
     Draws,
     Kind,
+    arriving,
     balancer_of,
     make_pool,
     make_request,
     make_segment,
     request_of,
     segment_id,
+    state_of,
 )
 
 # ── ids of segments ──────────────────────────────────────────────────────────────────────────────
-
-RECIPE = (
-    "Root: the 16-byte BLAKE2b of the salt's UTF-8 bytes, no key, no hash salt, personalisation "
-    "the 4 bytes of `root` and 12 zero bytes. Id of a segment: the 16-byte BLAKE2b, without key, "
-    "hash salt or personalisation, of the 16 bytes of its parent's id (the root, for the first "
-    "segment), then its segment_tokens tokens, 8 bytes each, two's complement, little-endian."
-)
-
 
 def answer_segment_ids(given: dict) -> dict:
     """Ids of the full segments of a request: the chained hash that all of the pool rests on.
 
     Root: the 16-byte BLAKE2b (RFC 7693: digest length 16, no key) of the salt's bytes, with the
-    personalisation `root` (4 ASCII bytes, then 12 zero bytes) and no hash salt. The salt's bytes
-    are its UTF-8; a half surrogate, which has none, is three bytes by the same pattern (U+D800 is
-    `ed a0 80`). An empty salt is no bytes.
+    personalisation `root` (4 ASCII bytes, then 12 zero bytes) and no hash salt. The personalisation
+    is bytes 48 to 63 of BLAKE2's parameter block (fanout and depth are 1, as in RFC 7693, which
+    leaves it out): 8 bytes each, little-endian, it is XORed into h[6] and h[7] at the beginning.
+    The salt's bytes are its UTF-8; a half surrogate, which has none, is three bytes by the same
+    pattern (U+D800 is `ed a0 80`). An empty salt is no bytes.
 
     Id of a segment: the 16-byte BLAKE2b, without key, hash salt or personalisation, of 16 + 8·C
     bytes: its parent's id (the root for the first segment), then its C tokens, each as 8 bytes,
@@ -49,13 +45,13 @@ def answer_segment_ids(given: dict) -> dict:
 
     - input: `salt` (text; null where it is no Unicode), `salt_hex` (its bytes, which count),
       `tokens`, `segment_tokens` (C)
-    - output: `ids`, in order, as lower-case hexadecimal"""
+    - output: `root`, and `ids`, in order, as lower-case hexadecimal"""
     salt = bytes.fromhex(given["salt_hex"]).decode("utf-8", "surrogatepass")
     tokens = [int(token) for token in given["tokens"]]
     balancer = Balancer(1, 1, given["segment_tokens"])
     request = Request(0, tokens, len(tokens), salt)
     balancer.extend_ids(request)
-    return dict(ids=[id.hex() for id in request.ids])
+    return dict(root=root_id(salt).hex(), ids=[id.hex() for id in request.ids])
 
 
 def id_case(name, shows, tokens, segment_tokens=4, salt="") -> Case:
@@ -66,7 +62,7 @@ def id_case(name, shows, tokens, segment_tokens=4, salt="") -> Case:
         tokens=[token if abs(token) <= MOST_EXACT else str(token) for token in tokens],
         segment_tokens=segment_tokens,
     )
-    return Case(name, shows, given, dict(ids="exactly"))
+    return Case(name, shows, given, dict(root="exactly", ids="exactly"))
 
 
 def segment_id_cases() -> list[Case]:
@@ -76,7 +72,8 @@ def segment_id_cases() -> list[Case]:
 def length_cases():
     """Prompts and segments of several lengths."""
     count = list(range(1, 101))
-    yield id_case("one segment", RECIPE, [1, 2, 3, 4])
+    said = "16 bytes of the root, which is that of all cases without a salt, then 4 · 8 of tokens."
+    yield id_case("one segment", said, [1, 2, 3, 4])
     yield id_case("no tokens", "Nothing gives no id.", [])
     said = "Three tokens do not fill a segment of four: no id."
     yield id_case("shorter than a segment", said, [1, 2, 3])
@@ -137,32 +134,37 @@ def token_cases():
 
 def answer_placement(given: dict) -> dict:
     """Slots for the next rows of a request, where their segments will live, and who should compute
-    them (§4.3). Rows are cut into *runs*: rows of one segment that one instance should compute.
+    them (§4.3). Rows are cut into *runs*: rows of one segment that one instance should compute. A
+    segment may be cut into several.
 
-    Home. A segment that has no slot yet gets a *home*. `after` is the instance after that of the
-    request's segment before it, around the end, or 0 for the first one. An *open tail*, whose index
-    is not below the number of `ids`, lives where the tuple (1 if planned rows and these are over
-    `most`, else 0; open tails there; (instance - after) mod N) is smallest. A full segment lives at
-    `after`, if placement is `stripe`, if it is not the first one, and if it is a first child: its
-    parent is not published yet, or has no children. Else it lives at its id's first 8 bytes, as an
-    unsigned little-endian integer, mod N. If so many rows are planned there that with these they
-    are over `most`, it lives where the fewest are, of equals at the first from there on, around
-    the end.
+    Home. A segment that has no slot yet gets a *home*; n is how many of `rows` are in it. `after`
+    is the instance after that of the request's segment before it, around the end, or 0 for the
+    first one. An *open tail*, whose index is not below the number of `ids` (whether `rows` end in
+    it or not), lives where the tuple (1 if planned rows there + n are over `most`, else 0; open
+    tails there; (instance - after) mod N) is smallest. A full segment lives at `after`, if
+    placement is `stripe`, if it is not the first one, and if it is a first child: its parent is
+    none of the request's `published` ones (though another may have published it), or has no
+    children in the pool. Else it lives at its id's first 8 bytes, as an unsigned little-endian
+    integer, mod N. But if planned rows there + n are over `most`, it lives where the fewest are
+    planned, of equals at the first from there on, around the end.
 
     Slot. It is taken from the end of the home's free list; if that is empty, from the end of the
     longest one, of equals the first; if all are empty, one is evicted (see eviction), wherever it
     is. If none can be, the answer is null; slots that were given before stay with the request. A
-    slot for an open tail adds to `tails` where the slot is.
+    slot for an open tail adds to `tails` where the slot is, which need not be its home.
 
     Runs. As long as rows of the segment are left: as many as its slot's instance has room for
-    below `most`, or all if it has none, make a run. It should be computed at that instance if with
-    these rows it has `most` at most, else where the fewest are planned, as above.
+    below `most`, or all if it has none, make a run. It should be computed at that instance if
+    planned rows there and its own are `most` together at most; else where the fewest are planned,
+    of equals at the first from the slot's instance on, around the end. Its rows are planned there
+    from then on.
 
     - input: `pool`, `request`, `rows` (how many come next, from position `done` on), `planned` [N]
       rows planned so far, `tails` [N] open tails, `most` rows of an instance
     - output: `runs`, null or a list with `position`, `rows`, `preferred` instance, `slot`, and
       whether it `puts` KV (not if its segment is published); and what is so afterwards: `planned`
-      (unchanged if runs is null), `tails`, the request's `table`, `free`"""
+      (unchanged if runs is null), `tails`, the request's `table`, `free`. (An open tail is the last
+      segment: nothing fails behind it, so if runs is null, `tails` is unchanged, too.)"""
     balancer = balancer_of(given["pool"])
     request = request_of(balancer, given["request"])
     planned = list(given["planned"])
@@ -227,6 +229,14 @@ def full_segment_cases():
     said = "Its parent has a child already: it lives where its hash says, at 2; the next one's "
     said += "parent is not published yet, so that lives one further, at 0."
     yield home_case("second child", said, pool, other, 8)
+    said = "Another has published its first segment meanwhile, with a child. Here it is computed, "
+    said += "too, at 2; so the second one is a first child as far as this request knows: at 0."
+    late = make_request(8, [IDS[0], segment_id(2, 5)])
+    yield home_case("published by another", said, pool, late, 8)
+    said = "Six rows of twelve: two are in the second segment, which is no open tail, as it has an "
+    said += "id. It lives at 0, whatever tails are there: 3 and 2 rows are no more than 6."
+    args = empty, three, 6, [3, 0, 0], [3, 0, 0], 6
+    yield home_case("a chunk ends inside", said, *args)
     cached = make_request(8, [IDS[0], child["id"]], [8, 1], 7, 2)
     said = "All 8 tokens are published: the last row is computed again, for its logits, in the "
     said += "published slot, and puts nothing."
@@ -286,6 +296,12 @@ def slot_cases():
     said = "Nothing is free. What was touched earliest leaves: slot 5 (at 1), then slot 2, a "
     said += "replica (at 3). Both serve, though home is elsewhere."
     yield home_case("eviction gives a slot", said, pool, request, 8)
+    said = "Tails are fewest at 1, which has no slot. 2 has most slots: the tail counts there."
+    pool = make_pool(3, 4, 4, taken=[0, 4, 5, 6, 7])
+    yield home_case("a tail elsewhere", said, pool, make_request(2), 2, tails=[1, 0, 2])
+    said = "The full segment has a slot, its tail has none: null, and no tail more."
+    args = make_pool(3, 4, 4, range(11)), make_request(6, IDS[:1]), 6
+    yield home_case("a tail without a slot", said, *args, tails=[1, 0, 2])
     said = "One slot is free, then there is none: null; the first one stays with the request."
     yield home_case("all is pinned", said, make_pool(3, 4, 4, range(11)), request, 8)
 
@@ -297,12 +313,14 @@ def answer_sealing(given: dict) -> dict:
     """What happens when rows have been written and fill segments (§4.1): each full segment is
     published, in order, in the slot where it is. If its id is published already (another request
     was faster), its own slot goes to the end of its instance's free list, and the table says the
-    first replica of the other. Either way the request pins it.
+    first replica of the other. Either way the request pins it, and touches it (see eviction; the
+    clock is not counted up).
 
     - input: `pool`, `request`, `rows` that were written, from `done` on
     - output: `done`; `published`, how many of its segments are; its `table`; `free`; `duplicates`,
       how many slots were given back; `new`, what is published now, as [[id, slot]], in order;
-      `held` [N], segments of its table that have tokens, by instance"""
+      `held` [N], by instance the segments of its table that have any KV then: segment i if i · C
+      is less than `done`"""
     balancer = balancer_of(given["pool"])
     request = request_of(balancer, given["request"])
     before = set(balancer.tree.segments)
@@ -390,19 +408,20 @@ def answer_eviction(given: dict) -> dict:
     requests = {}
     for event in given["events"]:
         if "admit" in event:
-            ids = [bytes.fromhex(id) for id in event["ids"]]
+            ids = event["ids"]
             length = len(ids) * balancer.segment_tokens + 1
-            request = Request(event["admit"], [0] * length, length)
-            request.ids = ids
-            balancer.admit(request, len(ids))
-            requests[request.id] = request
+            request = dict(id=event["admit"], length=length, ids=ids)
+            requests[event["admit"]] = arriving(balancer, request)
+            balancer.admit(requests[event["admit"]], len(ids))
         else:
             balancer.release(requests[event["release"]])
     return dict(slots=[balancer.tree.evict() for _ in range(given["count"])])
 
 
 def leaving_case(name, shows, segments, events, count, **pool) -> Case:
-    pool = make_pool(3, 4, 4, segments=segments, **pool)
+    """If not said otherwise, the last segment was released first."""
+    lru = [segment["id"] for segment in segments[::-1]]
+    pool = make_pool(3, 4, 4, segments=segments, **dict(lru=lru) | pool)
     given = dict(pool=pool, events=events, count=count)
     return Case(name, shows, given, dict(slots="exactly"))
 
@@ -454,7 +473,193 @@ def replica_leaves_cases():
     )
     said = "b was touched before a was, so it leaves first; then the replica of a, then a."
     aged = [make_segment(a, [0, 4], touched=5), make_segment(b, [5], touched=2)]
-    yield leaving_case("an older segment", said, aged, [], 3, lru=[b, a], extras=[4])
+    yield leaving_case("an older segment", said, aged, [], 3, extras=[4])
+    said = "a, the oldest of lru, leaves before the oldest of extras, which is b's: first a's last "
+    said += "replica, in slot 4, then its first one; then those of b."
+    both = [make_segment(b, [5, 9], touched=2), make_segment(a, [0, 4], touched=1)]
+    yield leaving_case("its last replica", said, both, [], 4, extras=[9, 4])
+    said = "The clock goes on from 3: a is touched at 4, when it is pinned. So b leaves before a's "
+    said += "further replica; then only a's first one is left, which is pinned."
+    aged = [make_segment(b, [5], touched=3), make_segment(a, [0, 4], touched=2)]
+    yield leaving_case("the clock goes on", said, aged, [admit(1, a)], 3, extras=[4])
+
+
+# ── admission ────────────────────────────────────────────────────────────────────────────────────
+
+
+CALLS = "match", "awaited", "fits", "admit", "reserve", "commit", "release"
+
+
+def answer_admission(given: dict) -> dict:
+    """What a request meets from its arrival to its end (§4.1): calls in their order, each with its
+    result, or null.
+
+    - `match`: how many of its segments, the first ones, are published. The next three are given
+      this as `matched`.
+    - `awaited`: whether the segment behind those is being filled by another: by the first request
+      that was admitted with it among its `ids`, but not among what it matched; until that request
+      has published it, or is released. (Others with this segment do not take its place.)
+    - `fits`: whether the slots that are free or can be had, without those that are `promised`, are
+      as many as the request's segments behind those that match, ceil(length / C) in all. Can be
+      had: one for each segment of `lru` that is not among those that match, and all `extras`.
+    - `admit`: the clock and the number of `admissions` are counted up. If that number is a multiple
+      of 16 · N, all heat is halved, `hits`, too. Then each segment that matches gets 1 more heat,
+      is pinned and touched (see eviction), and `hits` gets as much more as these are. `done` is
+      their tokens, but one less than `length` at most.
+    - `reserve`: slots for the next `rows` (see placement; nothing is planned, there are no other
+      tails, and no limit `most`). The result is the slot of each of its runs, or null.
+    - `commit`: that `rows` are written (see sealing). A segment that is published now has heat 0.
+    - `release`: slots of segments that are not published go to the ends of the free lists, in order
+      of the table. Then the clock is counted up, and the others are unpinned (see eviction).
+
+    - input: `pool`; `admissions` so far; `requests`, which are all to come: `id`, `length`, `ids`;
+      `calls`, each with `call`, `request` and what it is given
+    - output: `results`; what is so afterwards: `requests`, a table by id: `id`, `done`,
+      `published`, `shared`, `table` (0 and empty of those that do not run); `segments`, a table by
+      id: `id`, `heat`, `touched`, `pins`, how many requests pin it; `free`, `lru`, `extras`, `hits`
+    """
+    balancer = balancer_of(given["pool"])
+    tree = balancer.tree
+    tree.admissions = given["admissions"]
+    requests = {entry["id"]: arriving(balancer, entry) for entry in given["requests"]}
+    results = [result_of(balancer, requests, **call) for call in given["calls"]]
+    states = [state_of(request) for _, request in sorted(requests.items())]
+    segments = [tree.segments[id] for id in sorted(tree.segments)]
+    columns = "id", "done", "published", "shared", "table"
+    return dict(
+        results=results,
+        requests={name: [state[name] for state in states] for name in columns},
+        segments=dict(
+            id=[segment.id.hex() for segment in segments],
+            heat=[segment.heat for segment in segments],
+            touched=[segment.touched for segment in segments],
+            pins=[segment.pins for segment in segments],
+        ),
+        free=balancer.free,
+        lru=[id.hex() for id in tree.lru],
+        extras=list(tree.extras),
+        hits=tree.root.heat,
+    )
+
+
+def result_of(balancer, requests, call, request, **arguments):
+    if call not in CALLS:
+        raise ValueError(f"call {call!r}: some of {', '.join(CALLS)} are expected")
+    result = getattr(balancer, call)(requests[request], **arguments)
+    return [run.slot for run in result] if isinstance(result, list) else result
+
+
+def admission_case(name, shows, pool, requests, calls, admissions=0) -> Case:
+    """requests: of each its length and ids, numbered from 1; calls: (call, request, what it is
+    given)."""
+    listed = [
+        dict(id=id, length=length, ids=ids)
+        for id, (length, ids) in enumerate(requests, 1)
+    ]
+    calls = [
+        dict(call=call, request=request, **others) for call, request, others in calls
+    ]
+    given = dict(pool=pool, admissions=admissions, requests=listed, calls=calls)
+    fields = "results", "requests", "segments", "free", "lru", "extras", "hits"
+    return Case(name, shows, given, dict.fromkeys(fields, "exactly"))
+
+
+def fill(request, rows) -> list[tuple]:
+    """Calls that reserve and commit its next rows."""
+    return [(call, request, dict(rows=rows)) for call in ("reserve", "commit")]
+
+
+def arrive(request, matched) -> list[tuple]:
+    """Calls of a request that comes and matches so much."""
+    return [("match", request, {}), ("admit", request, dict(matched=matched))]
+
+
+def admission_cases() -> list[Case]:
+    return [*hit_cases(), *waiting_cases(), *end_cases()]
+
+
+A, B = segment_id(0, 10), segment_id(1, 11)  # published, B behind A
+X, Y = segment_id(2, 12), segment_id(0, 13)  # not published, X behind B or A
+
+
+def pool_of_two(**others) -> dict:
+    """3 instances with 4 slots each, C = 4."""
+    first = make_segment(A, [0, 8], heat=5.0, touched=7)
+    second = make_segment(B, [5], A, 3.0, touched=6)
+    state = dict(segments=[first, second], lru=[B, A], extras=[8], hits=20.0)
+    return make_pool(3, 4, 4, **state | others)
+
+
+def hit_cases():
+    """What an admission does to what it hits."""
+    said = "Two of three segments match: each is one hotter, pinned, and touched at 8. The clock "
+    said += "was at 7. Eight tokens are done."
+    yield admission_case("a hit", said, pool_of_two(), [(13, [A, B, X])], arrive(1, 2))
+    said = "The 48th admission to 3 instances: heat of 5 and 3 is halved, then 1 more (3.5, 2.5); "
+    said += "hits of 20 are halved, then 2 more (12)."
+    one = [(9, [A, B])]
+    yield admission_case("heat is halved", said, pool_of_two(), one, arrive(1, 2), 47)
+    said = "The 49th halves nothing. All 8 tokens are cached: 7 are done, as the last row is "
+    said += "computed for its logits."
+    cached = [(8, [A, B])]
+    yield admission_case("all is cached", said, pool_of_two(), cached, arrive(1, 2), 48)
+    said = "1 reads A and B, 3 reads A; 2 has read both, and is gone. So A is shared, B is not."
+    calls = [*arrive(1, 2), *arrive(2, 2), *arrive(3, 1), ("release", 2, {})]
+    three = [(9, [A, B]), (9, [A, B]), (8, [A, X])]
+    yield admission_case("who shares", said, pool_of_two(), three, calls)
+
+
+def waiting_cases():
+    """Whether a request that comes should wait."""
+    ask = "awaited", 3, dict(matched=2)
+    same = [(13, [A, B, X])] * 3
+    said = "1 fills X, so 3 waits for it; until X is published, and 3 matches it."
+    calls = [*arrive(1, 2), ask, *fill(1, 3), ask, *fill(1, 1), ("match", 3, {})]
+    asked_again = [*calls, ("awaited", 3, dict(matched=3))]
+    yield admission_case("awaited", said, pool_of_two(), same, asked_again)
+    said = "1 was to fill X and is gone; 2, which came after it, fills X, but is not waited for."
+    calls = [*arrive(1, 2), *arrive(2, 2), ask, ("release", 1, {}), ask]
+    yield admission_case("not awaited any more", said, pool_of_two(), same, calls)
+    said = "2 fills X before 1, which was first to be admitted with it, does. The table of 1 says "
+    said += "what 2 has published, and its own slot is free."
+    calls = [*arrive(1, 2), *arrive(2, 2), *fill(1, 2), *fill(2, 4), *fill(1, 2)]
+    yield admission_case("the other is faster", said, pool_of_two(), same, calls)
+    said = "Two slots are free; those of A (two) and B can be had. 20 tokens take five slots: they "
+    said += "fit, but not if one is promised. 20 tokens that match A and B take three: the free ones "
+    said += "and A's further replica. Once A and B are pinned, the first 20 do not fit any more."
+    pool = pool_of_two(taken=[1, 2, 3, 4, 6, 9, 10])
+    other = (20, [X, Y, *(segment_id(0, number) for number in range(14, 17))])
+    long = (20, [A, B, *other[1][:3]])
+
+    def fits(request, matched, promised):
+        return "fits", request, dict(matched=matched, promised=promised)
+
+    asked = [fits(1, 0, 0), fits(1, 0, 1), fits(2, 2, 0), fits(2, 2, 1)]
+    pinned = [*asked, *arrive(2, 2), fits(1, 0, 0), fits(2, 2, 0)]
+    yield admission_case("what fits", said, pool, [other, long], pinned)
+
+
+def end_cases():
+    """What a request leaves behind."""
+    said = "X is published, its tail is not: that slot is free again. X, B and A are in lru, in "
+    said += "this order, and touched at 9."
+    calls = [*arrive(1, 2), *fill(1, 5), ("release", 1, {})]
+    yield admission_case("released", said, pool_of_two(), [(14, [A, B, X])], calls)
+    said = "Its three segments are not full: their slots are free again, in order of the table."
+    calls = [*arrive(1, 0), ("reserve", 1, dict(rows=12)), ("release", 1, {})]
+    yield admission_case("given up", said, pool_of_two(), [(12, [X, Y, IDS[0]])], calls)
+    said = "Request 1 takes the slots of B and Y, which leave, and gives them back. So A has no "
+    said += "child any more, and the segment of 2 behind it lives one after A, at 1, not where its "
+    said += "hash says, at 2."
+    first = make_segment(A, [0], touched=3)
+    child = make_segment(B, [2], A, touched=1)
+    other = make_segment(Y, [4], touched=2)
+    state = dict(segments=[first, child, other], lru=[B, Y, A])
+    pool = make_pool(3, 2, 4, taken=[1, 3, 5], **state)
+    calls = [*arrive(1, 0), ("reserve", 1, dict(rows=8)), ("release", 1, {})]
+    calls += [*arrive(2, 1), *fill(2, 4)]
+    two = [(8, [IDS[1], IDS[2]]), (8, [A, X])]
+    yield admission_case("an evicted child", said, pool, two, calls)
 
 
 KINDS = dict(
@@ -462,6 +667,7 @@ KINDS = dict(
     placement=Kind(placement_cases, answer_placement),
     sealing=Kind(sealing_cases, answer_sealing),
     eviction=Kind(eviction_cases, answer_eviction),
+    admission=Kind(admission_cases, answer_admission),
 )
 
 
