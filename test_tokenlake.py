@@ -4527,7 +4527,7 @@ def test_a_wrong_answer_is_named(vectors, our_answers, tmp_path, capsys):
         first, second, *notes = said.splitlines()
         assert status == 1 and first == f"{kind.replace('_', ' ')}: {len(cases) - 1} of {len(cases)} agree"
         assert second.startswith(f"  {case.name}: {field} ")
-        because = [f"    within, because: {case.because}"] if isinstance(case.compare[field], dict) else []
+        because = [f"    because: {case.because}"] if isinstance(case.compare[field], dict) else []
         assert notes == [f"    shows: {case.shows}", *because]
     del answers["merge/two parts"]
     path.write_text(answer_lines(answers))

@@ -6,10 +6,10 @@
     python bench/conformance.py check DIR --kind eviction,merge     # some kinds only
     python bench/conformance.py check DIR --case "merge/two parts"  # some cases only
 
-A case needs nothing but its input: read it, decide, compare. A port may begin with any kind, and
-with `iteration/the plan of the docstring`, in which no KV moves. `check` says of each kind how many
-cases agree, and of ten that differ the first number and how many (--all: of all). This is format 1.
-A directory of vectors has
+A case needs nothing but its input: read it, decide, compare. A port may begin with any kind; of
+`iteration` with `iteration/the plan of the docstring`, in which no KV moves. `check` says of each
+kind how many cases agree, then of ten fields (with --all: of all) the first value that differs, and
+how many do. This is format 1. A directory of vectors has
 
     README.md           this text, and a section for each kind
     format.json         {"format": 1, "cases": {KIND: number of cases}}
@@ -501,7 +501,7 @@ def notes_on(case: Case, problems: dict[str, str]) -> list[str]:
     """What may help whoever looks for the reason."""
     notes = [f"shows: {case.shows}"]
     if any(isinstance(case.compare.get(field), dict) for field in problems):
-        notes.append(f"within, because: {case.because}")
+        notes.append(f"because: {case.because}")
     return notes
 
 

@@ -47,7 +47,8 @@ def answer_partial_attention(given: dict) -> dict:
     Cases that are `paged` are for kernels over paged blocks: heads of 64 or 128 values in bfloat16;
     a reader's spans are whole blocks of 16 slab rows, in the order of its block table, from
     position 0 on; its rows of q follow each other; and they see all of these, or as in a causal
-    mask that is aligned at the end. Such a kernel may skip all others. (It has to give lse.)
+    mask that is aligned at the end. Such a kernel may skip all others (`--case` compares with these
+    alone), but has to give lse.
 
     - input: `q` [T, H, D]; `slab` [rows, 2, Hkv, D], of each row key and value; `scale`; `rows`,
       a table with an entry for each query row: `reader`, `row` of q (in any order), `position`, by
@@ -267,7 +268,8 @@ def expect_merge(given: dict) -> dict:
             total = part_lse.logsumexp(0)
             weight = (part_lse - total).exp().nan_to_num(0)[..., None]
             part_o = given["o"][used].double().masked_fill(weight == 0, 0)
-            o[row], lse[row] = (weight * part_o).sum(0), total
+            o[row] = (weight * part_o).sum(0)
+            lse[row] = total
     return dict(o=o, lse=lse)
 
 

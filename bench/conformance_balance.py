@@ -20,6 +20,7 @@ from conformance_cases import (  # noqa: E402
     Recorded,
     balancer_of,
     column,
+    exact_case,
     make_pool,
     make_segment,
     segment_id,
@@ -65,10 +66,8 @@ def copy_case(name, shows, segments, S=16, **pool) -> Case:
     """Three instances, heavy = 10. If not said otherwise, instance 0 is overloaded, and enough is
     90 / (10 · 3) = 3."""
     pool = dict(load=[1000, 100, 200], hits=90.0) | pool
-    given = dict(pool=make_pool(3, S, 4, segments=segments, **pool))
-    return Case(
-        name, shows, given, dict.fromkeys(("copies", "free", "extras"), "exactly")
-    )
+    pool = make_pool(3, S, 4, segments=segments, **pool)
+    return exact_case(name, shows, "copies free extras", pool=pool)
 
 
 HOT, WARM, COLD = (segment_id(0, number) for number in (20, 21, 22))
@@ -182,7 +181,7 @@ def answer_choice(given: dict) -> dict:
 
 def choice_case(name, shows, candidates, cost, load, first, other) -> Case:
     given = dict(candidates=candidates, cost=cost, load=load, first=first, other=other)
-    return Case(name, shows, given, dict(slots="exactly", load="exactly"))
+    return exact_case(name, shows, "slots load", **given)
 
 
 def choice_cases() -> list[Case]:
@@ -480,7 +479,7 @@ def pull_case(name, shows, shares, pull_tokens=100) -> Case:
     names = "share_part", "share_rows", "is_prompt", "tokens"
     given = dict(zip(names, map(list, zip(*shares))))
     given |= dict(query_bytes=320, kv_bytes=128, pull_tokens=pull_tokens)
-    return Case(name, shows, given, dict(pulls="exactly"))
+    return exact_case(name, shows, "pulls", **given)
 
 
 def ship_or_pull_cases() -> list[Case]:
@@ -548,7 +547,7 @@ def sibling_case(name, shows, runs, ships, share_rows) -> Case:
     given |= dict(
         pairs=every, share_rows=share_rows, ships=ships, query_bytes=320, kv_bytes=128
     )
-    return Case(name, shows, given, dict(siblings="exactly", sibling_of_pair="exactly"))
+    return exact_case(name, shows, "siblings sibling_of_pair", **given)
 
 
 def sibling_cases() -> list[Case]:

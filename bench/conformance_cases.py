@@ -27,6 +27,11 @@ class Case(NamedTuple):
     output: dict | None = None  # once it is known
 
 
+def exact_case(name, shows, fields: str, **given) -> Case:
+    """All fields are compared exactly."""
+    return Case(name, shows, given, dict.fromkeys(fields.split(), "exactly"))
+
+
 class Kind(NamedTuple):
     """How cases of a kind are made and answered."""
     cases: Callable  # () → cases, without their output

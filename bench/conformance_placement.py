@@ -18,6 +18,7 @@ from conformance_cases import (  # noqa: E402
     Kind,
     arriving,
     balancer_of,
+    exact_case,
     make_pool,
     make_request,
     make_segment,
@@ -56,13 +57,15 @@ def answer_segment_ids(given: dict) -> dict:
 
 def id_case(name, shows, tokens, segment_tokens=4, salt="") -> Case:
     is_unicode = not any("\ud800" <= character <= "\udfff" for character in salt)
-    given = dict(
+    return exact_case(
+        name,
+        shows,
+        "root ids",
         salt=salt if is_unicode else None,
         salt_hex=salt.encode("utf-8", "surrogatepass").hex(),
         tokens=[token if abs(token) <= MOST_EXACT else str(token) for token in tokens],
         segment_tokens=segment_tokens,
     )
-    return Case(name, shows, given, dict(root="exactly", ids="exactly"))
 
 
 def segment_id_cases() -> list[Case]:
@@ -182,7 +185,10 @@ def answer_placement(given: dict) -> dict:
 
 def home_case(name, shows, pool, request, rows, planned=None, tails=None, most=1000):
     none = [0] * pool["instances"]
-    given = dict(
+    return exact_case(
+        name,
+        shows,
+        "runs planned tails table free",
         pool=pool,
         request=request,
         rows=rows,
@@ -190,8 +196,6 @@ def home_case(name, shows, pool, request, rows, planned=None, tails=None, most=1
         tails=tails or none,
         most=most,
     )
-    fields = "runs", "planned", "tails", "table", "free"
-    return Case(name, shows, given, dict.fromkeys(fields, "exactly"))
 
 
 # Their hash homes among three instances are 2, 0 and 1.
@@ -338,9 +342,8 @@ def answer_sealing(given: dict) -> dict:
 
 
 def sealing_case(name, shows, pool, request, rows) -> Case:
-    fields = "done", "published", "table", "free", "duplicates", "new", "held"
-    given = dict(pool=pool, request=request, rows=rows)
-    return Case(name, shows, given, dict.fromkeys(fields, "exactly"))
+    fields = "done published table free duplicates new held"
+    return exact_case(name, shows, fields, pool=pool, request=request, rows=rows)
 
 
 def sealing_cases() -> list[Case]:
@@ -422,8 +425,7 @@ def leaving_case(name, shows, segments, events, count, **pool) -> Case:
     """If not said otherwise, the last segment was released first."""
     lru = [segment["id"] for segment in segments[::-1]]
     pool = make_pool(3, 4, 4, segments=segments, **dict(lru=lru) | pool)
-    given = dict(pool=pool, events=events, count=count)
-    return Case(name, shows, given, dict(slots="exactly"))
+    return exact_case(name, shows, "slots", pool=pool, events=events, count=count)
 
 
 def admit(request: int, *ids: str) -> dict:
@@ -499,9 +501,9 @@ def answer_admission(given: dict) -> dict:
     - `awaited`: whether the segment behind those is being filled by another: by the first request
       that was admitted with it among its `ids`, but not among what it matched; until that request
       has published it, or is released. (Others with this segment do not take its place.)
-    - `fits`: whether the slots that are free or can be had, without those that are `promised`, are
-      as many as the request's segments behind those that match, ceil(length / C) in all. Can be
-      had: one for each segment of `lru` that is not among those that match, and all `extras`.
+    - `fits`: whether the slots that are free or can be had, less those that are `promised`, suffice
+      for the request's segments behind those that match, ceil(length / C) - `matched`. To be had
+      is one slot for each segment of `lru` that is not among those that match, and all `extras`.
     - `admit`: the clock and the number of `admissions` are counted up. If that number is a multiple
       of 16 · N, all heat is halved, `hits`, too. Then each segment that matches gets 1 more heat,
       is pinned and touched (see eviction), and `hits` gets as much more as these are. `done` is
@@ -560,8 +562,8 @@ def admission_case(name, shows, pool, requests, calls, admissions=0) -> Case:
         dict(call=call, request=request, **others) for call, request, others in calls
     ]
     given = dict(pool=pool, admissions=admissions, requests=listed, calls=calls)
-    fields = "results", "requests", "segments", "free", "lru", "extras", "hits"
-    return Case(name, shows, given, dict.fromkeys(fields, "exactly"))
+    fields = "results requests segments free lru extras hits"
+    return exact_case(name, shows, fields, **given)
 
 
 def fill(request, rows) -> list[tuple]:
@@ -612,21 +614,23 @@ def hit_cases():
 def waiting_cases():
     """Whether a request that comes should wait."""
     ask = "awaited", 3, dict(matched=2)
-    same = [(13, [A, B, X])] * 3
+    same = [(13, [A, B, X])] * 4
     said = "1 fills X, so 3 waits for it; until X is published, and 3 matches it."
-    calls = [*arrive(1, 2), ask, *fill(1, 3), ask, *fill(1, 1), ("match", 3, {})]
+    calls = [*arrive(1, 2), ask, *fill(1, 3), ask, *fill(1, 1), ask, ("match", 3, {})]
     asked_again = [*calls, ("awaited", 3, dict(matched=3))]
     yield admission_case("awaited", said, pool_of_two(), same, asked_again)
-    said = "1 was to fill X and is gone; 2, which came after it, fills X, but is not waited for."
-    calls = [*arrive(1, 2), *arrive(2, 2), ask, ("release", 1, {}), ask]
+    said = "1 was admitted with X first. That 2 is gone changes nothing; once 1 is gone, 4 fills X, "
+    said += "but is not waited for."
+    calls = [call for request in (1, 2, 4) for call in arrive(request, 2)]
+    calls += [ask, ("release", 2, {}), ask, ("release", 1, {}), ask]
     yield admission_case("not awaited any more", said, pool_of_two(), same, calls)
-    said = "2 fills X before 1, which was first to be admitted with it, does. The table of 1 says "
-    said += "what 2 has published, and its own slot is free."
+    said = "2 fills X before 1 does, which was admitted with it first. So 1 reads it in the slot of "
+    said += "2, and its own slot is free."
     calls = [*arrive(1, 2), *arrive(2, 2), *fill(1, 2), *fill(2, 4), *fill(1, 2)]
     yield admission_case("the other is faster", said, pool_of_two(), same, calls)
     said = "Two slots are free; those of A (two) and B can be had. 20 tokens take five slots: they "
-    said += "fit, but not if one is promised. 20 tokens that match A and B take three: the free ones "
-    said += "and A's further replica. Once A and B are pinned, the first 20 do not fit any more."
+    said += "fit, but not if one is promised. 20 tokens that match A and B take three: the free "
+    said += "ones, and A's further replica. Once A and B are pinned, the first 20 fit no more."
     pool = pool_of_two(taken=[1, 2, 3, 4, 6, 9, 10])
     other = (20, [X, Y, *(segment_id(0, number) for number in range(14, 17))])
     long = (20, [A, B, *other[1][:3]])
@@ -645,9 +649,9 @@ def end_cases():
     said += "this order, and touched at 9."
     calls = [*arrive(1, 2), *fill(1, 5), ("release", 1, {})]
     yield admission_case("released", said, pool_of_two(), [(14, [A, B, X])], calls)
-    said = "Its three segments are not full: their slots are free again, in order of the table."
-    calls = [*arrive(1, 0), ("reserve", 1, dict(rows=12)), ("release", 1, {})]
-    yield admission_case("given up", said, pool_of_two(), [(12, [X, Y, IDS[0]])], calls)
+    said = "Its four segments are not full: their slots are free again, in order of the table."
+    calls = [*arrive(1, 0), ("reserve", 1, dict(rows=16)), ("release", 1, {})]
+    yield admission_case("given up", said, pool_of_two(), [(16, [X, Y, *IDS[:2]])], calls)
     said = "Request 1 takes the slots of B and Y, which leave, and gives them back. So A has no "
     said += "child any more, and the segment of 2 behind it lives one after A, at 1, not where its "
     said += "hash says, at 2."
