@@ -59,9 +59,9 @@ query heads, Hkv KV heads, D values of a head. Sections (§) are of arXiv 2508.1
     load                [N] attention done recently
 
 A segment is in `lru` exactly if no request pins it. Those that pin the others need not be in the
-case: what is not in `lru` keeps its first replica, whoever needs it. Only `eviction` and
-`admission` have calls that pin and unpin; there nothing is pinned at first. A slot that is neither
-free nor a segment's nor in the table of a request here is somebody else's, and stays so.
+case: what is not in `lru` keeps its first replica, whoever needs it. Only in `eviction` and
+`admission` requests come and go; there nobody pins anything at first. A slot that is neither free
+nor a segment's nor in the table of a request of the case is somebody else's, and stays so.
 
 **A request** that runs:
 
@@ -315,7 +315,7 @@ def case_of(listed, tensors: dict, where: str) -> Case:
     for field, how in compare.items():
         if field not in output or not can_be_compared(output[field], how):
             raise Refused(f"{where}: {shown(field)} cannot be compared by {shown(how)}")
-    shows, because = (str(listed.get(field)) for field in ("shows", "because"))
+    shows, because = (str(listed.get(field, "")) for field in ("shows", "because"))
     return Case(listed["name"], shows, given, compare, because, output=output)
 
 
@@ -500,7 +500,8 @@ def our_problems(case: Case) -> dict[str, str]:
 def notes_on(case: Case, problems: dict[str, str]) -> list[str]:
     """What may help whoever looks for the reason."""
     notes = [f"shows: {case.shows}"]
-    if any(isinstance(case.compare.get(field), dict) for field in problems):
+    has_tolerance = any(isinstance(case.compare.get(field), dict) for field in problems)
+    if has_tolerance and case.because:
         notes.append(f"because: {case.because}")
     return notes
 
@@ -533,21 +534,21 @@ def compare_kind(cases: list[Case], answers: dict[str, dict] | None) -> Compared
     return Compared(len(cases), missing, wrong)
 
 
-def print_compared(kind: str, compared: Compared, most: int | None):
-    """most: differences that are said, None for all."""
+def print_compared(kind: str, compared: Compared, most: int):
+    """most: differences that are said."""
     missing = f", {len(compared.missing)} missing" if compared.missing else ""
     print(
         f"{kind.replace('_', ' ')}: {compared.agree} of {compared.cases} agree{missing}"
     )
     said = 0
     for case, problems in compared.wrong:
-        lines = [*problems.values()][: None if most is None else most - said]
+        lines = [*problems.values()][: most - said]
         said += len(lines)
         for line in lines:
             print(f"  {one_line(line)}")
         for note in notes_on(case, problems) if lines else []:
             print(f"    {one_line(note)}")
-    names = compared.missing[: None if most is None else most - said]
+    names = compared.missing[: most - said]
     for name in names:
         print(f"  {one_line(name)} is missing")
     every = sum(len(problems) for _, problems in compared.wrong) + len(compared.missing)
@@ -564,16 +565,16 @@ def select_cases(cases: dict, kinds: list[str], names: list[str]) -> dict:
     known = [case.name for its in chosen.values() for case in its]
     unknown = [name for name in names if name not in known]
     if unknown:
-        near = get_close_matches(unknown[0], known, 1, 0) or known[:1]
-        said = f"--case {shown(unknown[0])}: a case's name is expected, as {near[0]!r}"
-        raise Refused(said)
+        near = get_close_matches(unknown[0], known, 1, 0)
+        such = "".join(f", as {shown(name)}" for name in near)
+        raise Refused(f"--case {shown(unknown[0])}: a case's name is expected{such}")
     chosen = {
         kind: [case for case in its if case.name in names] for kind, its in chosen.items()
     }
     return {kind: its for kind, its in chosen.items() if its}
 
 
-def check(folder: Path, kinds, names, answers_at: Path | None, most: int | None) -> int:
+def check(folder: Path, kinds, names, answers_at: Path | None, most: int) -> int:
     """Exit status. kinds, names, most: see `select_cases` and `print_compared`."""
     cases = read_vectors(folder)
     chosen = select_cases(cases, kinds, names)
@@ -594,19 +595,19 @@ def check(folder: Path, kinds, names, answers_at: Path | None, most: int | None)
 # ── the program ──────────────────────────────────────────────────────────────────────────────────
 
 
-def listed(text: str) -> list[str]:
-    """What an option says, with commas between."""
+def split_list(text: str) -> list[str]:
+    """Of an option: what stands between its commas."""
     return [part.strip() for part in text.split(",")]
 
 
 def kinds_of(text: str) -> list[str]:
     """What --kind says."""
-    unknown = [kind for kind in listed(text) if kind not in KINDS]
+    unknown = [kind for kind in split_list(text) if kind not in KINDS]
     if unknown:
         raise Refused(
             f"--kind {shown(unknown[0])}: some of {', '.join(KINDS)} are expected"
         )
-    return listed(text)
+    return split_list(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -630,8 +631,8 @@ def main(arguments: list[str]) -> int:
     try:
         if options.command == "check":
             answers_at = options.answers and Path(options.answers)
-            names = [name for text in options.case for name in listed(text)]
-            most = None if options.all else MOST_SAID
+            names = [name for text in options.case for name in split_list(text)]
+            most = sys.maxsize if options.all else MOST_SAID
             return check(folder, kinds_of(options.kind), names, answers_at, most)
         write(folder)
     except Refused as refused:

@@ -38,8 +38,8 @@ def answer_replication(given: dict) -> dict:
     An instance is *overloaded* if load · N · 10 is over the sum of loads · 11. `heavy` is
     ceil(replicate_factor · N · ln N), and `enough` = hits / (heavy · N). If none is overloaded, or
     heavy is 0, nothing is copied. Else segments with heat over `enough` are looked at one by one,
-    `heavy` of them at most: among those whose parent is not still waiting for it the hottest, of
-    equals that with the smallest id, byte by byte. And for each all instances: those with a free
+    `heavy` of them at most: always the hottest of those whose parent has been looked at or is none,
+    of equals that with the smallest id, byte by byte. And for each all instances: those with a free
     slot first, then by load, then by number; as all of this was before the first copy. A segment
     wants a copy at an instance if it has none there, if its heat is over `enough` times its
     replicas, and if an instance that has one is overloaded; those that were made just now count as

@@ -33,11 +33,11 @@ def answer_segment_ids(given: dict) -> dict:
     """Ids of the full segments of a request: the chained hash that all of the pool rests on.
 
     Root: the 16-byte BLAKE2b (RFC 7693: digest length 16, no key) of the salt's bytes, with the
-    personalisation `root` (4 ASCII bytes, then 12 zero bytes) and no hash salt. The personalisation
-    is bytes 48 to 63 of BLAKE2's parameter block (fanout and depth are 1, as in RFC 7693, which
-    leaves it out): 8 bytes each, little-endian, it is XORed into h[6] and h[7] at the beginning.
-    The salt's bytes are its UTF-8; a half surrogate, which has none, is three bytes by the same
-    pattern (U+D800 is `ed a0 80`). An empty salt is no bytes.
+    personalisation `root` (4 ASCII bytes, then 12 zero bytes) and no hash salt. Plain RFC 7693 has
+    no personalisation: it is bytes 48 to 63 of BLAKE2's parameter block, where fanout and depth are
+    1. So before the first block its first 8 bytes, little-endian, are XORed into h[6], the others
+    into h[7]. The salt's bytes are its UTF-8; a half surrogate, which has none, is three bytes by
+    the same pattern (U+D800 is `ed a0 80`). An empty salt is no bytes.
 
     Id of a segment: the 16-byte BLAKE2b, without key, hash salt or personalisation, of 16 + 8·C
     bytes: its parent's id (the root for the first segment), then its C tokens, each as 8 bytes,
@@ -142,12 +142,12 @@ def answer_placement(given: dict) -> dict:
 
     Home. A segment that has no slot yet gets a *home*; n is how many of `rows` are in it. `after`
     is the instance after that of the request's segment before it, around the end, or 0 for the
-    first one. An *open tail*, whose index is not below the number of `ids` (whether `rows` end in
-    it or not), lives where the tuple (1 if planned rows there + n are over `most`, else 0; open
-    tails there; (instance - after) mod N) is smallest. A full segment lives at `after`, if
-    placement is `stripe`, if it is not the first one, and if it is a first child: its parent is
-    none of the request's `published` ones (though another may have published it), or has no
-    children in the pool. Else it lives at its id's first 8 bytes, as an unsigned little-endian
+    first one. An *open tail*, whose index is not below the number of `ids` (what has an id is none,
+    even if `rows` do not fill it), lives where the tuple (1 if planned rows there + n are over
+    `most`, else 0; open tails there; (instance - after) mod N) is smallest. A full segment lives at
+    `after`, if placement is `stripe`, if it is not the first one, and if it is a first child: its
+    parent is none of the request's `published` ones (though another may have published it), or has
+    no children in the pool. Else it lives at its id's first 8 bytes, as an unsigned little-endian
     integer, mod N. But if planned rows there + n are over `most`, it lives where the fewest are
     planned, of equals at the first from there on, around the end.
 
