@@ -119,7 +119,7 @@ def answer_iteration(given: dict) -> dict:
       - `ships` [runs][N]; `writes`, a table of the runs that put: `instance`, `first_row`, the
         `slab_row` that is written, `rows`
       - `moves`, a table: `kind`, `source`, `source_row`, `target`, `target_row` (-1: they stay in
-        the receive buffer), `rows`; first fresh KV to siblings (`pull`, by share, then writer),
+        the receive buffer), `rows`; first fresh KV to siblings (`sibling`, by share, then writer),
         then new KV to its home (`put`, by run), then copies (`replica`)
       - `spans`, of each instance a table of what is read there: `share`, `place`, `first_row`,
         `length`, `position`; old KV by share and segment, then fresh KV by share and writer, once
