@@ -73,6 +73,7 @@ Then each iteration has a line, when it has been computed:
       tokens           of old KV
       slots            global slots of its segments, in order; a row is read where they lie …
       pulled           … but for these of the segments, by index: they come to the instance
+      copies           segments, by index, that are not read in their first slot, but in a copy
     fresh            KV that is written in this iteration and read in it:
       writer           index into runs
       readers          the same: itself, and later ones of its request
@@ -116,6 +117,7 @@ import numpy as np
 from balancer import Segment
 from model import dtype_name
 from pool import HERE, LATE, MOVE_KINDS, REPLICA, SIBLING
+from work import select
 
 VERSION = 1
 FILE_NAME = "plans.jsonl"
@@ -334,6 +336,11 @@ def list_runs(plan) -> list[dict]:
 def list_reads(plan) -> list[dict]:
     reads = plan.segment_reads
     pulled = plan.old.pulled
+    replicas = plan.old.replicas
+    tables = plan.old.tables
+    places = zip(replicas.share.tolist(), replicas.segment.tolist())
+    first_slots = np.array([tables[share][index] for share, index in places], np.int64)
+    copies = select(replicas, replicas.slot != first_slots)
     request = request_of_share(plan).tolist()
     instance = plan.instance_of_share.tolist()
     tokens = plan.old.tokens.tolist()
@@ -346,6 +353,7 @@ def list_reads(plan) -> list[dict]:
             tokens=tokens[share],
             slots=reads.slot[first[share] : first[share + 1]].tolist(),
             pulled=pulled.segment[pulled.share == share].tolist(),
+            copies=copies.segment[copies.share == share].tolist(),
         )
         for share in np.flatnonzero(plan.old.tokens).tolist()
     ]
@@ -478,8 +486,8 @@ def explain(header: dict, record: dict) -> str:
         [
             f"iteration {record['iteration']}, announced at {record['clock_s']:.3f} s: "
             f"{plural(header['instances'], 'instance')}, segments of "
-            f"{header['segment_tokens']} tokens, {len(record['running'])} requests run, "
-            f"{record['waiting']:,} wait",
+            f"{header['segment_tokens']} tokens; {plural(len(record['running']), 'request')} "
+            f"running, {record['waiting']:,} waiting",
             *shorten(explain_events(record)),
         ],
         ["who computes what:", *explain_runs(record)],
@@ -508,11 +516,26 @@ def name_numbers(noun, numbers) -> str:
     return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(spans[:MOST_NUMBERS])}{more}"
 
 
-def name_counts(counts: Counter) -> str:
-    """`instance 0: 4, 1: 3, 2: 5`."""
-    pairs = [f"{instance}: {count:,}" for instance, count in sorted(counts.items())]
-    more = ", …" * (len(pairs) > MOST_NUMBERS)
-    return f"instance {', '.join(pairs[:MOST_NUMBERS])}{more}"
+def name_copies(segments) -> str:
+    """`a copy of segment 3`, or `copies of segments 7 (twice), 9`: a copy for each mention."""
+    said = []
+    for segment, count in sorted(Counter(segments).items()):
+        times = {1: "", 2: " (twice)"}.get(count, f" ({count} times)")
+        said.append(f"{segment}{times}")
+    more = ", …" * (len(said) > MOST_NUMBERS)
+    copies = "a copy" if len(segments) == 1 else "copies"
+    noun = "segment" + "s" * (len(said) > 1)
+    return f"{copies} of {noun} {', '.join(said[:MOST_NUMBERS])}{more}"
+
+
+def name_counts(preposition, counts: Counter) -> str:
+    """`4 at instance 0, 3 at 1, 5 at 2`."""
+    said = []
+    for instance, count in sorted(counts.items()):
+        noun = "" if said else "instance "
+        said.append(f"{count:,} {preposition} {noun}{instance}")
+    more = ", …" * (len(said) > MOST_NUMBERS)
+    return ", ".join(said[:MOST_NUMBERS]) + more
 
 
 def name_bytes(count) -> str:
@@ -529,7 +552,7 @@ def explain_events(record) -> list[str]:
         for came in record["arrived"]
     ]
     said += [
-        f"request {r['request']} is admitted; {plural(r['done'], 'token')} of it are cached"
+        f"request {r['request']} is admitted, with {plural(r['done'], 'token')} in the pool"
         for r in record["admitted"]
     ]
     for key, verb in ("preempted", "preempted"), ("ended", "ended"), ("dropped", "dropped"):
@@ -540,9 +563,11 @@ def explain_events(record) -> list[str]:
         by = name_numbers("request", [p["request"] for p in published])
         said.append(f"published: {name_numbers('segment', numbers)}, by {by}")
     if evicted := record["evicted"]:
-        numbers = [e["segment"] for e in evicted]
-        copies = sum(e["replica"] for e in evicted)
-        said.append(f"evicted: {name_numbers('segment', numbers)} ({copies} of them copies)")
+        copies = [e["segment"] for e in evicted if e["replica"]]
+        gone = [e["segment"] for e in evicted if not e["replica"]]
+        named = [name_numbers("segment", gone)] * bool(gone)
+        named += [name_copies(copies)] * bool(copies)
+        said.append(f"evicted: {'; '.join(named)}")
     return said
 
 
@@ -552,7 +577,8 @@ def explain_runs(record) -> list[str]:
     for instance, balance in enumerate(record["balance"]):
         said.append(
             f"instance {instance}: {plural(balance['rows'], 'row')}; gives "
-            f"{balance['reads']:,} tokens of old KV to requests; {balance['free']:,} slots are free"
+            f"{plural(balance['reads'], 'token')} of old KV to requests; "
+            f"{plural(balance['free'], 'slot')} free"
         )
         shares = defaultdict(list)  # its runs, by request
         for run in record["runs"]:
@@ -582,14 +608,15 @@ def explain_reads(header, record) -> list[str]:
     """Requests, and where their old KV lies. Instances that read the same share a line."""
     readers = defaultdict(list)  # instances, by what they read
     for read in record["reads"]:
-        key = read["request"], read["tokens"], tuple(read["slots"]), tuple(read["pulled"])
-        readers[key].append(read["instance"])
+        lists = (tuple(read[key]) for key in ("slots", "copies", "pulled"))
+        readers[read["request"], read["tokens"], *lists].append(read["instance"])
     said = []
-    for (request, tokens, slots, pulled), instances in readers.items():
+    for (request, tokens, slots, copies, pulled), instances in readers.items():
         holders = Counter(slot // header["slots"] for slot in slots)
         line = f"request {request} on {name_numbers('instance', instances)}: "
-        line += f"{plural(tokens, 'token')}; segments at {name_counts(holders)}"
-        said.append(line + f"; {len(pulled)} of them pulled" * bool(pulled))
+        line += f"{plural(tokens, 'token')}; segments: {name_counts('at', holders)}"
+        some = [f"{len(copies)} copies"] * bool(copies) + [f"{len(pulled)} pulled"] * bool(pulled)
+        said.append(line + f" ({', '.join(some)})" * bool(some))
     return said
 
 
@@ -619,7 +646,7 @@ def explain_leaving(kind, source, trips) -> str:
     for trip in trips:
         rows[trip["target"]] += trip["rows"]
     what = "rows" if kind == "query" else "tokens"
-    return f"from {source}: {total}{of}; {what} to {name_counts(rows)}"
+    return f"from {source}: {total}{of}; {what}: {name_counts('to', rows)}"
 
 
 if __name__ == "__main__":

@@ -506,7 +506,7 @@ HEADER = (
 def describe_speed(speed: float) -> str:
     """At which time goes, if that is another than the trace's."""
     if math.isinf(speed):
-        return ", sent at once"
+        return " of trace, all sent at once"
     return "" if speed == 1 else f", {speed:g} times as fast"
 
 
