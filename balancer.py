@@ -25,9 +25,10 @@ what decides is an integer, as floats that two machines measure, or sum in anoth
 the last bit. (Heat is a float, but a sum of ones and exact halves; a quotient of two numbers is the
 same everywhere.)
 
-Rows are *committed* after the iteration that wrote all their layers. Then the segments that they
-fill are published: from the next iteration on others can hit them. A segment is evicted only when
-nobody pins it, children first: see `PrefixTree`.
+Rows are *committed* before the next iteration is planned, and the segments that they fill are
+published: from that plan on others can hit them. With `--plan-ahead` the device may still be
+writing them then; but it reads what the next plan asks for after that, as it works in order. A
+segment is evicted only when nobody pins it, children first: see `PrefixTree`.
 
 At the end stand two things that need no tensors either: the paper's dynamic program, and the time
 model.
@@ -55,7 +56,7 @@ from scipy.optimize import nnls
 # hash, of Mooncake's conversation trace, unless another is named; CV and copies were looked at.
 
 # An instance is overloaded from 11/10 of the mean load on. Higher leaves loads with several hot
-# prefixes uneven, lower copies for nothing:
+# prefixes uneven. Lower makes nothing more even, but 134 copies instead of 49:
 #
 #                             1/1    11/10   3/2    2/1
 #     toolagent (CV)          0.04   0.04    0.12   0.35    three hot prefixes (bench/workloads.py)
@@ -64,8 +65,8 @@ OVERLOAD = (11, 10)
 # Loads lose an eighth in each iteration, so half in five: the CV is 0.15. If they lose a quarter,
 # it is 0.14 with twice as many copies; with a 64th it is 0.16 with a third of them.
 LOAD_FADE = 8
-# Heat is halved after 16 admissions for each instance. After 4, copies are nine times as many and
-# the CV is the same; later than 16, neither changes, but a prefix stays hot for longer.
+# Heat is halved after 16·N admissions in all. After 4·N, copies are nine times as many and the CV
+# is the same; later than 16·N, neither changes, but a prefix stays hot for longer.
 HALF_LIFE = 16
 # Copies take a sixteenth of all slots at most. On that trace there are never so many: it keeps a
 # pool of few slots from filling up with copies.
@@ -359,7 +360,8 @@ class Balancer:
             self.in_progress.setdefault(id, request)
 
     def commit(self, request, rows):
-        """The rows are written: publishes the segments that they fill."""
+        """The rows are written before anything that is planned from now on: publishes the segments
+        that they fill."""
         C = self.segment_tokens
         held = self.held[request.held_row]
         # A segment is held from its first token on; those with earlier tokens are counted. (The max
@@ -788,13 +790,14 @@ class TimePredictor:
 def show_scene():
     """Three instances. Requests come one by one, and each puts its whole prompt into the pool."""
     balancer = Balancer(num_instances=3, slots=6, segment_tokens=4)
-    print(
-        "Three instances of 6 slots for segments of 4 tokens. 12@2: slot 12, instance 2."
-    )
-    print(
-        "Homes: by hash; a first child's one instance after its parent's; or a free slot."
-    )
-    print("One of the 18 slots may have a replica, which can be read an iteration later.")
+    over, whole = OVERLOAD
+    N, S, C = balancer.sizes
+    print(f"""{N} instances of {S} slots, each for a segment of {C} tokens. 12@2: slot 12, at instance 2.
+Homes: a first child lives one instance after its parent, any other segment where its hash says.
+If that instance is full, the segment lives where most slots are free.
+Replicas: if an instance has over {over}/{whole} of the mean load, the segment that is read most there is
+copied to another (of two that are read alike, the earlier one of the prompt). Copies may take
+{N * S // REPLICA_SLOTS} of the {N * S} slots (a {REPLICA_SLOTS}th), and can be read an iteration later.""")
     shared = list(range(8))
     prompts = [shared + [first, 0, 0, 0] for first in range(20, 24)]
     prompts.append(list(range(100, 148)))
@@ -806,31 +809,37 @@ def show_scene():
 def show_request(balancer, request):
     """An iteration with one request, step by step."""
     N, S, C = balancer.sizes
-
-    def places(*slots):
-        return " ".join(f"{slot}@{slot // S}" for slot in slots) or "none"
-
     print(f"\nrequest {request.id}, {request.num_prompt} tokens; loads: {balancer.load}")
     for target, source in balancer.replicate().items():
-        overloaded = "instance {} has over {}/{} of the mean"
-        overloaded = overloaded.format(source // S, *OVERLOAD)
-        print(f"  replica   of {places(source)}, in {places(target)}: {overloaded}")
+        overloaded = f"instance {source // S} is overloaded"
+        print(f"  replica   of {places([source], S)}, in {places([target], S)}: {overloaded}")
     matched = balancer.match(request)
     balancer.admit(request, matched)
     read = request.table[:matched].copy()
     replicated, candidates = balancer.replicas_of(read)
     cost = np.full(len(replicated), C)
     read[replicated] = balancer.choose_replicas(candidates, cost, balancer.load.copy())
-    print(f"  hits      {places(*read)}: {request.done} tokens")
+    print(f"  hits      {places(read, S)}: {request.done} tokens")
     slot_of = {id: segment.slot for id, segment in balancer.tree.segments.items()}
     balancer.reserve(request, request.remaining)
     for id, slot in slot_of.items():
         if id not in balancer.tree.segments:
-            print(f"  eviction  {places(slot)}: least recently used, and nobody pins it")
-    print(f"  homes     {places(*request.table[matched : request.num_slots])}")
+            print(f"  eviction  {places([slot], S)}: least recently used, and nobody pins it")
+    new = request.table[matched : request.num_slots].tolist()
+    print(f"  homes     {places(new, S)}")
+    # The first child of a segment of its own should live one instance after that.
+    for parent, slot in zip(new, new[1:]):
+        wanted = (parent // S + 1) % N
+        if slot // S != wanted:
+            print(f"            {places([slot], S)}, as instance {wanted} is full")
     balancer.commit(request, request.remaining)
     balancer.release(request)
     balancer.observe(C * np.bincount(read // S, minlength=N))
+
+
+def places(slots, S):
+    """Global slots with their instances."""
+    return " ".join(f"{slot}@{slot // S}" for slot in slots) or "none"
 
 
 # What placement, replication and choice are worth on a trace, bench/replay.py counts: it has the

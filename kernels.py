@@ -701,6 +701,7 @@ def show_parts():
     merged_o, merged_lse = merge(o, lse, torch.tensor([[0, 2, 4], [1, 3, 5]]))
     all_o, all_lse = attend_at_once(q, kv, position)
     print(f"{3 * C} keys in three parts. A row sees those up to its own position.")
+    print("|o|: the norm of a part's o.")
     for row, at in enumerate(position.tolist()):
         print(f"\nrow at position {at:<4}    |o|      lse  weight exp(lse_p − lse)")
         for part in range(3):

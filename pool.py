@@ -856,17 +856,29 @@ def travel(rank, port):
 def tell(plan, q_buf, slabs, sent):
     """What happened to the row: slabs of both ranks, and bytes that they sent."""
 
-    def show(name, table):
+    def show(name, table, *meaning):
         cells = (f"{key} {column[0]}" for key, column in zip(table._fields, table))
         print(f"{name:<7}{', '.join(cells)}")
+        print("".join(f"       {line}\n" for line in meaning))
 
     print(
         "Two ranks of two slots of 4 tokens, and one layer. Request 0 is in the pool, but for"
     )
     print("its newest token, at position 9: a row for rank 0. The plan, made by hand:\n")
-    show("runs", plan.run_table)
-    show("fresh", plan.fresh)
-    print(f"old    {plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}")
+    show(
+        "runs",
+        plan.run_table,
+        "slot: where its KV will lie. share: a number for all rows that one instance computes",
+        "of one request. first_row: where the run begins among all rows that it computes.",
+    )
+    show(
+        "fresh",
+        plan.fresh,
+        "KV that is written and read in this iteration: which run reads which, and where.",
+        "place 0 is HERE: in the slab before any KV moves. first_row: of the slab.",
+    )
+    said = f"{plan.old.tokens[0]} tokens in slots {plan.old.tables[0]}"
+    print(f"old    {said}; slots 0 and 1 are rank 0's, 2 and 3 rank 1's")
     (o,), (lse,) = q_buf.outputs.results[OWN]
     part_lse = q_buf.outputs.partial_lse[:, 0]  # of head 0, from both ranks
     here, there = (part_lse - lse[0]).exp().tolist()
@@ -874,6 +886,8 @@ def tell(plan, q_buf, slabs, sent):
     scores = q_buf.q[0] @ kv[:, 0, 0].T / q_buf.q.shape[-1] ** 0.5
     apart = (o - scores.softmax(-1) @ kv[:, 1, 0]).abs().max()
     print(f"""
+The steps have the numbers of pool.py's docstring; 2 and 6 are for KV that moves, and here none does.
+
 0  rank 0  puts K and V of position 9 into its slab row {plan.fresh.first_row[0]}, their home
 1  rank 0  sends Q, 2 heads of 8: {sent[0]} bytes (the KV that it is to meet has {kv[4:8].nbytes})
 3  rank 0  attends to its slab rows 0–5, positions 0–3, 8 and 9: LSE {part_lse[0]:.4f} (of head 0)
@@ -882,7 +896,6 @@ def tell(plan, q_buf, slabs, sent):
 7  rank 0  merges both, by weights {here:.4f} and {there:.4f}: LSE {lse[0]:.4f}
 
 All ten keys in one place: LSE {scores[0].logsumexp(0):.4f}; O differs by {apart:.0e} at most.
-(Steps 2 and 6 are for KV that moves. Here none does.)
 Next: tokenlake.py, which makes such plans for many requests and ranks.""")
 
 

@@ -3884,9 +3884,10 @@ def test_kernels_show_parts_and_their_merge():
 def test_work_shows_what_is_read_once():
     """Tiles cover what is shared once, and what each has alone; pieces cover all (row, tile)."""
     tables = {}
-    for part in run_alone("work.py").split("\n\n")[:4]:
-        title, columns, *entries = part.splitlines()
-        tables[title.split(":")[0]] = [dict(zip(columns.split(), map(int, x.split()))) for x in entries]
+    for part in run_alone("work.py").split("\n\n")[1:5]:
+        title, *lines = part.splitlines()
+        columns, *entries = [line.split() for line in lines if "  " in line.strip()]
+        tables[title.split(":")[0]] = [dict(zip(columns, map(int, entry))) for entry in entries]
     spans, members, tiles, pieces = tables.values()
     covered = Counter(row for tile in tiles
                       for row in range(tile["first_row"], tile["first_row"] + tile["length"]))
@@ -3926,6 +3927,11 @@ def test_balancer_shows_a_scene():
     assert [place["hits"] for place in places[:3]] == [[], prefix, prefix] and copied == prefix[0]
     assert places[3]["hits"] == [copy, prefix[1]] and copy // 6 != copied // 6
     assert places[4]["eviction"] == places[0]["homes"][2:] and places[4]["homes"][-1] in places[4]["eviction"]
+    left = re.findall(r"(\d+)@\d, as instance (\d) is full", run_alone("balancer.py"))
+    stripe = zip(places[4]["homes"], places[4]["homes"][1:])
+    assert left == [(str(slot), str((before // 6 + 1) % 3)) for before, slot in stripe
+                    if slot // 6 != (before // 6 + 1) % 3]
+    assert "copied" in run_alone("balancer.py") and "\n1 of the 18 slots (a 16th)" in run_alone("balancer.py")
     assert sum(map(len, (place["homes"] for place in places))) + 1 == 18 + 1  # one slot twice
 
 
@@ -3961,6 +3967,20 @@ def test_tokenlake_shows_the_seven_calls():
     assert len(apart) == 2 and max(apart) < 1e-5
     assert [int(x) for x in re.findall("old tokens to read: (.+)", said)] == [0, 4]
     assert "Q [6, 2, 8] → O [6, 2, 8]" in said and "Q [1, 2, 8] → O [1, 2, 8]" in said
+
+
+def test_tokenlake_shows_the_plan_of_its_docstring():
+    """The same runs at the same instances; slots in which their old KV lies; and what travels."""
+    lines = run_alone("tokenlake.py").split("\nrun  request")[1].splitlines()[1:5]
+    shown = [re.split("  +", line.strip()) for line in lines]
+    table = tokenlake.__doc__.split("reads at 1\n")[1].splitlines()[:4]
+    assert [cells[:5] for cells in shown] == [re.split("  +", line.strip())[:5] for line in table]
+    plan, _, _ = plan_by_example()
+    for run, (*_, slots, targets) in enumerate(shown):
+        old = plan.segment_reads.slot[plan.segment_reads.share == plan.run_table.share[run]]
+        assert slots == ", ".join(map(str, old.tolist()))
+        assert targets == (", ".join(map(str, np.flatnonzero(plan.ships[run]))) or "–")
+    assert "Rows that travel: 3. Tokens whose KV does: 0." in run_alone("tokenlake.py")
 
 
 def shown_answer(said):

@@ -254,6 +254,9 @@ class TokenLake:
         """Plans of an iteration (§5): batches of runs with their degrees of parallelism → query
         plan, transfer plan, groups (for each batch, the instance of each of its runs).
 
+        The order of decisions: which replica is read, then which instance computes a part, then
+        whether a replica that is at hand there is read instead.
+
         A batch of DoP k is cut into k parts of about equal rows; parts are matched with instances,
         at most one each. To be called once an iteration: it makes replicas and adds to loads.
         LakeError: the DoPs ask for more instances than there are, or the tree is another lake's."""
@@ -711,10 +714,8 @@ def parts_of_runs(batches: list[list[Run]], dops: list[int]) -> list[Column]:
 # ── the lesson, run ──────────────────────────────────────────────────────────────────────────────
 
 
-def show_calls():
+def show_calls(shape):
     """The seven calls for two requests, one after the other, with random Q and KV."""
-    shape = SimpleNamespace(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
-    shape.num_linear_parameters = 1000
     lake = TokenLake([0], shape, LakeConfig(segment_tokens=4, slots=8))
     torch.manual_seed(0)
     print(
@@ -725,17 +726,15 @@ def show_calls():
         print(f"\nrequest {id}: tokens {tokens}")
         request = Request(id, tokens, len(tokens) + 1)
         tree = lake.get_prefix_tree()
-        tell("get_prefix_tree()", f"{len(tree.segments)} segments published")
+        tell("get_prefix_tree()", f"published segments: {len(tree.segments)}")
         load = lake.get_cache_load([request], tree)
-        tell("get_cache_load([request], tree)", f"{load:.2f} (§6.1)")
+        what = "share of the cluster's time that reading cache takes"
+        tell("get_cache_load([request], tree)", f"{what}: {load:.2f} (§6.1)")
         lake.balancer.admit(request, lake.balancer.match(request))
         # Random ones for the rows to compute, behind those that hit.
         kv = torch.cat((kv[: request.done], torch.randn(request.remaining, 2, 1, 8)))
         show_iteration(lake, request, kv, torch.randn(request.remaining, 2, 8))
         lake.balancer.release(request)
-    print(
-        "\nNext: scheduler.py, which rows run; bench/example.py, the same calls for a model."
-    )
 
 
 def show_iteration(lake, request, kv, q):
@@ -747,7 +746,7 @@ def show_iteration(lake, request, kv, q):
     reads = f"old tokens to read: {plan.reads.sum()}"
     tell("gen_plans([batch], [1], tree)", f"rows: {', '.join(runs)}; {reads}")
     q_buf = lake.init_query(batch, group, plan)
-    tell("init_query(batch, group, plan)", f"room for Q of {q_buf.num_rows} rows")
+    tell("init_query(batch, group, plan)", f"room for Q, rows: {q_buf.num_rows}")
     kv_buf = lake.init_transfer(batch, transfer_plan)
     slab_rows = kv_buf.slab_rows.tolist()
     tell("init_transfer(batch, plan)", f"room for their KV; slab rows {slab_rows}")
@@ -765,9 +764,63 @@ def show_iteration(lake, request, kv, q):
     lake.balancer.commit(request, request.remaining)
 
 
+def show_plan(shape):
+    """Two instances, planned only: what travels in the example of the docstring."""
+    plan, transfer_plan, _ = plan_example(shape)
+    reads = plan.segment_reads
+    print("\nA plan for two instances, of slots 0 to 9 and 10 to 19: the example of the docstring.")
+    print("run  request  rows  computed at  its KV goes to  reads old KV in slots  travels to")
+    for number, run in enumerate(plan.runs):
+        last = run.position + run.rows - 1
+        rows = f"{run.position}–{last}" if run.rows > 1 else last
+        instance = plan.run_table.instance[number]
+        goes = f"slot {run.slot}" if run.puts else "–"
+        slots = reads.slot[reads.share == plan.run_table.share[number]]
+        slots = ", ".join(map(str, slots))
+        targets = ", ".join(map(str, np.flatnonzero(plan.ships[number]))) or "–"
+        print(
+            f"{number:>3}  {run.request.id:>7}  {rows:>4}  {instance:>11}  {goes:<14}  {slots:<21}"
+            f"  {targets}"
+        )
+    moved = plan.old.pulls.rows.sum() + transfer_plan.moves.rows.sum()
+    print(f"Rows that travel: {plan.rows_shipped().sum()}. Tokens whose KV does: {moved}.")
+
+
+def plan_example(shape):
+    """Three requests whose prompts begin alike; the second and third come when the first one's
+    prompt has been computed. Each row is computed where its KV will live."""
+    lake = TokenLake([0, 1], shape, LakeConfig(segment_tokens=4, slots=10))
+
+    def admit(id, tokens):
+        request = Request(id, tokens, len(tokens) + 4)
+        lake.balancer.admit(request, lake.balancer.match(request))
+        return request
+
+    def plan_all(*requests):
+        planned = [0, 0]
+        runs = [lake.balancer.reserve(r, r.remaining, planned) for r in requests]
+        runs = list(chain.from_iterable(runs))
+        batches = [[run for run in runs if run.preferred == i] for i in (0, 1)]
+        return lake.gen_plans(batches, [1, 1], lake.get_prefix_tree())
+
+    prompt = list(range(10, 20))
+    first = admit(0, prompt[:])
+    plan_all(first)
+    lake.balancer.commit(first, first.remaining)
+    first.tokens.append(7)
+    return plan_all(first, admit(1, [*prompt[:4], 1, 2, 3, 4, 5]), admit(2, prompt[:8]))
+
+
 def tell(call, gives):
     print(f"  {call:<33}{gives}")
 
 
 if __name__ == "__main__":
-    show_calls()
+    # Of a model with one layer.
+    shape = SimpleNamespace(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    shape.num_linear_parameters = 1000
+    show_calls(shape)
+    show_plan(shape)
+    print(
+        "\nNext: scheduler.py, which rows run; bench/example.py, the same calls for a model."
+    )

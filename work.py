@@ -522,24 +522,44 @@ def show_cuts():
         position=np.array([0, 192] * 3),
     )
     work = Work(rows, spans, num_heads=8, num_kv_heads=2)
-    tables = {
-        "spans: what each reader reads. A reader is a request, here of one row": spans,
-        "members: rows by group. 0 to 2: a reader each; 3: those who share": work.members,
-        f"tiles: what a group reads, {TILE} slab rows at most in each": work.tiles,
-        "pieces: members over tiles, a program for each KV head": work.pieces,
-    }
-    for meaning, table in tables.items():
-        print(meaning)
-        print("".join(f"{column:>14}" for column in table._fields))
-        for entry in zip(*table):
-            print("".join(f"{value:>14}" for value in entry))
-        print()
+    print("Three requests decode a row each behind a prefix of 192 tokens. Each is a reader.\n")
+    show(
+        spans,
+        "spans: what each reader reads",
+        "length rows of the slab from first_row on; position: of the first one, in the request",
+    )
+    show(
+        work.members,
+        "members: which rows of q are in which group",
+        "groups 0 to 2: a reader each, with what it reads alone; group 3: those who share",
+    )
+    show(
+        work.tiles,
+        f"tiles: what a group reads, cut into {TILE} rows of the slab at most",
+        "the other columns are those of spans",
+    )
+    show(
+        work.pieces,
+        "pieces: what a program takes of a group, once for each KV head",
+        "its rows: members from first_member on. Its tiles: from first_tile up to the one before",
+        "end_tile, with a mask from first_masked on. Its outputs, one a row: from first_output on",
+    )
     alone = spans.length.sum()
     once = work.tiles.length.sum()
     outputs = len(work.output_rows) // 3
     print(f"{once} slab rows are read; {alone} if each reader read for itself.")
     print(f"Each row has {outputs} partial results, which kernels.py merges.")
     print("Next: balancer.py, who decides in which slots, and where, segments lie.")
+
+
+def show(table, title, *columns):
+    print(title)
+    for line in columns:
+        print(f"  {line}")
+    print("".join(f"{name:>14}" for name in table._fields))
+    for entry in zip(*table):
+        print("".join(f"{value:>14}" for value in entry))
+    print()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ from model import Llama, LlamaConfig, random_weights
 from tokenlake import TokenLake
 
 model = Llama(LlamaConfig(), random_weights(LlamaConfig(), 0, torch.float32, "cpu"))
-lake = TokenLake([0], model.config)
+lake = TokenLake([0], model.config)  # one instance: a degree of parallelism (DoP) of 1
 balancer, tree = lake.balancer, lake.get_prefix_tree()
-shared = list(range(32))  # both prompts begin so: two segments of 16 tokens
-for id, own in enumerate([[41, 42, 43, 44, 45], [51, 52, 53]]):
-    request = Request(id, shared + own, max_tokens=len(shared + own) + 6)
-    print(f"request {id}: cache load {lake.get_cache_load([request], tree):.2f}")
-    balancer.admit(request, balancer.match(request))
+for id, prompt in enumerate([[*range(32), 41, 42, 43, 44, 45], [*range(32), 51, 52, 53]]):
+    request = Request(id, prompt, max_tokens=len(prompt) + 6)  # prompt and answer
+    load = lake.get_cache_load([request], tree)
+    print(f"request {id}: share of time for the cache: {load:.2f} (§6.1)")
+    balancer.admit(request, balancer.match(request))  # the second hits 2 segments
     print(f"  {request.done} of {request.num_prompt} prompt tokens are in the pool")
     while len(request.tokens) < request.max_tokens:  # the prompt, then a token at a time
         batch = balancer.reserve(request, request.remaining)
-        query_plan, transfer_plan, [group] = lake.gen_plans([batch], [1], tree)
-        q_buf = lake.init_query(batch, group, query_plan)
+        query_plan, transfer_plan, [group] = lake.gen_plans([batch], [1], tree)  # DoP 1
+        q_buf = lake.init_query(batch, group, query_plan)  # group: instance of each run
         kv_buf = lake.init_transfer(batch, transfer_plan)
 
         def attend(layer, q, kv):

@@ -434,7 +434,7 @@ COLUMNS = {
     "kind": ("kind", ""),
     "model": ("model", ""),
     "batch": ("batch", "sequences"),
-    "rows": ("rows", "queries"),
+    "rows": ("rows", "of q"),
     "context": ("context", "tokens"),
     "segment": ("segment", "tokens"),
     "shared": ("shared", "tokens"),
