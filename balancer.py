@@ -792,12 +792,14 @@ def show_scene():
     balancer = Balancer(num_instances=3, slots=6, segment_tokens=4)
     over, whole = OVERLOAD
     N, S, C = balancer.sizes
-    print(f"""{N} instances of {S} slots, each for a segment of {C} tokens. 12@2: slot 12, at instance 2.
+    copies = N * S // REPLICA_SLOTS
+    print(f"""\
+{N} instances of {S} slots, each for a segment of {C} tokens. 12@2: slot 12, at instance 2.
 Homes: a first child lives one instance after its parent, any other segment where its hash says.
 If that instance is full, the segment lives where most slots are free.
-Replicas: if an instance has over {over}/{whole} of the mean load, the segment that is read most there is
-copied to another (of two that are read alike, the earlier one of the prompt). Copies may take
-{N * S // REPLICA_SLOTS} of the {N * S} slots (a {REPLICA_SLOTS}th), and can be read an iteration later.""")
+Replicas: if an instance has over {over}/{whole} of the mean load, the segment that is read most
+there is copied to another; of two that are read alike, the earlier one of the prompt. Copies
+may take {copies} of the {N * S} slots, a {REPLICA_SLOTS}th. They can be read an iteration later.""")
     shared = list(range(8))
     prompts = [shared + [first, 0, 0, 0] for first in range(20, 24)]
     prompts.append(list(range(100, 148)))

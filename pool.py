@@ -886,7 +886,7 @@ def tell(plan, q_buf, slabs, sent):
     scores = q_buf.q[0] @ kv[:, 0, 0].T / q_buf.q.shape[-1] ** 0.5
     apart = (o - scores.softmax(-1) @ kv[:, 1, 0]).abs().max()
     print(f"""
-The steps have the numbers of pool.py's docstring; 2 and 6 are for KV that moves, and here none does.
+The steps have the numbers of pool.py's docstring; 2 and 6 are for KV that moves: here none does.
 
 0  rank 0  puts K and V of position 9 into its slab row {plan.fresh.first_row[0]}, their home
 1  rank 0  sends Q, 2 heads of 8: {sent[0]} bytes (the KV that it is to meet has {kv[4:8].nbytes})
