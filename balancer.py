@@ -651,11 +651,11 @@ class BatchRange(NamedTuple):
 def dynamic_program(time, R, N, slo: int | None = None) -> list[BatchRange] | None:
     """Cuts R requests into batches with DoPs on N instances (§6.2), every time at most `slo`, by
 
-        f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j+1..i, k − l)
+        f(i, k) = min over j < i, l < k of f(j, l) + (i − j)·T(j … i − 1, k − l)
 
-    so a batch's time counts for each of its requests. time(i, dop) → [i] integers: entry j is the
-    time of the batch of requests j+1 to i, counted from 1; FORBIDDEN rules it out. None if nothing
-    is allowed."""
+    so a batch's time counts for each of its requests, which are counted from 0. time(i, dop) → [i]
+    integers: entry j is the time T of requests j … i − 1; FORBIDDEN rules the batch out. None if
+    nothing is allowed."""
     best = np.full((R + 1, N + 1), FORBIDDEN)
     best[0] = 0  # for any k: instances may stay idle
     best_first = np.zeros((R + 1, N + 1), np.int64)
@@ -798,8 +798,8 @@ def show_scene():
 Homes: a first child lives one instance after its parent, any other segment where its hash says.
 If that instance is full, the segment lives where most slots are free.
 Replicas: if an instance has over {over}/{whole} of the mean load, the segment that is read most
-there is copied to another; of two that are read alike, the earlier one of the prompt. Copies
-may take {copies} of the {N * S} slots, a {REPLICA_SLOTS}th. They can be read an iteration later.""")
+there is copied to another; of two that are read alike, the earlier one of the prompt. Copies may
+take {copies} of the {N * S} slots, a {REPLICA_SLOTS}th. They can be read an iteration later.""")
     shared = list(range(8))
     prompts = [shared + [first, 0, 0, 0] for first in range(20, 24)]
     prompts.append(list(range(100, 148)))

@@ -3931,7 +3931,7 @@ def test_balancer_shows_a_scene():
     stripe = zip(places[4]["homes"], places[4]["homes"][1:])
     assert left == [(str(slot), str((before // 6 + 1) % 3)) for before, slot in stripe
                     if slot // 6 != (before // 6 + 1) % 3]
-    assert "copied" in run_alone("balancer.py") and "may take 1 of the 18 slots, a 16th." in run_alone("balancer.py")
+    assert "copied" in run_alone("balancer.py") and "take 1 of the 18 slots, a 16th." in run_alone("balancer.py")
     assert sum(map(len, (place["homes"] for place in places))) + 1 == 18 + 1  # one slot twice
 
 
@@ -8782,12 +8782,15 @@ def test_what_is_fewer_bytes_travels(prompts, rows, kv_bytes, room, pulled):
     assert plan.ships[:, 1].tolist() == [not pulled] * len(runs)
 
 
-@pytest.mark.parametrize("room, pulled", [(16, 16), (15, 8), (7, 0)])
-def test_all_that_is_pulled_has_to_fit(room, pulled):
-    """Eight old tokens lie at instance 1 and eight at instance 2; either is worth it, in one buffer."""
+@pytest.mark.parametrize("slots, room, pulled", [
+    ([50, 51, 100, 101], 16, 16), ([50, 51, 100, 101], 15, 8), ([50, 51, 100, 101], 7, 0),
+    ([50, 51, 100], 7, 0), ([50, 100, 101], 7, 4)])
+def test_all_that_is_pulled_has_to_fit(slots, room, pulled):
+    """Four or eight old tokens lie at instance 1 and at instance 2; either is worth it, in one buffer.
+    Nothing comes behind the first that does not fit."""
     lake = TokenLake([0, 1, 2], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0, pull_tokens=room))
     lake.query_bytes, lake.kv_bytes = 100, 40
-    run = reader(lake, 0, [50, 51, 100, 101], 10, rows=4, decode=False)
+    run = reader(lake, 0, slots, 10, rows=4, decode=False)
     plan, _, groups = lake.gen_plans([[run], [], []], [1, 1, 1], lake.get_prefix_tree())
     assert groups == [[0], [], []] and plan.old.pulls.rows.sum() == pulled
 
@@ -8839,6 +8842,20 @@ def test_the_best_pair_is_not_always_matched():
     plan, transfer, groups = lake.gen_plans([[first], [second]], [1, 1], lake.get_prefix_tree())
     assert groups == [[1], [0]]
     assert plan.old.pulls.rows.sum() + transfer.moves.rows.sum() == 12 + 1
+
+
+def test_the_example_of_the_matching():
+    """The table in EXERCISES.md: both parts would rather be at instance 1, and one of them goes there."""
+    lake = TokenLake([0, 1], LlamaConfig(), LakeConfig(4, 50, replicate_factor=0))
+    lake.query_bytes, lake.kv_bytes = 10, 2
+    decode = reader(lake, 0, [0, 50], home=60)
+    prompt = reader(lake, 1, [1], home=61, rows=6, decode=False)
+    plan, transfer, groups = lake.gen_plans([[decode], [prompt]], [1, 1], lake.get_prefix_tree())
+    assert groups == [[0], [1]]
+    kv_rows = plan.old.pulls.rows.sum() + transfer.moves.rows.sum()
+    assert 10 * plan.rows_shipped().sum() + 2 * kv_rows == 12 + 8
+    text = exercise.TEXT.read_text()
+    assert "| part 0 | 10 | 10 + 2 = 12 | 12 | 10 |\n| part 1 | 4 · 2 = 8 | 6 · 2 = 12 | 12 | 8 |" in text
 
 
 def test_a_row_that_puts_nothing_draws_nobody():
