@@ -34,6 +34,7 @@ C tokens per segment · B runs · G shares (the runs of one request at one insta
 
 import hashlib
 import os
+import socket
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -831,7 +832,7 @@ def plan_by_hand(S, C):
 
 def travel(rank, port):
     """One of two ranks, which hold a slab each; rank 0 tells of both."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     cluster = Cluster(timeout=30).connect()
     groups = cluster.new_groups([0, 1], torch.device("cpu"), 2)
@@ -900,5 +901,8 @@ Next: tokenlake.py, which makes such plans for many requests and ranks.""")
 
 
 if __name__ == "__main__":
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.start_processes(travel, [store.port], 2, start_method="fork")
+    # Rank 0 will have the store: one here would have threads, which do not survive a fork.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(travel, [port], 2, start_method="fork")

@@ -553,6 +553,7 @@ def show_cuts():
 
 
 def show(table, title, *columns):
+    """A table, with a title and what its columns are."""
     print(title)
     for line in columns:
         print(f"  {line}")
