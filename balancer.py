@@ -56,17 +56,17 @@ from scipy.optimize import nnls
 # hash, of Mooncake's conversation trace, unless another is named; CV and copies were looked at.
 
 # An instance is overloaded from 11/10 of the mean load on. Higher leaves loads with several hot
-# prefixes uneven. Lower makes nothing more even, but 134 copies instead of 49:
+# prefixes uneven. Lower makes nothing more even, but 129 copies instead of 81:
 #
 #                             1/1    11/10   3/2    2/1
 #     toolagent (CV)          0.04   0.04    0.12   0.35    three hot prefixes (bench/workloads.py)
-#     conversation (copies)   134    49      7              one hot block; the CV is the same
+#     conversation (copies)   129    81      7      7       one hot block; the CV is the same
 OVERLOAD = (11, 10)
-# Loads lose an eighth in each iteration, so half in five: the CV is 0.15. If they lose a quarter,
-# it is 0.14 with twice as many copies; with a 64th it is 0.16 with a third of them.
+# Loads lose an eighth in each iteration, so half in five: the CV is 0.144, with 81 copies. If they
+# lose a quarter, it is 0.135 with 96; with a 64th it is 0.158 with 45.
 LOAD_FADE = 8
-# Heat is halved after 16·N admissions in all. After 4·N, copies are nine times as many and the CV
-# is the same; later than 16·N, neither changes, but a prefix stays hot for longer.
+# Heat is halved after 16·N admissions in all. After 4·N, copies are seven times as many and the CV
+# is the same; after 64·N they are a fifth fewer, but a prefix stays hot for longer.
 HALF_LIFE = 16
 # Copies take a sixteenth of all slots at most. On that trace there are never so many: it keeps a
 # pool of few slots from filling up with copies.
