@@ -55,6 +55,7 @@ from work import (
     next_power_of_2,
     ranges,
     rows_of_a_block,
+    run_lesson,
     split_lengths,
     tables_to_device,
 )
@@ -731,7 +732,7 @@ if __name__ == "__main__":
     import sys
 
     if not sys.argv[1:]:
-        show_parts()
+        run_lesson(show_parts)
         print("\nThe kernels, checked and timed:", flush=True)
     benchmark = os.path.dirname(os.path.abspath(__file__)) + "/bench/kernel_speed.py"
     os.execv(sys.executable, [sys.executable, benchmark, "--small", *sys.argv[1:]])

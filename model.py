@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from kernels import rotate, suits_triton
+from work import run_lesson
 
 # Keys of config.json that change what is computed, and the one value that each may have. An absent
 # one counts as that, but for model_type.
@@ -952,9 +953,8 @@ def show_answer(options):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # if its encoding lacks a character
     try:
-        show_answer(parse_options(sys.argv[1:]))
+        run_lesson(show_answer, parse_options(sys.argv[1:]))
     except ValueError as problem:
         print(f"model.py: {cut(one_line(problem), 300)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -58,6 +58,7 @@ from work import (
     Work,
     ranges,
     rows_of_a_block,
+    run_lesson,
     select,
     starts,
     starts_in_groups,
@@ -850,7 +851,7 @@ def travel(rank, port):
     pool.query(q_buf)
     ranks = cluster.gather_objects((pool.slabs[0], pool.bytes["query"]))
     if rank == 0:
-        tell(query_plan, q_buf, *zip(*ranks))
+        run_lesson(tell, query_plan, q_buf, *zip(*ranks))
     cluster.close()
 
 

@@ -65,7 +65,8 @@ Then each iteration has a line, when it has been computed:
       slot             global slot of the segment
       home             instance of that slot, where their KV will live
       puts             false: the segment is published already, the row only wants its logits
-      decode           whether the row is an answer's
+      decode           whether it is the one row of a decode. (After a preemption rows of an answer
+                       are computed again as those of a prompt are)
     reads            old KV that is read: an entry for each request and each instance that computes
                      rows of it. All these rows read all of it
       request
@@ -78,7 +79,7 @@ Then each iteration has a line, when it has been computed:
       writer           index into runs
       readers          the same: itself, and later ones of its request
       instance         where they meet
-      place            here: in its slab, at once; late: in its slab, once moves have landed;
+      place            here: in the slab there, at once; late: there, once moves have landed;
                        sibling: it was sent to the reader
     queries          rows that travel to KV; results come back:
       request
@@ -595,7 +596,7 @@ def explain_runs(record) -> list[str]:
 def explain_share(runs) -> str:
     """One instance's runs of one request's prompt."""
     rows = [run["position"] + i for run in runs for i in range(run["rows"])]
-    said = f"prompt of request {runs[0]['request']}: {name_numbers('row', rows)}"
+    said = f"prefill of request {runs[0]['request']}: {name_numbers('row', rows)}"
     homes = {run["home"] for run in runs if run["puts"] and run["home"] != run["instance"]}
     if homes:
         said += f"; KV goes to {name_numbers('instance', homes)}"

@@ -522,7 +522,7 @@ REPORT = """\
      TPOT ms  {tpot} (per later token)
        moved  queries and results {query} MB, old KV pulled {pull} MB, copies {replica} MB,
               new KV to siblings {sibling} MB and to homes {put} MB ({puts_local:.1%} was computed at home)
-    pressure  {evictions:,} segments evicted, {preemptions:,} requests preempted"""
+    pressure  evictions {evictions:,}, preemptions {preemptions:,}"""
 RESUMED = "\n     resumed  {resumed} of them were there already"
 VERIFIED = "\n    verified  {verified}/{checked} "
 DIFFERENT = "; {different} DIFFER"

@@ -75,7 +75,7 @@ from pool import HERE, LATE, PULL, PUT, REPLICA, SIBLING, TO_SIBLING
 from pool import KVBuffer, LakeConfig, Pool, QueryBuffer
 from pool import FreshReads, Moves, OldKV, PulledSegments, QueryPlan, RunTable
 from pool import SegmentReads, SlabWrites, TransferPlan, slab_row
-from work import Column, ranges, select, starts, starts_in_groups
+from work import Column, ranges, run_lesson, select, starts, starts_in_groups
 
 # What a plan takes of a Run: the first columns of RunTable, then what shares need to know.
 RUN_FIELDS = ["request.id", "position", "rows", "slot", "puts", "decode"]
@@ -784,6 +784,8 @@ def show_plan(shape):
         )
     moved = plan.old.pulls.rows.sum() + transfer_plan.moves.rows.sum()
     print(f"Rows that travel: {plan.rows_shipped().sum()}. Tokens whose KV does: {moved}.")
+    said = "scheduler.py, which rows run; bench/example.py, the same calls for a model"
+    print(f"\nNext: {said}.")
 
 
 def plan_example(shape):
@@ -819,8 +821,5 @@ if __name__ == "__main__":
     # Of a model with one layer.
     shape = SimpleNamespace(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
     shape.num_linear_parameters = 1000
-    show_calls(shape)
-    show_plan(shape)
-    print(
-        "\nNext: scheduler.py, which rows run; bench/example.py, the same calls for a model."
-    )
+    run_lesson(show_calls, shape)
+    run_lesson(show_plan, shape)

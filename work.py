@@ -16,6 +16,8 @@ rows; kernels.py says where it goes.
 Notation: T rows · H query heads · Hkv KV heads · G = H / Hkv · R readers.
 """
 
+import os
+import sys
 from functools import cached_property
 from itertools import chain, islice
 from typing import NamedTuple
@@ -563,5 +565,16 @@ def show(table, title, *columns):
     print()
 
 
+def run_lesson(show, *arguments):
+    """Runs the lesson at a module's end. A terminal may lack characters, and who reads the output
+    may leave early, as `head` does."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        show(*arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    show_cuts()
+    run_lesson(show_cuts)
