@@ -4653,7 +4653,7 @@ def test_answers_by_cost(vectors):
     cases = {case.name: case for kind in ("dispatch", "dynamic_program") for case in vectors.cases[kind]}
     tie = cases["dispatch/a tie"]
     assert not module.problems_of(tie, dict(instance_of_part=[2, 1], cost=0))
-    for wrong in ([1, 1], [0, 3], [0], None, {}):
+    for wrong in ([1, 1], [0, 3], [0], [0.5, 1], [True, 0], [1.0, 0], None, {}):
         (problem,) = module.problems_of(tie, dict(instance_of_part=wrong, cost=0)).values()
         assert "another instance for each part" in problem or "not iterable" in problem or "KeyError" in problem
     wrong = dict(instance_of_part=[0, 1], cost=0)
@@ -4662,9 +4662,60 @@ def test_answers_by_cost(vectors):
     tie = cases["dynamic_program/a tie"]
     assert not module.problems_of(tie, dict(batches=[[0, 3, 3]], cost=300))
     assert not module.problems_of(tie, dict(batches=[[0, 1, 1], [1, 3, 2]], cost=300))
-    for wrong in ([[0, 2, 1]], [[0, 3, 4]], [[1, 3, 1]], [[0, 1, 2], [1, 3, 2]], None):
+    for wrong in ([[0, 2, 1]], [[0, 3, 4]], [[1, 3, 1]], [[0, 1, 2], [1, 3, 2]], [[False, 3, 3]], None):
         (problem,) = module.problems_of(tie, dict(batches=wrong, cost=300)).values()
         assert problem.startswith("dynamic_program/a tie: batches")
+
+
+@pytest.mark.parametrize("name, field, wrong, said", [
+    ("dispatch/a tie", "cost", False, "cost is False; 0 is expected"),
+    ("dispatch/a tie", "instance_of_part", torch.tensor([0j, 1]), "is a tensor of complex64; real numbers"),
+    ("placement/stripe", "table", torch.tensor([8 + 0j, 0, 5]), "is a tensor of complex64; real numbers"),
+    ("merge/two parts", "o", lambda o: o + 0j, "o is a tensor of complex64; real numbers are expected"),
+    ("merge/two parts", "o", lambda o: o > 0, "o is [[[True, False, "),
+    ("merge/two parts", "o", lambda o: [str(x) for x in o.flatten().tolist()], "numbers are expected"),
+    ("merge/two parts", "o", lambda o: ["Infinity", *o.flatten().tolist()[1:]], "numbers are expected"),
+    ("merge/two parts", "o", lambda o: [o.flatten().tolist()], "o[0] has 8 entries; 2 are expected"),
+    ("merge/two parts", "o", lambda o: [[o[0, 0].tolist(), *o[0, 1].tolist()]], "o[0] has 5 entries; 2"),
+    ("merge/two parts", "o", lambda o: o[..., None], "numbers are expected"),
+    ("merge/two parts", "o", 7, "o is 7; a list of numbers is expected")])
+def test_answers_of_another_form(vectors, name, field, wrong, said):
+    """What Python would take for the same: it is a difference."""
+    case = next(case for case in vectors.cases[name.partition("/")[0]] if case.name == name)
+    wrong = wrong(case.output[field]) if callable(wrong) else wrong
+    (problem,) = vectors.module.problems_of(case, case.output | {field: wrong}).values()
+    assert problem.startswith(f"{name}: {field}") and said in problem
+
+
+def test_tensors_of_answers(vectors, tmp_path, capsys):
+    """What cannot be read, or read as numbers, is a line."""
+    from safetensors.torch import save_file
+    path = tmp_path / "t.safetensors"
+    save_file({"t": torch.zeros(8)}, path)
+    fields = {case.name: case.output for case in vectors.cases["merge"]}["merge/two parts"]
+    answers = tmp_path / "answers.jsonl"
+
+    def check(output):
+        answers.write_text(answer_lines({"merge/two parts": output}))
+        return checked(vectors.module, capsys, VECTORS, "--answers", tmp_path, "--case", "merge/two parts")
+    status, said = check({"tensor": "t"})
+    assert status == 1 and "  merge/two parts: o is missing\n" in said
+    output = dict(o={"tensor": "t"}, lse=fields["lse"].tolist())
+    header = json.dumps(dict(t=dict(dtype="F4", shape=[8], data_offsets=[0, 4]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    status, said = check(output)
+    assert status == 1 and "o is a tensor of float4_e2m1fn_x2; real numbers are expected\n" in said
+    save_file({"t": fields["o"]}, path)
+    assert check(output) == (0, "merge: 1 of 1 agree\n")
+    other = tmp_path / "v.safetensors"
+    shutil.copy(path, other)
+    status, said = check(output)
+    assert status == 2 and said.endswith("v.safetensors: another file has a tensor 't', too\n")
+    for make, why in (other.mkdir, "Is a directory"), (lambda: other.symlink_to("x"), "No such file"):
+        other.rmdir() if other.is_dir() else other.unlink()
+        make()
+        status, said = check(output)
+        assert status == 2 and f"v.safetensors: {why}" in said and said.count("\n") == 1
 
 
 def test_ids_by_the_words_of_the_vectors(vectors):
@@ -4792,6 +4843,9 @@ def test_triton_agrees_with_the_vectors(vectors, monkeypatch):
     ("answers", '{"case": "merge/two parts", "output": {"o": {"tensor": "a"}}}', "has a tensor 'a'"),
     ("answers", '{"case": "merge/two parts", "output": {"o": %s1%s}}' % ("[" * 900, "]" * 900), "nested too deep"),
     ("answers", None, "answers: No such file"),
+    ("answers", '{"case": "merge/x", "case": "merge/two parts", "output": {}}', "1: 'case' is twice in an"),
+    ("answers", '{"case": "merge/two parts", "output": {"o": 1, "o": 2}}', "answers:1: 'o' is twice in an object"),
+    ("--answers", "x" * 300, "File name too long"),
     ("--kind", "merge,x", "--kind 'x': some of segment_ids, placement"),
     ("--kind", "", "--kind '': some of"),
     ("--case", "merge/x\n", "--case 'merge/x': a case's name is expected"),
@@ -4803,7 +4857,7 @@ def test_bad_vectors_are_one_line(vectors, tmp_path, capsys, name, text, said):
     arguments = []
     if name == "answers":
         arguments = ["--answers", path]
-    if name in ("--kind", "--case"):
+    if name.startswith("--"):
         arguments = [name, text]
     elif text is None:
         path.unlink(missing_ok=True)

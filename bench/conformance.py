@@ -77,8 +77,9 @@ nor a segment's nor in the table of a request of the case is somebody else's, an
 **Answers** of a port are JSON lines, `{"case": name, "output": {field: value}}`, in a file, or in
 all *.jsonl files of a directory. A tensor is a list of its numbers, nested or flat and row-major,
 with "-inf", "inf" and "nan" as strings; or `{"tensor": name}`, of a *.safetensors file in that
-directory. Fields that are not compared may be there, too; cases that are not here may not. The exit
-status is 0 if all agree, 1 if something is missing or differs, 2 if the input is no good.
+directory, of real numbers. 1 and 1.0 are the same, true is neither. Fields that are not compared
+may be there, too; cases that are not here may not, nor anything twice. The exit status is 0 if
+all agree, 1 if something is missing or differs, 2 if the input is no good.
 
 **Left out** is the digest of a plan, by which ranks find out that one has planned otherwise: it
 hashes shapes, types and the order of this implementation's arrays (`pool.plan_digest`), so nobody
@@ -88,8 +89,9 @@ itself is compared, table by table, by `iteration`.
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
@@ -108,7 +110,7 @@ import conformance_balance  # noqa: E402
 import conformance_iteration  # noqa: E402
 import conformance_placement  # noqa: E402
 from conformance_cases import Case  # noqa: E402
-from model import one_line, shown  # noqa: E402
+from model import dtype_name, one_line, shown  # noqa: E402
 from options import Parser, file_name, run_main  # noqa: E402
 
 FORMAT = 1
@@ -249,7 +251,9 @@ def read_text(path: Path) -> str:
 
 def parse(text: str, where) -> dict:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=object_of)
+    except Refused as refused:
+        raise Refused(f"{where}: {refused}") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -257,11 +261,22 @@ def parse(text: str, where) -> dict:
     return value
 
 
+def object_of(pairs: list[tuple]) -> dict:
+    """Of JSON. Of two fields with the same name Python would take the last one."""
+    value = {}
+    for name, part in pairs:
+        if name in value:
+            raise Refused(f"{shown(name)} is twice in an object; once is expected")
+        value[name] = part
+    return value
+
+
 def read_tensors(path: Path) -> dict:
     try:
+        path.open("rb").close()  # safetensors does not say why it cannot
         return load_file(path)
     except OSError as error:
-        raise Refused(f"{path}: {error.strerror}") from None
+        raise Refused(f"{path}: {error.strerror or error}") from None
     except (safetensors.SafetensorError, ValueError) as error:
         raise Refused(f"{path}: no safetensors ({error})") from None
 
@@ -270,6 +285,11 @@ def check_format(document: dict, path: Path):
     if document.get("format") != FORMAT:
         said = f"format {shown(document.get('format'))}; format {FORMAT} is expected"
         raise Refused(f"{path}: {said}")
+
+
+def put_back_fields(fields: dict, tensors: dict, where: str) -> dict:
+    """With their tensors. One may be named `tensor`."""
+    return {field: put_back(value, tensors, where) for field, value in fields.items()}
 
 
 def put_back(value, tensors: dict, where: str):
@@ -311,7 +331,7 @@ def case_of(listed, tensors: dict, where: str) -> Case:
         raise Refused(
             f"{where}: an object with name, input, output and compare is expected"
         )
-    given, output, compare = (put_back(field, tensors, where) for field in fields)
+    given, output, compare = (put_back_fields(part, tensors, where) for part in fields)
     for field, how in compare.items():
         if field not in output or not can_be_compared(output[field], how):
             raise Refused(f"{where}: {shown(field)} cannot be compared by {shown(how)}")
@@ -353,12 +373,13 @@ def read_vectors(folder: Path) -> dict[str, list[Case]]:
 
 def read_answers(path: Path) -> dict[str, dict]:
     """Outputs by the names of their cases."""
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    files = [path]
+    tensors = {}
+    if os.path.isdir(path):  # unlike Path's, it takes any name
+        files = sorted(path.glob("*.jsonl"))
+        tensors = read_all_tensors(sorted(path.glob("*.safetensors")))
     if not files:
         raise Refused(f"{path}: no *.jsonl file is there")
-    tensors = {}
-    for beside in sorted(path.glob("*.safetensors")) if path.is_dir() else []:
-        tensors |= read_tensors(beside)
     answers: dict[str, dict] = {}
     for file in files:
         for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -370,6 +391,16 @@ def read_answers(path: Path) -> dict[str, dict]:
     return answers
 
 
+def read_all_tensors(paths: list[Path]) -> dict:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in paths:
+        for name, tensor in read_tensors(path).items():
+            if name in tensors:
+                raise Refused(f"{path}: another file has a tensor {shown(name)}, too")
+            tensors[name] = tensor
+    return tensors
+
+
 def answer_of(line: str, tensors: dict, where: str) -> tuple[str, dict]:
     """The name of a case, and the output that a line has for it."""
     answer = parse(line, where)
@@ -377,7 +408,7 @@ def answer_of(line: str, tensors: dict, where: str) -> tuple[str, dict]:
     output = answer.get("output")
     if not isinstance(name, str) or not isinstance(output, dict):
         raise Refused(f'{where}: {{"case": name, "output": {{...}}}} is expected')
-    return name, put_back(output, tensors, where)
+    return name, put_back_fields(output, tensors, where)
 
 
 # ── comparing ────────────────────────────────────────────────────────────────────────────────────
@@ -392,7 +423,7 @@ def places_of(path: str, expected, found) -> Iterator[tuple]:
     if isinstance(expected, torch.Tensor):
         yield from numbers_at(path, expected, found)
         return
-    found = found.tolist() if isinstance(found, torch.Tensor) else found
+    found = listed(path, found)
     if not isinstance(expected, (dict, list, tuple)):
         yield path, expected, found
     elif isinstance(expected, dict) and isinstance(found, dict):
@@ -410,28 +441,57 @@ def places_of(path: str, expected, found) -> Iterator[tuple]:
             yield from places_of(f"{path}[{i}]", *parts)
 
 
-def numbers_at(path: str, expected: torch.Tensor, found) -> Iterator[tuple]:
-    """The same of a tensor, which may be a list of any depth."""
-    try:
-        numbers = numbers_of(found)
-    except (TypeError, ValueError, OverflowError):
-        raise Unlike(f"{path} is {shown(found)}; numbers are expected") from None
-    if len(numbers) != expected.numel():
-        said = f"{path} has {len(numbers)} numbers; {expected.numel()} are expected"
+def listed(path: str, found):
+    """A tensor as lists; what is none, as it is."""
+    if not isinstance(found, torch.Tensor):
+        return found
+    said = f"{path} is a tensor of {dtype_name(found.dtype)}; real numbers are expected"
+    if found.is_complex():
         raise Unlike(said)
-    for index, right, number in zip(
-        np.ndindex(expected.shape), numbers_of(expected), numbers
-    ):
+    try:
+        return found.tolist()
+    except RuntimeError:  # two numbers in a byte, say
+        raise Unlike(said) from None
+
+
+def numbers_at(path: str, expected: torch.Tensor, found) -> Iterator[tuple]:
+    """The same of a tensor, which may be a list, flat or of its shape."""
+    found = listed(path, found)
+    is_nested = isinstance(found, list) and any(isinstance(part, list) for part in found)
+    values = flatten(path, found, expected.shape if is_nested else [expected.numel()])
+    try:
+        numbers = [number_of(value) for value in values]
+    except (TypeError, OverflowError):
+        raise Unlike(f"{path} is {shown(found)}; numbers are expected") from None
+    rights = expected.double().flatten().tolist()
+    for index, right, number in zip(np.ndindex(expected.shape), rights, numbers):
         yield f"{path}[{', '.join(map(str, index))}]", right, number
 
 
-def numbers_of(value) -> list[float]:
-    """Of a tensor, or of a list of any depth."""
-    if isinstance(value, torch.Tensor):
-        return value.double().flatten().tolist()
-    if isinstance(value, list):
-        return [number for part in value for number in numbers_of(part)]
-    return [float(value)]
+def flatten(path: str, found, shape: Sequence[int]) -> list:
+    """What is in a list that is nested by the shape."""
+    if not shape:
+        return [found]
+    if not isinstance(found, list):
+        raise Unlike(f"{path} is {shown(found)}; a list of numbers is expected")
+    if len(found) != shape[0]:
+        parts = "numbers" if len(shape) == 1 else "entries"
+        raise Unlike(f"{path} has {len(found)} {parts}; {shape[0]} are expected")
+    parts = [flatten(f"{path}[{i}]", part, shape[1:]) for i, part in enumerate(found)]
+    return [value for part in parts for value in part]
+
+
+def number_of(value) -> float:
+    """Of JSON, which has no infinite ones. Raises TypeError."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number and value not in ("inf", "-inf", "nan"):
+        raise TypeError(f"{shown(value)} is no number")
+    return float(value)
+
+
+def is_same(right, value) -> bool:
+    """1 is 1.0, but not true, though it is so in Python."""
+    return right == value and isinstance(right, bool) == isinstance(value, bool)
 
 
 def difference(path: str, how, expected, found) -> str | None:
@@ -444,7 +504,7 @@ def difference(path: str, how, expected, found) -> str | None:
         wrong = [
             f"{place} is {shown(value)}; {shown(right)} is expected"
             for place, right, value in places
-            if right != value
+            if not is_same(right, value)
         ]
     else:
         within = how["within"]
@@ -467,7 +527,9 @@ def cost_difference(path: str, case: Case, field: str, found) -> str | None:
     except WRONG_INPUT as error:
         raise Refused(f"case {shown(case.name)}: {field} has no cost ({error})") from None
     try:
-        costs = cost(case.input, found)
+        costs = cost(case.input, listed(path, found))
+    except Unlike as unlike:
+        return str(unlike)
     except WRONG_INPUT as error:
         return f"{path} is {shown(found)} ({error})"
     return None if costs == least else f"{path} costs {costs}; {least} is expected"

@@ -279,9 +279,16 @@ def answer_dispatch(given: dict) -> dict:
     return dict(instance_of_part=instances, cost=dispatch_cost(given, instances))
 
 
+def are_integers(numbers: list) -> bool:
+    """As JSON has them: true is none, nor is 1.0."""
+    return all(type(number) is int for number in numbers)
+
+
 def dispatch_cost(given: dict, instance_of_part: list[int]) -> int:
     """Bytes that cross instances, counted one by one."""
-    all_there = all(0 <= instance < given["instances"] for instance in instance_of_part)
+    all_there = are_integers(instance_of_part) and all(
+        0 <= instance < given["instances"] for instance in instance_of_part
+    )
     distinct = len({*instance_of_part}) == len(instance_of_part) == given["parts"]
     if not all_there or not distinct:
         raise ValueError("another instance for each part is expected")
@@ -395,7 +402,8 @@ def batches_cost(given: dict, batches: list | None) -> int | None:
     N = given["instances"]
     at = cost = 0
     for first, end, dop in batches:
-        if not (first == at < end <= R and 1 <= dop <= N):
+        follows = first == at < end <= R and 1 <= dop <= N
+        if not follows or not are_integers([first, end, dop]):
             raise ValueError(f"batch {[first, end, dop]} does not follow")
         ps = given["times"][dop - 1][first][end - 1]
         if ps is None or ps > (given["slo"] or FORBIDDEN):
