@@ -8119,6 +8119,12 @@ def planned_lines() -> list[str]:
 @pytest.mark.parametrize("change, said", [
     (lambda lines: None, "plans.jsonl: No such file or directory (run_cluster.py --record K --output"),
     (lambda lines: [], "plans.jsonl: it is empty; a line for the run is expected"),
+    (lambda lines: lines[0][:-9], "plans.jsonl:1: the line is torn; a whole one for the run is expected"),
+    (lambda lines: [lines[0], lines[1][:-9]], "plans.jsonl:2: the line is torn; an iteration, at least one,"),
+    (lambda lines: [lines[0], re.sub('"clock_s": [^,]*', '"clock_s": NaN', lines[1])],
+     "plans.jsonl:2: not a JSON object of finite numbers"),
+    (lambda lines: [lines[0], re.sub('"clock_s": [^,]*', '"clock_s": 1e999', lines[1])],
+     "plans.jsonl:2: not a JSON object of finite numbers"),
     (lambda lines: lines[:1], "plans.jsonl: it has no iteration; one at least is expected"),
     (lambda lines: [lines[0].replace('"version": 1', '"version": 2'), *lines[1:]],
      "plans.jsonl:1: version 2; 1 is expected (record it again)"),
@@ -8139,6 +8145,43 @@ def test_plans_that_are_none_are_one_line(tmp_path, capsys, change, said):
     text = capsys.readouterr().err
     assert said in text and text.count("\n") == 1 and len(text) < 400
     assert not (tmp_path / "lake.html").exists()
+
+
+@pytest.mark.parametrize("field", [*watch_module.COUNTS, *watch_module.TEXTS])
+def test_each_field_of_the_header_is_checked(field):
+    header = dict.fromkeys(watch_module.COUNTS, 4) | dict.fromkeys(watch_module.TEXTS, "")
+    header |= dict(version=1)
+    watch_module.check_header(header, "plans.jsonl:1")
+    is_text = field in watch_module.TEXTS
+    wants = "text is" if is_text else "an integer from 1 to 9007199254740991 is"
+    for wrong in [None, 0, -1, True, 1.5, 10**30] + ["x"] * (not is_text):
+        said = re.escape(f"plans.jsonl:1: {field} {wrong!r}; {wants} expected")
+        with pytest.raises(ValueError, match=said):
+            watch_module.check_header(header | {field: wrong}, "plans.jsonl:1")
+    del header[field]
+    with pytest.raises(ValueError, match=f"{field} None; "):
+        watch_module.check_header(header, "plans.jsonl:1")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (dict(slots=0), "slots 0; an integer"),
+    (dict(instances=10**9), "slots; at most 67,108,864 are expected")])
+def test_a_header_that_is_none_is_one_line(tmp_path, capsys, wrong, said):
+    first, second, *_ = planned_lines()
+    (tmp_path / "plans.jsonl").write_text(json.dumps(json.loads(first) | wrong) + "\n" + second)
+    with pytest.raises(SystemExit, match="2"):
+        watch_module.main([str(tmp_path)])
+    text = capsys.readouterr().err
+    assert "plans.jsonl:1: " in text and said in text and text.count("\n") == 1
+
+
+def test_a_page_where_text_is_ascii(tmp_path):
+    """It is UTF-8, as it says."""
+    (tmp_path / "plans.jsonl").write_text("".join(planned_lines()[:2]))
+    done = subprocess.run([sys.executable, HERE / "bench" / "watch.py", tmp_path], text=True, capture_output=True,
+                          env=os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+    assert done.returncode == 0 and "lake.html: 1 iteration, " in done.stdout, done.stderr
+    assert "·" in (tmp_path / "lake.html").read_text(encoding="utf-8")
 
 
 def test_a_torn_line_is_dropped(tmp_path, capsys):

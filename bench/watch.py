@@ -15,6 +15,7 @@ to open at once:
 """
 
 import json
+import math
 import sys
 from itertools import chain
 from pathlib import Path
@@ -22,13 +23,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from options import Parser, file_name, run_main, warn, wording  # noqa: E402
-from record import FILE_NAME, VERSION, WHY  # noqa: E402
+from options import MOST_SEGMENTS, Parser, file_name, run_main, warn, wording  # noqa: E402
+from record import FILE_NAME, VERSION, WHY, plural  # noqa: E402
 
 PAGE = "lake.html"
 TEMPLATE = HERE / "watch.html"
 MARK = '"the data"'  # in the template: where they go
 KINDS = list(WHY)  # trips name theirs by its number
+# Of the first line: what has to be an integer above 0, and what is text.
+COUNTS = "instances slots segment_tokens layers query_bytes kv_bytes".split()
+TEXTS = "model dtype scheduler placement trace command".split()
+MOST_COUNTED = 2**53 - 1  # JavaScript's numbers have all integers up to here
 FREE = 0  # what a slot holds; a segment: its number; a request's own: −1 − its id
 
 
@@ -40,32 +45,62 @@ def read_plans(path: Path) -> tuple[dict, list[dict]]:
     except OSError as error:
         said = "run_cluster.py --record K --output DIR writes it"
         raise ValueError(f"{path}: {error.strerror} ({said})") from None
-    if torn:
-        warn(f"{path}:{len(lines) + 1}: the line is torn, and dropped")
+    torn_at = f"{path}:{len(lines) + 1}: the line is torn"
+    if torn and len(lines) < 2:
+        missing = "an iteration, at least one," if lines else "a whole one for the run"
+        raise ValueError(f"{torn_at}; {missing} is expected")
     parsed = [parse_line(line, f"{path}:{n}") for n, line in enumerate(lines, 1)]
     if not parsed:
         raise ValueError(f"{path}: it is empty; a line for the run is expected")
     header, *records = parsed
-    version = header.get("version")
-    if version != VERSION:
-        said = f"version {wording().shown(version)}; {VERSION} is expected (record it again)"
-        raise ValueError(f"{path}:1: {said}")
+    check_header(header, f"{path}:1")
     for number, record in enumerate(records, 1):
         if record.get("iteration") != number:
             raise ValueError(f"{path}:{number + 1}: iteration {number} is expected")
     if not records:
         raise ValueError(f"{path}: it has no iteration; one at least is expected")
+    if torn:
+        warn(f"{torn_at}, and dropped")
     return header, records
 
 
 def parse_line(line: bytes, where: str) -> dict:
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: not a JSON object")
+        raise ValueError(f"{where}: not a JSON object of finite numbers")
     return value
+
+
+def finite(text: str) -> float:
+    """Python reads NaN and 1e999, but no browser reads what is made of them."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
+def check_header(header: dict, where: str):
+    """Raises ValueError if it is not what record.describe_run gives."""
+    shown = wording().shown
+    version = header.get("version")
+    if version != VERSION:
+        said = f"version {shown(version)}; {VERSION} is expected (record it again)"
+        raise ValueError(f"{where}: {said}")
+    for field in COUNTS:
+        count = header.get(field)
+        if type(count) is not int or not 1 <= count <= MOST_COUNTED:
+            said = f"{field} {shown(count)}; an integer from 1 to {MOST_COUNTED} is expected"
+            raise ValueError(f"{where}: {said}")
+    for field in TEXTS:
+        if not isinstance(header.get(field), str):
+            raise ValueError(f"{where}: {field} {shown(header.get(field))}; text is expected")
+    slots = header["instances"] * header["slots"]
+    if slots > MOST_SEGMENTS:
+        said = f"the pool has {slots:,} slots; at most {MOST_SEGMENTS:,} are expected"
+        raise ValueError(f"{where}: {said}")
 
 
 # ── packed: what the page needs, in few bytes ────────────────────────────────────────────────────
@@ -189,7 +224,8 @@ def pack_read(read, slots, depths) -> list[int]:
 def write_page(data: dict, path: Path):
     """The template, with the data in it. No text of theirs can end their element."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-    path.write_text(TEMPLATE.read_text().replace(MARK, text))
+    page = TEMPLATE.read_text(encoding="utf-8").replace(MARK, text)
+    path.write_text(page, encoding="utf-8")
 
 
 def main(arguments: list[str]):
@@ -211,7 +247,7 @@ def main(arguments: list[str]):
     except OSError as error:
         parser.refuse(f"{folder / PAGE}: {error.strerror}")
     size = (folder / PAGE).stat().st_size
-    print(f"{folder / PAGE}: {len(records)} iterations, {size / 1000:,.0f} kB")
+    print(f"{folder / PAGE}: {plural(len(records), 'iteration')}, {size / 1000:,.0f} kB")
 
 
 if __name__ == "__main__":
