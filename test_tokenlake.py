@@ -9115,7 +9115,136 @@ def test_an_attempt_is_kept(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("The causal rule in a piece  (begun)") == 1 and "write    is_hidden, work.py:" in said
     assert exercise.main(["2", "--solution"]) == 0 and contents(tmp_path) == before
-    assert len([*(tmp_path / ".exercises").iterdir()]) == 2
+    left = {path.name for path in (tmp_path / ".exercises").iterdir()}
+    assert left == {"4-attempt-1.py", "4-attempt-2.py", "lock"}
+
+
+@pytest.fixture
+def small_project(tmp_path, monkeypatch):
+    """A file whose functions `f` and `g` are exercises 1 and 2 → the file."""
+    monkeypatch.setattr(exercise, "ROOT", tmp_path)
+    monkeypatch.setattr(exercise, "KEPT", tmp_path / ".exercises")
+    made = [exercise.Exercise(number, "", [exercise.Function("a.py", name)], [])
+            for number, name in ((1, "f"), (2, "g"))]
+    monkeypatch.setattr(exercise, "read_exercises", lambda: made)
+    file = tmp_path / "a.py"
+    file.write_bytes(b'def f(x):\n    """One."""\n    return 1\n\n\ndef g():\n    return 2\n')
+    return file
+
+
+def test_calls_at_once_lose_no_original(tmp_path):
+    """Of two exercises in one file, which are emptied at once, and put back at once."""
+    copy_project(tmp_path)
+    before = contents(tmp_path)
+    for instead in ([], ["--solution"]):
+        calls = [subprocess.Popen([sys.executable, "bench/exercise.py", number, *instead], cwd=tmp_path,
+                                  stdout=subprocess.DEVNULL) for number in "4455"]
+        assert sorted(call.wait(60) for call in calls) == [0, 0, 2, 2]
+        text = (tmp_path / "balancer.py").read_text()
+        assert text.count("NotImplementedError(\"exercise ") == (0 if instead else 2)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\r\n", b"\r\r\n", b"\n\x0c"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_lines_end_as_they_did(small_project, start, end):
+    """Also the last one, which has no end, and one of another kind in the midst of a function."""
+    lines = small_project.read_bytes().replace(b"\n", end).replace(b'"""' + end, b'"""\r')
+    before = start + lines.removesuffix(end)
+    small_project.write_bytes(before)
+    assert exercise.main(["1"]) == exercise.main(["2"]) == 0
+    assert all(f'"exercise {number}: ' in small_project.read_text() for number in (1, 2))
+    assert exercise.main(["1", "--solution"]) == exercise.main(["2", "--solution"]) == 0
+    assert small_project.read_bytes() == before
+    assert exercise.main(["2"]) == 0
+    small_project.write_bytes(small_project.read_bytes() + b"\nmore = 1")
+    assert exercise.main(["2", "--solution"]) == 0
+    ast.parse(small_project.read_bytes().removeprefix(start))
+    assert small_project.read_bytes().startswith(before) and small_project.read_bytes().endswith(b"\nmore = 1")
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("writes", [1, 2])
+def test_what_cannot_be_emptied_is_not_begun(small_project, monkeypatch, error, writes):
+    """Whether the originals cannot be written or, after these, the file."""
+    before, replace, calls = small_project.read_bytes(), os.replace, []
+
+    def fail(new, path):
+        calls.append(path)
+        if len(calls) == writes:
+            raise error
+        replace(new, path)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(error):
+        exercise.main(["1"])
+    assert len(calls) == writes and small_project.read_bytes() == before
+    assert [path.name for path in exercise.KEPT.iterdir()] == ["lock"]
+    assert exercise.main(["1"]) == exercise.main(["1", "--solution"]) == 0
+
+
+def test_a_full_disk_is_a_line(tmp_path):
+    copy_project(tmp_path)
+    before = contents(tmp_path)
+    command = f"ulimit -f 0; trap '' XFSZ; {sys.executable} -B bench/exercise.py 1 2>&1 | cat"
+    said = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
+    assert said.startswith("exercise.py: error: ") and said.count("\n") == 1
+    assert contents(tmp_path) == before and [path.name for path in (tmp_path / ".exercises").iterdir()] == ["lock"]
+    assert not [*tmp_path.glob("*.new")]
+
+
+def test_a_file_converted_meanwhile_keeps_its_line_ends(small_project):
+    """And that is no attempt."""
+    before = small_project.read_bytes()
+    for end in (b"\r\n", b"\n"):
+        assert exercise.main(["1"]) == 0
+        small_project.write_bytes(small_project.read_bytes().replace(b"\r", b"").replace(b"\n", end))
+        assert exercise.main(["1", "--solution"]) == 0
+        assert small_project.read_bytes() == before.replace(b"\n", end)
+    assert [path.name for path in exercise.KEPT.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"HOLE\ndef f(x):\n    return 3\n", ": f is defined twice, in line 1 and here; leave one"),
+    (b"HOLE\nif 1:\n    async def f(): pass\n", ": f is defined twice, in line 1 and here; leave one"),
+    (b"HOLE\nx = '\xff'", "a.py:9: this is no UTF-8"), (b"HOLE\n\0", "a.py:9: a NUL character"),
+    (b"HOLE\nx = " + b"-" * 200_000 + b"1", "a.py: its expressions are nested too deeply")])
+def test_what_cannot_be_put_back_is_refused(small_project, capsys, content, said):
+    assert exercise.main(["1"]) == 0
+    hole = small_project.read_bytes()
+    small_project.write_bytes(content.replace(b"HOLE", hole))
+    for arguments in (["1", "--solution"], ["2"]) if b"def f" not in content else (["1", "--solution"],):
+        with pytest.raises(SystemExit, match="2"):
+            exercise.main(arguments)
+        text = capsys.readouterr().err
+        assert said in text and text.count("\n") == 1 and small_project.read_bytes() == content.replace(b"HOLE", hole)
+    small_project.write_bytes(hole)
+    assert exercise.main(["1", "--solution"]) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b"[]", b"{}", b"\xff", b'[["a.py", "f", [], []]]',
+                                     b'[["a.py", "f", [1], ["x"]]]', b'[["a.py", 3, ["x"], ["x"]]]', b"[" * 200_000])
+def test_mangled_originals_are_refused(small_project, capsys, content):
+    assert exercise.main(["1"]) == 0
+    hole = small_project.read_bytes()
+    (exercise.KEPT / "1-originals.json").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        exercise.main(["1", "--solution"])
+    text = capsys.readouterr().err
+    assert ".exercises/1-originals.json: no originals are left there; take a.py from a fresh copy" in text
+    assert text.count("\n") == 1 and small_project.read_bytes() == hole
+
+
+@pytest.mark.parametrize("closed, status, said", [
+    (">&-", 0, ""), (">/dev/full", 1, "exercise.py: error: [Errno 28]"), ("2>&-", 0, "")])
+def test_no_output_is_no_traceback(tmp_path, closed, status, said):
+    copy_project(tmp_path)
+    for arguments, expected in (("", status), ("11", 2)):
+        command = f"{sys.executable} bench/exercise.py {arguments} {closed}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, timeout=60)
+        assert done.returncode == expected and done.stderr.count("\n") <= 1
+        assert arguments or done.stderr.startswith(said) and bool(done.stderr) == bool(said)
 
 
 def run_in(folder, *command):

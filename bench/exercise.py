@@ -9,18 +9,22 @@ EXERCISES.md says what to do, and is read here, too: below the heading of an exe
 names the functions that are emptied, another one the tests.
 
 Only these functions are exchanged: what else was changed in a file stays. Their originals lie in
-.exercises/ until they are put back, and attempts come to lie there. Git is not needed. Nothing of
-the project is imported: what an attempt has broken can be mended from here.
+.exercises/ until they are put back, and attempts come to lie there. Two calls at once wait for each
+other. Git is not needed. Nothing of the project is imported: what an attempt has broken can be
+mended from here.
 """
 
 import argparse
 import ast
+import fcntl
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "EXERCISES.md"
 TESTS = "test_tokenlake.py"
 KEPT = ROOT / ".exercises"
-DEFINITIONS = ast.FunctionDef, ast.ClassDef
+DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+BOM = "\ufeff"
 
 
 class Function(NamedTuple):
@@ -63,7 +68,7 @@ class Exercise(NamedTuple):
 
 
 def read_exercises() -> list[Exercise]:
-    parts = re.split(r"^## (\d+)\. (.+)$", TEXT.read_text(encoding="utf-8"), flags=re.M)
+    parts = re.split(r"^## (\d+)\. (.+)$", read_text(TEXT), flags=re.M)
     sections = zip(parts[1::3], parts[2::3], parts[3::3])
     return [
         Exercise(
@@ -103,44 +108,82 @@ class Place(NamedTuple):
     first: int  # its decorators and signature,
     body: int  # behind these and its docstring,
     end: int  # and behind its last line
-    indent: int  # of the body
+    indent: str  # of the body
     is_kernel: bool  # Triton compiles it
 
 
+def read_text(path) -> str:
+    """With its line ends as they are. Raises ValueError if it is no text."""
+    content = path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path.name}:{line}: this is no UTF-8; mend that first") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path.name}:{line}: a NUL character stands there; mend that first")
+    return text
+
+
 def read_lines(file) -> list[str]:
-    """Without the line breaks, but with what else stands there: so they can be written as they
-    were."""
-    return (ROOT / file).read_bytes().decode().split("\n")
+    """With their ends, which are those that Python knows: \\n, \\r\\n and \\r."""
+    return io.StringIO(read_text(ROOT / file), newline="").readlines()
 
 
-def write_lines(file, lines):
-    """All or nothing."""
-    path = ROOT / file
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes("\n".join(lines).encode())
-    shutil.copymode(path, new)
-    os.replace(new, path)
+def write_file(path, lines):
+    """All or nothing. To be called by one at a time, as `alone` sees to it."""
+    path = path.resolve()
+    new = KEPT / "new"
+    try:
+        new.write_bytes("".join(lines).encode())
+        if path.exists():
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def parse(file, lines) -> ast.Module:
+    """Raises ValueError if it is not Python."""
+    try:
+        return ast.parse("".join(lines).removeprefix(BOM))
+    except SyntaxError as error:
+        said = f"{file}:{error.lineno}: {error.msg}; mend that first"
+    except (RecursionError, MemoryError):
+        said = f"{file}: its expressions are nested too deeply to be read; mend that first"
+    raise ValueError(said)
+
+
+def definitions(node) -> list:
+    """What it defines itself, also below an `if` or the like, but not what these define in turn."""
+    found = []
+    waiting = [node]
+    while waiting:
+        for child in ast.iter_child_nodes(waiting.pop()):
+            (found if isinstance(child, DEFINITIONS) else waiting).append(child)
+    return found
 
 
 def find(function, lines) -> Place:
-    """Raises ValueError if it is not there, or if nothing can be found in the file."""
-    try:
-        node = ast.parse("\n".join(lines))
-    except SyntaxError as error:
-        said = f"{function.file}:{error.lineno}: {error.msg}; mend that first"
-        raise ValueError(said) from None
+    """Raises ValueError if it is not there just once, or if nothing can be found in the file."""
+    node = parse(function.file, lines)
     for name in function.name.split("."):
-        inner = (x for x in ast.walk(node) if isinstance(x, DEFINITIONS) and x.name == name)
-        node = next(inner, None)
-        if node is None:
+        found = [inner for inner in definitions(node) if inner.name == name]
+        found.sort(key=lambda inner: inner.lineno)
+        if not found:
             raise ValueError(f"{function.file}: {function.name} is expected there, and is not")
+        if len(found) > 1:
+            said = f"{function.name} is defined twice, in line {found[0].lineno} and here; leave one"
+            raise ValueError(f"{function.file}:{found[1].lineno}: {said}")
+        node = found[0]
     statement = node.body[0]
     has_docstring = ast.get_docstring(node) is not None
     return Place(
         first=min(part.lineno for part in (node, *node.decorator_list)) - 1,
         body=statement.end_lineno if has_docstring else statement.lineno - 1,
         end=node.end_lineno,
-        indent=statement.col_offset,
+        indent=lines[statement.lineno - 1][: statement.col_offset],
         is_kernel=any("jit" in ast.unparse(part) for part in node.decorator_list),
     )
 
@@ -151,8 +194,76 @@ def make_hole(exercise, function, lines, place) -> list[str]:
     fails = f"raise NotImplementedError({said})"
     if place.is_kernel:
         fails = f"tl.static_assert(False, {said})"
-    ending = "\r" if lines[place.first].endswith("\r") else ""
-    return [*lines[place.first : place.body], " " * place.indent + fails + ending]
+    # It ends as the function did: a \\r in front of an empty line would make one end of two.
+    return [*lines[place.first : place.body], place.indent + fails + end_of(lines[place.end - 1])]
+
+
+def bare(line) -> str:
+    return line.rstrip("\r\n")
+
+
+def end_of(line) -> str:
+    return line[len(bare(line)) :]
+
+
+def with_ends_of(lines, place, original, hole) -> list[str]:
+    """The original, to stand at this place. It takes the line ends of the file if these are others
+    since its function was emptied."""
+    end = end_of(lines[place.first]) or "\n"
+    if end != end_of(hole[0]):
+        return [bare(line) + end for line in original]
+    *others, last = original
+    if not end_of(last):  # it was the last line of its file, and need not be any longer
+        last += end_of(lines[place.end - 1])
+    return [*others, last]
+
+
+# ── originals ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Original(NamedTuple):
+    """What stood at the place of a function, and what came there instead."""
+    function: Function
+    lines: list[str]
+    hole: list[str]
+
+
+@contextmanager
+def alone():
+    """Waits until no other call exchanges functions."""
+    KEPT.mkdir(exist_ok=True)
+    with open(KEPT / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+def read_originals(exercise) -> list[Original]:
+    """Raises ValueError if this file is not what `begin` wrote."""
+    path = exercise.originals
+    try:
+        originals = json.loads(read_text(path))
+        if not is_written_here(originals):
+            raise ValueError
+    except (ValueError, RecursionError):
+        files = " and ".join(sorted({function.file for function in exercise.functions}))
+        said = f"no originals are left there; take {files} from a fresh copy, and remove it"
+        raise ValueError(f"{path.relative_to(ROOT)}: {said}") from None
+    return [Original(Function(file, name), *both) for file, name, *both in originals]
+
+
+def is_written_here(originals) -> bool:
+    """[[file, name, lines, lines of the hole], ...]"""
+    if not isinstance(originals, list) or not originals:
+        return False
+    if not all(isinstance(entry, list) and len(entry) == 4 for entry in originals):
+        return False
+    texts = [text for file, name, *_ in originals for text in (file, name)]
+    for *_, original, hole in originals:
+        for lines in (original, hole):
+            if not isinstance(lines, list) or not lines:
+                return False
+            texts += lines
+    return all(isinstance(text, str) for text in texts)
 
 
 # ── what a learner asks for ──────────────────────────────────────────────────────────────────────
@@ -172,6 +283,7 @@ def begin(exercise):
         said = f"exercise {exercise.number} is begun; --solution puts its original back"
         raise ValueError(said)
     files = {function.file: read_lines(function.file) for function in exercise.functions}
+    before = {file: [*lines] for file, lines in files.items()}
     originals = []
     for function in exercise.functions:
         lines = files[function.file]
@@ -179,15 +291,21 @@ def begin(exercise):
         hole = make_hole(exercise, function, lines, place)
         originals.append([*function, lines[place.first : place.end], hole])
         lines[place.first : place.end] = hole
-    KEPT.mkdir(exist_ok=True)
-    exercise.originals.write_text(json.dumps(originals), encoding="utf-8")
-    for file, lines in files.items():
-        write_lines(file, lines)
+    places = [find(function, files[function.file]) for function in exercise.functions]
+    try:
+        write_file(exercise.originals, [json.dumps(originals)])
+        for file, lines in files.items():
+            write_file(ROOT / file, lines)
+    except BaseException:  # a full disk or Ctrl-C, say: it is not begun, then
+        for file, lines in before.items():
+            if read_lines(file) == files[file]:
+                write_file(ROOT / file, lines)
+        exercise.originals.unlink(missing_ok=True)
+        raise
     command = f"python bench/exercise.py {exercise.number}"
     print(f"Exercise {exercise.number}: {exercise.title}. EXERCISES.md says more.\n")
-    for function in exercise.functions:
-        at = find(function, files[function.file]).first + 1
-        print(f"  write    {function.name}, {function.file}:{at}")
+    for function, place in zip(exercise.functions, places):
+        print(f"  write    {function.name}, {function.file}:{place.first + 1}")
     print(f"  grade    {command} --check\n  give up  {command} --solution")
 
 
@@ -198,7 +316,8 @@ def check(exercise) -> int:
     tests = [f"{TESTS}::{grader}" for grader in exercise.graders]
     # A line for each that fails: pytest's longer forms take most of a second for each.
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "--tb=line", *tests]
-    status = subprocess.run(command, cwd=ROOT).returncode
+    output = None if sys.stdout else subprocess.DEVNULL  # pytest wants one
+    status = subprocess.run(command, cwd=ROOT, stdout=output).returncode
     if status:
         print(f"\nMore about one of them: python -m pytest {TESTS}::NAME")
     return status
@@ -210,22 +329,25 @@ def put_back(exercise):
     if not exercise.originals.exists():
         said = f"exercise {exercise.number} is not begun: the original is in place"
         raise ValueError(said)
-    originals = json.loads(exercise.originals.read_text(encoding="utf-8"))
-    files = {file: read_lines(file) for file, *_ in originals}
+    originals = read_originals(exercise)
+    files = {function.file: read_lines(function.file) for function, *_ in originals}
     attempt = []
-    for *names, original, hole in originals:
-        function = Function(*names)
+    for function, original, hole in originals:
         lines = files[function.file]
         place = find(function, lines)
         current = lines[place.first : place.end]
-        if current not in (original, hole):
-            attempt += [f"# {function}", *current, ""]
-        lines[place.first : place.end] = original
+        if [*map(bare, current)] not in ([*map(bare, original)], [*map(bare, hole)]):
+            attempt += [f"# {function}\n", *current, "\n"]
+        lines[place.first : place.end] = with_ends_of(lines, place, original, hole)
     if attempt:
         path = exercise.free_attempt()
-        path.write_text("\n".join(attempt), encoding="utf-8")
+        write_file(path, attempt)
     for file, lines in files.items():
-        write_lines(file, lines)
+        write_file(ROOT / file, lines)
+    for file, lines in files.items():
+        if read_lines(file) != lines:
+            said = "something else changed it meanwhile; see that nothing is lost, and repeat this"
+            raise ValueError(f"{file}: {said}")
     exercise.originals.unlink()
     print(f"Exercise {exercise.number}: the original is back.")
     if attempt:
@@ -240,7 +362,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    exercises = read_exercises()
     parser = Parser(prog="exercise.py", description="Ten exercises: EXERCISES.md")
     parser.add_argument("number", nargs="?", help="of the exercise that is emptied (else: a list)")
     instead = parser.add_mutually_exclusive_group()
@@ -248,34 +369,54 @@ def main(arguments: list[str]) -> int:
     said = "put the original back; an attempt is kept"
     instead.add_argument("--solution", action="store_true", help=said)
     options = parser.parse_args(arguments)
+    try:
+        return do(options, read_exercises())
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def do(options, exercises) -> int:
+    """What they ask for → the exit status. Raises ValueError for what cannot be done."""
     if options.number is None and not (options.check or options.solution):
         list_exercises(exercises)
         return 0
     by_number = {str(exercise.number): exercise for exercise in exercises}
     if options.number not in by_number:
         given = "no number" if options.number is None else repr(options.number)
-        parser.error(f"{given[:80]}: an exercise from 1 to {len(exercises)} is expected")
+        raise ValueError(f"{given[:80]}: an exercise from 1 to {len(exercises)} is expected")
     exercise = by_number[options.number]
     if options.check:
         return check(exercise)
-    try:
+    with alone():
         if options.solution:
             put_back(exercise)
         else:
             begin(exercise)
-    except ValueError as error:
-        parser.error(str(error))
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """`main` for a process → its exit status, whatever becomes of its output."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: it is closed
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # if its encoding lacks a character
     try:
         status = main(sys.argv[1:])
-        sys.stdout.flush()
-        sys.exit(status)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except BrokenPipeError:  # who reads the output left early, as `head` does
-        os._exit(1)
+        return 1
     except OSError as error:  # a full disk, say
-        sys.exit(f"exercise.py: error: {error}")
+        said = f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit("exercise.py: stopped by Ctrl-C")
+        said = "stopped by Ctrl-C"
+    print(f"exercise.py: {said}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    status = run()
+    if status == 0:
+        sys.exit()
+    os._exit(status)  # what could not be written is not tried again
