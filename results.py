@@ -417,7 +417,11 @@ def commit() -> str | None:
         return None
     command = "git describe --always --abbrev=12 --dirty=+ --exclude=*".split()
     try:
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=10)
+        # It only looks: a disk that is full would leave a lock behind.
+        environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(
+            command, cwd=HERE, capture_output=True, text=True, timeout=10, env=environment
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
