@@ -358,7 +358,11 @@ class Parser(argparse.ArgumentParser):
     """Brief with what it refuses, as bench/options.py is, which would import the project."""
     def error(self, message):
         said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        self.exit(2, f"{self.prog}: error: {said if len(said) <= 200 else said[:199] + '…'}\n")
+        print(
+            f"{self.prog}: error: {said if len(said) <= 200 else said[:199] + '…'}",
+            file=sys.stderr,  # which may be closed: then `print` says nothing
+        )
+        self.exit(2)
 
 
 def main(arguments: list[str]) -> int:
