@@ -9364,7 +9364,7 @@ COMMANDS = {
     "python bench/simulate.py --validate": Shown('"correlation"', seconds=25),
     "python bench/peers.py": Shown("tokenlake, 1 rank", "python bench/peers.py --sharing on --ranks 1 "
                                    "--rounds 1 --num-requests 4 --layers 1 --batch 2", "a small load", 60),
-    "python kernels.py": Shown("Merged they differ by .*decode", seconds=25),
+    "python kernels.py": Shown("Merged and whole differ by .*decode", seconds=25),
     # (The next nine have tests of their own; so these are slow.)
     "python work.py": Shown("265 slab rows are read; 649"),
     "python balancer.py": Shown("eviction  6@1"),
