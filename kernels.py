@@ -712,16 +712,17 @@ def show_parts():
             keys = f"keys {part * C} to {part * C + C - 1}"
             print(f"  {keys:<16}{its_o.norm():>8.4f} {its_lse:>8.4f}  {weight:.4f}")
         print(f"  {'merged':<16}{merged_o[row].norm():>8.4f} {merged_lse[row, 0]:>8.4f}")
-        print(f"  {'softmax over all':<16}{all_o[row].norm():>8.4f} {all_lse[row]:>8.4f}")
-    apart = (merged_o[:, 0] - all_o).abs().max()
+        print(f"  {'softmax over all':<16}{all_o[row].norm():>8.4f} {all_lse[row, 0]:>8.4f}")
+    apart = (merged_o - all_o).abs().max()
     print(f"\nMerged and whole differ by {apart:.0e} at most: parts may lie anywhere.")
     print("Next: work.py, how the attention of many requests is cut into such parts.")
 
 
 def attend_at_once(q, kv, position):
-    """By the textbook, for one head: o [T, D], lse [T] over all keys up to each row's position."""
-    scores = q[:, 0] @ kv[:, 0, 0].T * q.shape[-1] ** -0.5  # [T, keys]
-    hidden = torch.arange(len(kv)) > torch.from_numpy(position)[:, None]
+    """By the textbook, for heads of one KV head: q [T, H, D] over kv [keys, 2, 1, D], of which a row
+    sees those up to its position → o [T, H, D], lse [T, H]."""
+    scores = q @ kv[:, 0, 0].T * q.shape[-1] ** -0.5  # [T, H, keys]
+    hidden = torch.arange(len(kv)) > torch.as_tensor(position)[:, None, None]
     scores = scores.masked_fill(hidden, -math.inf)
     return scores.softmax(-1) @ kv[:, 1, 0], scores.logsumexp(-1)
 

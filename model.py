@@ -880,20 +880,25 @@ def folder_name(text) -> Path:
     return Path(text)
 
 
-def refuse_options(message):
-    """Raises ValueError with argparse's message, which quotes arguments of any length."""
-    words = message.removeprefix("argument ").split(" ")
-    require(False, cut(" ".join(map(cut, words)), 200))
+class OptionParser(argparse.ArgumentParser):
+    """What it refuses is a ValueError that names the option."""
+    def parse_args(self, arguments):
+        for text in arguments:
+            # argparse takes that for no value at all.
+            ok = not re.fullmatch("--[^=]+=--", text)
+            require(ok, f"{cut(text)}: a value is expected")
+        return super().parse_args(arguments)
+
+    def error(self, message):
+        """argparse quotes arguments of any length."""
+        words = message.removeprefix("argument ").split(" ")
+        require(False, cut(" ".join(map(cut, words)), 200))
 
 
 def parse_options(arguments) -> argparse.Namespace:
     """The command line. Raises ValueError naming the option."""
-    for text in arguments:
-        # argparse takes that for no value at all.
-        require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
     description = "Answer a prompt greedily, without any cache, in float32 on the CPU."
-    parser = argparse.ArgumentParser("model.py", description=description)
-    parser.error = refuse_options
+    parser = OptionParser("model.py", description=description)
     prompt = "of the prompt, by commas (default 9,8,7,6)"
     parser.add_argument(
         "--prompt-ids", type=token_ids, default=[9, 8, 7, 6], metavar="I,I,…", help=prompt

@@ -47,7 +47,7 @@ import torch.distributed as dist
 
 from balancer import BANDWIDTH, EXCHANGE_SECONDS
 from cluster import Cluster, LakeError
-from kernels import Outputs, programs_at_once, suits_triton
+from kernels import Outputs, attend_at_once, programs_at_once, suits_triton
 from work import (
     CPU_LANES,
     MAX_LANES,
@@ -885,8 +885,8 @@ def tell(plan, q_buf, slabs, sent):
     part_lse = q_buf.outputs.partial_lse[:, 0]  # of head 0, from both ranks
     here, there = (part_lse - lse[0]).exp().tolist()
     kv = torch.cat((slabs[0][:4], slabs[1][:4], slabs[0][4:6]))  # by position
-    scores = q_buf.q[0] @ kv[:, 0, 0].T / q_buf.q.shape[-1] ** 0.5
-    apart = (o - scores.softmax(-1) @ kv[:, 1, 0]).abs().max()
+    (all_o,), (all_lse,) = attend_at_once(q_buf.q[:1], kv, [9])
+    apart = (o - all_o).abs().max()
     print(f"""
 The steps have the numbers of pool.py's docstring; 2 and 6 are for KV that moves: here none does.
 
@@ -897,7 +897,7 @@ The steps have the numbers of pool.py's docstring; 2 and 6 are for KV that moves
 5  rank 1  sends O and LSE, 2 heads of 8 + 1: {sent[1]} bytes
 7  rank 0  merges both, by weights {here:.4f} and {there:.4f}: LSE {lse[0]:.4f}
 
-All ten keys in one place: LSE {scores[0].logsumexp(0):.4f}; O differs by {apart:.0e} at most.
+All ten keys in one place: LSE {all_lse[0]:.4f}; O differs by {apart:.0e} at most.
 Next: tokenlake.py, which makes such plans for many requests and ranks.""")
 
 

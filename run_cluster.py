@@ -45,16 +45,15 @@ from model import (
     HEAD,
     Llama,
     LlamaConfig,
+    OptionParser,
     Sampler,
     Text,
     checksums,
-    cut,
     dtype_name,
     load_config,
     load_weights,
     one_line,
     random_weights,
-    refuse_options,
     require,
     shown,
     with_own_head,
@@ -237,13 +236,12 @@ examples:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         usage="[torchrun --standalone --nproc-per-node=N] run_cluster.py [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.error = refuse_options
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, type, metavar, default, help in options:
@@ -266,9 +264,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError naming the option."""
-    for text in arguments:
-        # argparse takes that for no value at all.
-        require(not re.fullmatch("--[^=]+=--", text), f"{cut(text)}: a value is expected")
     options = make_parser().parse_args(arguments)
     options.command = shlex.join(["run_cluster.py", *arguments])
     require(

@@ -358,10 +358,9 @@ class Parser(argparse.ArgumentParser):
     """Brief with what it refuses, as bench/options.py is, which would import the project."""
     def error(self, message):
         said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        print(
-            f"{self.prog}: error: {said if len(said) <= 200 else said[:199] + '…'}",
-            file=sys.stderr,  # which may be closed: then `print` says nothing
-        )
+        said = said if len(said) <= 200 else said[:199] + "…"
+        # Not by `exit`, which needs a stderr: `print` does without, if that is closed.
+        print(f"{self.prog}: error: {said}", file=sys.stderr)
         self.exit(2)
 
 
